@@ -1,0 +1,152 @@
+# permdistill. The two commands that matter: `make paper` and `make test`. `make help` lists the rest.
+# Every target sets up what it needs; any of them may be killed at any moment and started again.
+
+## PYTHON=python3       the Python that makes the virtual environment, 3.11 or newer
+PYTHON ?= python3
+## VENV=.venv           where the virtual environment is
+VENV ?= .venv
+## TEACHER=committed    committed: read scores/ and check a sample of it live; live: score everything anew (hours)
+TEACHER ?= committed
+## PROFILE=full         full: the paper's tables and figures; smoke: the same in small, to see that it runs
+PROFILE ?= full
+## BUILD=build          where executed notebooks, tables and checkpoints go
+BUILD ?= build
+NOTEBOOKS ?= notebooks
+
+ifeq ($(filter committed live,$(TEACHER)),)
+$(error TEACHER is '$(TEACHER)': give committed or live)
+endif
+ifeq ($(filter smoke full,$(PROFILE)),)
+$(error PROFILE is '$(PROFILE)': give smoke or full)
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The kernel "python3" is this environment's, whatever kernels the user has installed elsewhere.
+export JUPYTER_PREFER_ENV_PATH := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+PY := $(abspath $(VENV))/bin/python
+OUT := $(abspath $(BUILD))
+INSTALLED := $(VENV)/.installed
+CODE := $(filter-out permdistill/manifest.py,$(wildcard permdistill/*.py))
+
+.PHONY: help
+help: ## list the targets and the settings
+	@echo "make TARGET [SETTING=value]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@awk '/^## / {print "  " substr($$0, 4)}' $(firstword $(MAKEFILE_LIST))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The environment
+
+.PHONY: venv
+venv: $(INSTALLED) ## the virtual environment, from requirements.lock
+
+# pip writes a package's RECORD last. A dist-info without one is what a killed pip left; pip would take it for installed.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d, 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." % v[:2])'
+	@"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear "$(VENV)"
+	@for d in "$(VENV)"/lib/python*/site-packages/*.dist-info; do [ ! -d "$$d" ] || [ -e "$$d/RECORD" ] || rm -rf "$$d"; done
+	"$(VENV)/bin/python" -m pip install -r requirements.lock
+	"$(VENV)/bin/python" -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper
+
+# The committed scores come from these commands, one line a teacher. What a store holds already is not scored again.
+MULTIPLE_CHOICE := arc_easy arc_challenge openbookqa
+SUMMEVAL := summeval_coherence summeval_consistency summeval_fluency summeval_relevance
+define score
+$(PY) -m permdistill.cli score --teacher qwen2.5-coder-1.5b --tasks $(MULTIPLE_CHOICE) $(SUMMEVAL) --splits test train --scores $(1)
+$(PY) -m permdistill.cli score --teacher qwen2.5-coder-0.5b --tasks $(MULTIPLE_CHOICE) --splits test --scores $(1)
+$(PY) -m permdistill.cli score --teacher smollm2-135m --tasks $(MULTIPLE_CHOICE) --splits test --scores $(1)
+endef
+
+ifeq ($(TEACHER),live)
+SCORES := $(OUT)/scores
+SCORED := $(BUILD)/scores/.complete
+else
+SCORES := $(abspath scores)
+SCORED := $(wildcard scores/*/*.parquet) $(BUILD)/audit.ok
+endif
+
+# Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
+SCORING := $(addprefix permdistill/,assets.py data.py orders.py profiles.py prompts.py scores.py teachers.py trie.py)
+
+$(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
+	@mkdir -p $(@D)
+	$(call score,"$(OUT)/scores")
+	@touch $@
+
+$(BUILD)/audit.ok: $(wildcard scores/*/*.parquet) $(SCORING) | $(INSTALLED)
+	@mkdir -p $(@D)
+	$(PY) -m permdistill.manifest "$(OUT)" --measure audit -- $(PY) -m permdistill.cli audit
+	@touch $@
+
+# Another PROFILE or TEACHER makes the notebooks out of date: this file changes only when they do.
+SETTINGS := PROFILE=$(PROFILE) TEACHER=$(TEACHER)
+$(BUILD)/settings: FORCE
+	@mkdir -p $(@D)
+	@echo "$(SETTINGS)" | cmp -s - $@ || echo "$(SETTINGS)" > $@
+.PHONY: FORCE
+FORCE:
+
+NAMES := $(basename $(notdir $(sort $(wildcard $(NOTEBOOKS)/*.ipynb))))
+EXECUTED := $(NAMES:%=$(BUILD)/notebooks/%.ipynb)
+
+# The executed copy appears under its name only when every cell has run.
+$(EXECUTED): $(BUILD)/notebooks/%.ipynb: $(NOTEBOOKS)/%.ipynb $(CODE) $(SCORED) $(BUILD)/settings requirements.lock | $(INSTALLED)
+	@mkdir -p $(@D)
+	@echo "== $* ($(PROFILE))"
+	@$(PY) -m permdistill.manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
+	    -r profile $(PROFILE) -r output "$(OUT)" -r scores "$(SCORES)" "$<" "$(@:.ipynb=.part.ipynb)"
+	@mv "$(@:.ipynb=.part.ipynb)" "$@"
+
+# One after the other, in the order of their numbers, also with make -j: a notebook may read what an earlier one wrote.
+previous :=
+$(foreach target,$(EXECUTED),$(eval $(target): $(previous))$(eval previous := $(target)))
+
+# The figures that git keeps are those of the full profile.
+$(BUILD)/manifest.json: $(EXECUTED)
+	@$(if $(EXECUTED),,echo "there are no notebooks in $(NOTEBOOKS)/" >&2; exit 1)
+	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/figures" ]; then mkdir -p figures && cp -R "$(BUILD)/figures/." figures/; fi
+	@$(PY) -m permdistill.manifest "$(BUILD)"
+	$(eval MADE := yes)
+
+.PHONY: paper
+paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks (within the hour on 2 cores)
+	@echo "$(if $(MADE),done,nothing to do): tables and figures are up to date, see $(BUILD)/ and $(BUILD)/manifest.json"
+
+.PHONY: audit
+audit: $(BUILD)/audit.ok ## re-score a random sample of the committed scores, fail if it differs
+
+.PHONY: scores
+scores: $(INSTALLED) ## make the committed scores (hours); continues where it was stopped
+	$(call score,"$(abspath scores)")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest
+
+.PHONY: test
+test: $(INSTALLED) ## all tests, and the notebooks' small profile against their stored outputs
+	TQDM_DISABLE=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+
+.PHONY: lab
+lab: $(INSTALLED) ## open the notebooks in JupyterLab
+	cd $(NOTEBOOKS) && $(PY) -m jupyterlab
+
+.PHONY: clean
+clean: ## delete what `make paper` built (live scores too), keep environment and downloads
+	rm -rf "$(BUILD)"
+
+.PHONY: distclean
+distclean: clean ## delete the virtual environment and caches too
+	rm -rf "$(VENV)" .pytest_cache .ruff_cache .mypy_cache .hypothesis permdistill.egg-info permdistill/__pycache__ tests/__pycache__

@@ -1,0 +1,104 @@
+"""Command line: ``permdistill fetch | score | audit`` (see ``permdistill COMMAND --help``)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from permdistill import data, profiles, scores
+from permdistill.assets import ASSETS, AssetError, fetch
+from permdistill.prompts import TEMPLATES
+from permdistill.teachers import TEACHERS, load_teacher
+
+SCORES = Path(__file__).parent.parent / "scores"
+
+# A live score may differ from a stored one by rounding: other cores sum in another order. Measured: `permdistill audit`.
+AUDIT_MEAN_TV, AUDIT_MAX_TV = 0.02, 0.15
+
+
+def _questions(args: argparse.Namespace) -> list[tuple[str, list[data.Question], str]]:
+    """(name, questions without gold answers, template name) of what the arguments ask for."""
+    if args.questions:
+        return [(Path(args.questions).stem, data.unlabelled(data.from_jsonl(args.questions)), args.template or "letters")]
+    jobs: dict[str, list[data.Question]] = {}
+    for task in args.tasks:
+        for split in args.splits:
+            loaded = profiles.load_task(task, split)
+            # The tasks of one template go together: the four attributes of SummEval share their documents.
+            jobs.setdefault(args.template or loaded.template.name, []).extend(data.unlabelled(loaded.questions))
+    return [("tasks", questions, template) for template, questions in jobs.items()]
+
+
+def _score(args: argparse.Namespace) -> None:
+    jobs = _questions(args)
+    teacher = load_teacher(args.teacher)
+    store = scores.Store(Path(args.scores) / teacher.name)
+    for _, questions, template in jobs:
+        done = scores.score(store, teacher, questions[: args.limit], TEMPLATES[template])
+        print(f"{teacher.name}, template {template}: {done} questions scored now, {len(questions[: args.limit]) - done} were in the store")
+    store.compact()
+
+
+def _audit(args: argparse.Namespace) -> None:
+    jobs = _questions(args)
+    teacher = load_teacher(args.teacher)
+    store = scores.Store(Path(args.scores) / teacher.name)
+    rng = np.random.default_rng(args.seed)
+    failed = False
+    for _, questions, template in jobs:
+        chosen = [questions[i] for i in rng.choice(len(questions), size=min(args.n, len(questions)), replace=False)]
+        tv = scores.audit(store, teacher, chosen, TEMPLATES[template])
+        bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
+        failed |= bad
+        print(
+            f"audit {teacher.name}, template {template}: {len(chosen)} questions re-scored, TV mean {tv.mean():.4f} "
+            f"(at most {AUDIT_MEAN_TV}), max {tv.max():.4f} (at most {AUDIT_MAX_TV}): {'FAILED' if bad else 'ok'}"
+        )
+    if failed:
+        sys.exit("the committed scores are not what this machine computes: rerun with live scores, and report it")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    main_parser = argparse.ArgumentParser(prog="permdistill", description=__doc__)
+    commands = main_parser.add_subparsers(required=True)
+
+    command = commands.add_parser("fetch", help="download assets into the cache")
+    command.add_argument("names", nargs="+", choices=list(ASSETS), metavar="NAME", help=", ".join(ASSETS))
+    command.set_defaults(run=lambda args: [print(fetch(name)) for name in args.names])
+
+    for name, run, text in (
+        ("score", _score, "score all orders of questions with a teacher, into a resumable store"),
+        ("audit", _audit, "re-score a random sample and compare with the store"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--teacher", default=TEACHERS[0], help=f"{', '.join(TEACHERS)}, a folder, or a hub repository")
+        command.add_argument("--tasks", nargs="+", choices=profiles.TASKS, default=profiles.TASKS, metavar="TASK", help=", ".join(profiles.TASKS))
+        command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
+        command.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
+        command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
+        command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
+        if name == "score":
+            command.add_argument("--limit", type=int, help="only the first so many questions of each template")
+        else:
+            command.add_argument("--n", type=int, default=8, help="questions per template")
+            command.add_argument("--seed", type=int, default=0)
+        command.set_defaults(run=run)
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``permdistill`` command."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (AssetError, data.BadRecords, scores.MissingScores, ValueError, OSError) as error:
+        sys.exit(f"permdistill: {error}")
+
+
+if __name__ == "__main__":
+    main()

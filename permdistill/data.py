@@ -1,0 +1,297 @@
+"""The question schema, and one loader per dataset.
+
+Every dataset becomes a list of :class:`Question`. Your own data works the same way: :func:`from_jsonl` and
+:func:`from_dataset` read records with the fields ``id, context, question, options, answer`` (``context`` and ``answer``
+may be absent or null), and refuse bad records *all at once*, by id, field and value, before any compute is spent.
+
+Gold answers live only here and in :mod:`permdistill.metrics`: whatever scores or trains takes questions through
+:func:`unlabelled`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import datasets
+import numpy as np
+
+from permdistill.assets import fetch
+from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "context": datasets.Value("string"),
+        "question": datasets.Value("string"),
+        "options": datasets.List(datasets.Value("string")),
+        "answer": datasets.Value("int64"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    id         unique within its list
+    context    passage or article, "" where there is none
+    question   the question itself
+    options    K = 2..6 different texts, in the dataset's own order
+    answer     index of the gold option, None where there is none (unlabelled, or tied human scores)
+    """
+
+    id: str
+    context: str
+    question: str
+    options: tuple[str, ...]
+    answer: int | None = None
+
+
+class BadRecords(ValueError):
+    """Some records do not fit the schema; the message lists every one with its id, field, value and the fix."""
+
+
+def _problems(record: Mapping[str, Any]) -> list[str]:
+    found = []
+
+    def bad(name: str, fix: str) -> None:
+        found.append(f"field {name!r} is {record.get(name)!r}: {fix}")
+
+    if not isinstance(record.get("id"), str) or not record["id"].strip():
+        bad("id", "give a non-empty string")
+    if not isinstance(record.get("context"), (str, type(None))):
+        bad("context", "give a string, or leave it out")
+    if not isinstance(record.get("question"), str) or not record["question"].strip():
+        bad("question", "give a non-empty string")
+    options = record.get("options")
+    if not isinstance(options, (list, tuple)) or not all(isinstance(o, str) for o in options):
+        bad("options", "give a list of strings")
+        return found
+    if any(not o.strip() for o in options):
+        bad("options", "an option is empty: remove it or write it out")
+    if not MIN_OPTIONS <= len(options) <= MAX_OPTIONS:
+        bad("options", f"{len(options)} options: give {MIN_OPTIONS} to {MAX_OPTIONS}")
+    repeated = [o for o, n in Counter(o.strip() for o in options).items() if n > 1 and o]
+    if repeated:
+        bad("options", f"repeated: {repeated}; options must differ")
+    answer = record.get("answer")
+    if answer is not None:
+        if isinstance(answer, bool) or not isinstance(answer, (int, np.integer)):
+            bad("answer", "give the index of the right option as an integer, or null")
+        elif not 0 <= answer < len(options):
+            bad("answer", f"out of range: give an index in 0..{len(options) - 1}, or null")
+    return found
+
+
+def validate(records: Iterable[Mapping[str, Any]], source: str = "records") -> list[Question]:
+    """Records -> questions. Raises :class:`BadRecords` that lists every bad record."""
+    questions, problems, seen = [], [], {}
+    for row, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            problems.append(f"record {row}: is {record!r}: give an object with the fields {', '.join(FEATURES)}")
+            continue
+        found = _problems(record)
+        name = record.get("id")
+        if isinstance(name, str) and seen.setdefault(name, row) != row:
+            found.append(f"field 'id' is {name!r}: already used by record {seen[name]}; ids must be unique")
+        problems += [f"record {row} (id {record.get('id')!r}): {p}" for p in found]
+        if not found:
+            answer = record.get("answer")
+            questions.append(
+                Question(
+                    record["id"],
+                    record.get("context") or "",
+                    record["question"],
+                    tuple(record["options"]),
+                    None if answer is None else int(answer),
+                )
+            )
+    if problems:
+        raise BadRecords(f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    return questions
+
+
+def from_jsonl(path: str | Path) -> list[Question]:
+    """Read a JSONL file, one question per line. Raises :class:`BadRecords`."""
+    path, records, broken = Path(path), [], []
+    # Split on "\n" only: texts may hold U+2028 and U+0085, at which str.splitlines would cut.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                broken.append(f"{path}, line {number}: not JSON ({error}); write one JSON object per line")
+    try:
+        questions = validate(records, str(path))
+    except BadRecords as error:
+        broken.append(str(error))
+    if broken:
+        raise BadRecords("\n".join(broken))
+    return questions
+
+
+def from_dataset(dataset: datasets.Dataset) -> list[Question]:
+    """Read a ``datasets.Dataset`` with the columns of :data:`FEATURES`. Raises :class:`BadRecords`."""
+    return validate(iter(dataset), "dataset")
+
+
+def to_dataset(questions: Sequence[Question]) -> datasets.Dataset:
+    """Questions -> ``datasets.Dataset`` with :data:`FEATURES`."""
+    return datasets.Dataset.from_list(
+        [{**q.__dict__, "options": list(q.options)} for q in questions], features=FEATURES
+    )
+
+
+def unlabelled(questions: Iterable[Question]) -> list[Question]:
+    """The same questions without their gold answers: the only form in which scoring and training see them."""
+    return [replace(q, answer=None) for q in questions]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What makes a question unfit for permutation
+
+_UNSAFE = re.compile(
+    r"(?<!\w)((all|none|both|neither|any|either|each)( \w+)? of (the )?(above|these|those|them|options|answers|choices)"
+    r"|(both|neither|either)?\s*\(?[A-F]\)? (and|or|nor) \(?[A-F]\)?\s*$"
+    r"|the above|above (answers|options|choices))(?!\w)",
+)
+
+
+def permutation_unsafe(question: Question) -> bool:
+    """True when an option refers to other options or to their place ("all of the above", "both A and B").
+
+    Such a question changes its meaning with the order, so no order-invariant answer exists.
+    """
+    return any(_UNSAFE.search(o) or _UNSAFE.search(o[:1].lower() + o[1:]) for o in question.options)
+
+
+def _text(question: Question) -> tuple[str, ...]:
+    return (question.question.strip().lower(), *sorted(o.strip().lower() for o in question.options))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A clean split, and how many questions were left out for which reason."""
+
+    questions: list[Question]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def clean(questions: Sequence[Question], held_out: Sequence[Question] = (), k: int | None = None) -> Split:
+    """Leave out questions that are permutation-unsafe, repeated, also in ``held_out``, or not of ``k`` options."""
+    kept, left_out = [], Counter()
+    seen, held = set(), {_text(q) for q in held_out}
+    for q in questions:
+        text = (q.context, *_text(q))
+        if k is not None and len(q.options) != k:
+            left_out[f"not {k} options"] += 1
+        elif permutation_unsafe(q):
+            left_out["permutation-unsafe"] += 1
+        elif _text(q) in held:
+            left_out["also held out"] += 1
+        elif text in seen:
+            left_out["repeated"] += 1
+        else:
+            seen.add(text)
+            kept.append(q)
+    return Split(kept, dict(left_out))
+
+
+def sample(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
+    """``n`` questions drawn without replacement; a larger ``n`` with the same seed extends the smaller sample."""
+    if n > len(questions):
+        raise ValueError(f"{n} questions asked for, only {len(questions)} there: ask for at most {len(questions)}")
+    return [questions[i] for i in np.random.default_rng(seed).permutation(len(questions))[:n]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+MULTIPLE_CHOICE = ("arc_easy", "arc_challenge", "openbookqa")
+ATTRIBUTES = {
+    "coherence": "Which summary is more coherent?",
+    "consistency": "Which summary is more consistent with the article?",
+    "fluency": "Which summary is more fluent?",
+    "relevance": "Which summary covers the relevant content of the article better?",
+}
+
+
+def _read_olmo(task: str, split: str) -> list[Question]:
+    path = fetch(f"{task}.{split}")
+    records, seen = [], set()
+    for line in gzip.decompress(path.read_bytes()).decode("utf-8").split("\n"):
+        if not line:
+            continue
+        row = json.loads(line)
+        # The file repeats an item once per option, and a second time from doc_id 1,000,000 on.
+        if row["doc_id"] >= 1_000_000 or row["doc_id"] in seen:
+            continue
+        seen.add(row["doc_id"])
+        question = row["doc"]["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        records.append(
+            {
+                "id": f"{task}/{split}/{row['native_id']}",
+                "question": question,
+                "options": row["doc"]["choices"],
+                "answer": row["label"],
+            }
+        )
+    # Two items of ARC-Challenge repeat an option word for word; they cannot be permuted, so they are no questions here.
+    records = [r for r in records if len(set(o.strip() for o in r["options"])) == len(r["options"])]
+    return validate(records, str(path))
+
+
+def load_multiple_choice(task: str, split: str, k: int | None = 4) -> Split:
+    """ARC-Easy, ARC-Challenge or OpenBookQA; ``split`` is train, val or test. Training questions that also stand in
+    val or test *of any of the three sets* are left out."""
+    if task not in MULTIPLE_CHOICE or split not in ("train", "val", "test"):
+        raise ValueError(f"task {task!r}, split {split!r}: give one of {MULTIPLE_CHOICE} and train, val or test")
+    held_out = [] if split != "train" else [q for t in MULTIPLE_CHOICE for s in ("val", "test") for q in _read_olmo(t, s)]
+    return clean(_read_olmo(task, split), held_out, k)
+
+
+def load_summeval_pairs(n_systems: int = 16, seed: int = 0, attributes: Sequence[str] = tuple(ATTRIBUTES)) -> dict[str, list[Question]]:
+    """SummEval as pairwise comparison: {document id: questions}.
+
+    A question is one unordered pair of summaries of one document and one attribute, K = 2; its two orders are the two
+    ordered pairs of the paper. ``answer`` is the summary with the higher mean expert score, None when they tie.
+    ``n_systems`` of the 16 systems are drawn per document with ``seed``; a larger number extends a smaller one. Which
+    of the two summaries counts as the first option is a coin fixed by the pair's name, so that the original order
+    carries no information about the systems. The documents keep the file's order; split them by document, never by pair.
+    """
+    rows = json.loads(fetch("summeval").read_text(encoding="utf-8"))
+    by_document: dict[str, list[dict]] = {}
+    for row in rows:
+        by_document.setdefault(row["doc_id"], []).append(row)
+    result = {}
+    for number, (document, summaries) in enumerate(by_document.items()):
+        # Some systems wrote the same summary; a pair of equal options is no question.
+        summaries = list({s["system_output"].strip(): s for s in sorted(summaries, key=lambda s: s["system_id"])}.values())
+        chosen = sorted(np.random.default_rng((seed, number)).permutation(len(summaries))[:n_systems])
+        records = []
+        for i, j in combinations(chosen, 2):
+            a, b = summaries[i], summaries[j]
+            if crc32(f"{document} {a['system_id']} {b['system_id']}".encode()) % 2:
+                a, b = b, a
+            for attribute in attributes:
+                x, y = a["scores"][attribute], b["scores"][attribute]
+                records.append(
+                    {
+                        "id": f"summeval/{attribute}/{document}/{a['system_id']}-{b['system_id']}",
+                        "context": a["source"],
+                        "question": ATTRIBUTES[attribute],
+                        "options": [a["system_output"], b["system_output"]],
+                        "answer": None if x == y else int(y > x),
+                    }
+                )
+        result[document] = validate(records, "summeval")
+    return result

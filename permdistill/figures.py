@@ -1,0 +1,138 @@
+"""The paper's figures, one function each: tables or scores -> a matplotlib Figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from permdistill import metrics
+from permdistill.experiments import Scored
+from permdistill.orders import all_orders
+from permdistill.tables import BIASED, DEBIASED
+
+COLOURS = dict(zip(("teacher", "debiased", "copy", "student"), sns.color_palette("colorblind"), strict=False))
+NAMES = {"teacher": "biased teacher", "debiased": "all-orders average", "copy": "copied decision", "student": "student"}
+
+
+def _style() -> None:
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc={"figure.dpi": 110, "savefig.dpi": 200})
+
+
+def _label(task: str) -> str:
+    return {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "openbookqa": "OpenBookQA"}.get(
+        task, task.replace("summeval_", "SummEval ").replace("all", "all tasks")
+    )
+
+
+def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style) -> None:
+    """Points with 95% intervals, in points of 100, at heights y."""
+    value, low, high = (100 * frame[c].to_numpy() for c in (name, f"{name}_low", f"{name}_high"))
+    ax.errorbar(value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="o", capsize=2, lw=1, ms=4, **style)
+
+
+def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
+    """T1 as a picture. Left: permutation sensitivity of each teacher and task. Right: accuracy, biased and debiased."""
+    _style()
+    teachers, tasks = list(dict.fromkeys(table.teacher)), list(dict.fromkeys(table.task))
+    rows = [(t, x) for t in teachers for x in tasks if ((table.teacher == t) & (table.task == x)).any()]
+    y = np.arange(len(rows))[::-1]
+    by = table.set_index(["teacher", "task", "treatment"])
+    biased, debiased = (by.loc[[(*row, treatment) for row in rows]] for treatment in (BIASED, DEBIASED))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.2 + 0.32 * len(rows)), sharey=True, layout="constrained")
+    _interval(left, biased, "ps", y, color=COLOURS["teacher"])
+    left.set(xlabel="permutation sensitivity (total variation x 100)", xlim=(0, None))
+    _interval(right, biased, "accuracy", y + 0.13, color=COLOURS["teacher"], label="biased, mean over orders")
+    _interval(right, debiased, "accuracy", y - 0.13, color=COLOURS["debiased"], label="all-orders average")
+    right.set(xlabel="accuracy (%)")
+    left.set_yticks(y, [f"{_label(task)}  ({teacher})" for teacher, task in rows])
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def preferred_positions(scored: Sequence[Scored]) -> Figure:
+    """Probability that each label position gets over all items and orders; an unbiased teacher gives 1/K to each."""
+    _style()
+    teachers, tasks = list(dict.fromkeys(s.teacher for s in scored)), list(dict.fromkeys(s.task.name for s in scored))
+    figure, axes = plt.subplots(
+        len(tasks), len(teachers), figsize=(2.6 * len(teachers) + 1.2, 1.3 * len(tasks) + 0.5), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for s in scored:
+        ax = axes[tasks.index(s.task.name), teachers.index(s.teacher)]
+        ax.set_visible(True)
+        k = s.P.shape[2]
+        share = 100 * metrics.position_marginals(s.P, all_orders(k)).mean(axis=0)
+        ax.bar(list(s.task.template.labels[:k]), share, color=COLOURS["teacher"])
+        ax.axhline(100 / k, color="black", lw=1, ls="--")
+        ax.set(title=f"{_label(s.task.name)}\n{s.teacher}", ylim=(0, 100 if k == 2 else 60), ylabel="share (%)")
+        ax.grid(axis="x", visible=False)
+    return figure
+
+
+def students(table: pd.DataFrame) -> Figure:
+    """T2 or T3 as a picture: accuracy of every system on every task, the biased teacher's as a line."""
+    _style()
+    tasks, systems = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.system))
+    y = np.arange(len(systems))[::-1]
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(2.6 + 2.1 * len(tasks), 1 + 0.3 * len(systems)), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, task in zip(axes[0], tasks, strict=True):
+        part = table[table.task == task].set_index("system").loc[systems]
+        for kind, colour in COLOURS.items():
+            mine = (part.kind == kind).to_numpy()
+            if mine.any():
+                _interval(ax, part[mine], "accuracy", y[mine], color=colour)
+        ax.axvline(100 * part.accuracy.iloc[0], color=COLOURS["teacher"], lw=1, ls="--")
+        ax.set(title=_label(task), xlabel="accuracy (%)")
+    axes[0, 0].set_yticks(y, systems)
+    return figure
+
+
+def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
+    """F5: every system as a point per task, permutation sensitivity against accuracy. Up and to the left is better.
+
+    ``systems`` has the columns of the students' tables (task, system, kind, accuracy, ps).
+    """
+    _style()
+    tasks = list(dict.fromkeys(systems.task))
+    columns = min(4, len(tasks))
+    figure, axes = plt.subplots(
+        -(-len(tasks) // columns), columns, figsize=(2.7 * columns, 2.7 * -(-len(tasks) // columns) + 0.5), squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_visible(False)
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        part = systems[systems.task == task]
+        for kind, colour in COLOURS.items():
+            mine = part[part.kind == kind]
+            joint = mine.system.str.contains("joint head")
+            for chosen, marker, suffix in ((~joint, "o", ""), (joint, "s", ", joint head")):
+                if chosen.any():
+                    ax.scatter(
+                        100 * mine.ps[chosen], 100 * mine.accuracy[chosen], color=colour, marker=marker, s=34, alpha=0.85,
+                        edgecolor="white", linewidth=0.5, label=NAMES[kind] + (suffix if kind == "student" else ""),
+                    )
+        ax.set(title=_label(task), xlabel="permutation sensitivity (TV x 100)", ylabel="accuracy (%)", xlim=(-3, None))
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def save(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Write ``name.pdf`` and ``name.png`` into ``folder``/figures."""
+    folder = Path(folder) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    # No creation date inside: the same picture is the same file.
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    figure.savefig(folder / f"{name}.png")
+    return folder / f"{name}.png"

@@ -1,0 +1,129 @@
+"""The manifest of a run: what was run, on what, and what came of it.
+
+``python -m permdistill.manifest BUILD`` writes ``BUILD/manifest.json``, the last file of ``make paper``: commit, versions,
+sha256 of every score file, parameters and times of every executed notebook, sha256 of every figure and table.
+
+``python -m permdistill.manifest BUILD --measure NAME -- COMMAND ...`` runs a command, hands on its exit status, and keeps
+its time and peak memory in ``BUILD/resources/NAME.json`` for the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from permdistill.assets import sha256_of
+
+ROOT = Path(__file__).parent.parent
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the checkout; None where there is no git, no checkout or no commit."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _commit() -> dict[str, Any]:
+    commit = _git("rev-parse", "HEAD")
+    # The figures are products: drawing them anew does not make the sources differ from the commit.
+    changes = _git("status", "--porcelain", "--", ".", ":!figures")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _hashes(folder: Path, pattern: str = "*", below: Path | None = None) -> dict[str, str]:
+    """{path relative to ``below``: sha256} of the files under ``folder``; none if there is no such folder."""
+    files = sorted(p for p in folder.rglob(pattern) if p.is_file() and p.suffix != ".part")
+    return {p.relative_to(below or folder.parent).as_posix(): sha256_of(p) for p in files}
+
+
+def _notebooks(build: Path) -> dict[str, dict[str, Any]]:
+    """{name: parameters, times (ISO 8601, UTC) and seconds} of the executed notebooks, as papermill wrote them."""
+    result = {}
+    for path in sorted((build / "notebooks").glob("*.ipynb")):
+        if path.name.endswith(".part.ipynb"):
+            continue
+        ran = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill")
+        if ran is None:
+            raise ValueError(f"{path} was not executed by papermill: delete it and run `make paper` again")
+        result[path.stem] = {
+            "parameters": ran["parameters"],
+            "start": ran["start_time"],
+            "end": ran["end_time"],
+            "seconds": ran["duration"],
+            "sha256": sha256_of(path),
+        }
+    return result
+
+
+def _write_json(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def write(build: Path) -> Path:
+    """Write ``build/manifest.json``, atomically, and return its path. Raises ValueError on an unexecuted notebook."""
+    build = Path(build)
+    resources = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((build / "resources").glob("*.json"))}
+    manifest = {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": dict(sorted({d.metadata["Name"].lower(): d.version for d in distributions()}.items())),
+        "scores": _hashes(ROOT / "scores", "*.parquet") | _hashes(build / "scores", "*.parquet", build.parent),
+        "notebooks": _notebooks(build),
+        "resources": resources,
+        "products": {
+            **_hashes(build / "tables", below=build.parent),
+            **_hashes(build / "figures", below=build.parent),
+            **_hashes(ROOT / "figures"),
+        },
+    }
+    return _write_json(build / "manifest.json", manifest)
+
+
+def measure(command: Sequence[str], target: Path) -> int:
+    """Run ``command`` and return its exit status; if that is 0, write seconds and peak memory to ``target``.
+
+    The peak is that of the largest single process that the command started (getrusage(2), ru_maxrss), in bytes: for a
+    notebook, its kernel. The command keeps the terminal.
+    """
+    import resource  # POSIX only, like make
+
+    began = time.monotonic()
+    status = subprocess.run(command).returncode
+    if status == 0:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        _write_json(target, {"seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak})
+    return status
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of ``python -m permdistill.manifest``; see the module's docstring."""
+    if len(argv) == 1 and not argv[0].startswith("-"):
+        print(write(Path(argv[0])))
+        return 0
+    if len(argv) > 4 and argv[1] == "--measure" and argv[3] == "--":
+        return measure(argv[4:], Path(argv[0]) / "resources" / f"{argv[2]}.json")
+    print("usage: python -m permdistill.manifest BUILD [--measure NAME -- COMMAND ...]", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

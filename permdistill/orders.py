@@ -1,0 +1,63 @@
+"""Orders of K options, as plain integer arrays.
+
+An *order* is a permutation ``order`` of ``0..K-1`` in which ``order[k]`` is the index of the original option that is
+shown at position ``k`` (so position 0 carries label "A"). A list of orders is an array of shape (order, K). Scores that
+a model gives to *positions* are turned into scores of *options* by :func:`to_options`, and back by :func:`to_positions`;
+everything after the teacher is in option space, with axes (item, order, option).
+"""
+
+from __future__ import annotations
+
+from itertools import permutations
+from math import factorial
+
+import numpy as np
+
+MIN_OPTIONS, MAX_OPTIONS = 2, 6
+
+
+def _check_k(k: int) -> None:
+    if not MIN_OPTIONS <= k <= MAX_OPTIONS:
+        raise ValueError(f"K = {k} options: this package enumerates orders for K = {MIN_OPTIONS}..{MAX_OPTIONS}")
+
+
+def all_orders(k: int) -> np.ndarray:
+    """All K! orders in lexicographic order, the original (identity) first. Shape (K!, K)."""
+    _check_k(k)
+    return np.array(list(permutations(range(k))), dtype=np.int64)
+
+
+def cyclic_orders(k: int) -> np.ndarray:
+    """The K rotations of the original order, the original first. Shape (K, K)."""
+    _check_k(k)
+    return (np.arange(k)[:, None] + np.arange(k)[None, :]) % k
+
+
+def sample_orders(k: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``n`` different orders drawn uniformly without replacement. Shape (n, K).
+
+    Raises ValueError when ``n`` is not in 1..K!.
+    """
+    if not 1 <= n <= factorial(k):
+        raise ValueError(f"n = {n} orders of K = {k} options: there are only 1..{factorial(k)}")
+    return all_orders(k)[rng.choice(factorial(k), size=n, replace=False)]
+
+
+def inverse(orders: np.ndarray) -> np.ndarray:
+    """Inverse permutations: ``inverse(order)[o]`` is the position at which option ``o`` is shown. Same shape."""
+    return np.argsort(orders, axis=-1)
+
+
+def to_options(by_position: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """Values by position (..., order, position) -> values by option (..., order, option)."""
+    return np.take_along_axis(by_position, np.broadcast_to(inverse(orders), by_position.shape), axis=-1)
+
+
+def to_positions(by_option: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """Values by option (..., order, option) -> values by position (..., order, position)."""
+    return np.take_along_axis(by_option, np.broadcast_to(orders, by_option.shape), axis=-1)
+
+
+def apply(order: np.ndarray, options: list[str]) -> list[str]:
+    """The options as shown: ``[options[order[0]], options[order[1]], ...]``."""
+    return [options[i] for i in order]

@@ -1,0 +1,87 @@
+"""Question + order -> prompt text and label words. Templates are data: a template is a few strings, hashed into the
+content key of every score that it produced.
+
+Design decisions:
+
+* The instruction stands *before* the options and nothing but the chat template's own suffix stands after them. What
+  follows the options is different for each of the K! orders, so it is paid K! times by the shared-prefix engine.
+* For summaries the attribute's question comes *after* both summaries, so that the four attributes of one pair share
+  everything but a few tokens.
+* " A" and "A" are different tokens. Which of them follows the prompt is decided by the chat template and by
+  ``answer_prefix``; the labels here are the bare words, and :meth:`permdistill.teachers.CausalTeacher` checks that each
+  of them is one token at that place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from permdistill.data import Question
+from permdistill.orders import apply
+
+
+@dataclass(frozen=True)
+class Template:
+    """How one question in one order is written. ``str.format`` fields: context, question, label, option.
+
+    name            short identifier, used in file names
+    labels          the label words by position, at least as many as there are options
+    before          text before the options; ``before_no_context`` replaces it when the context is empty
+    option          one option; repeated for every position
+    after           text after the options
+    answer_prefix   start of the assistant's turn; the next token is the label
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    before: str
+    before_no_context: str
+    option: str
+    after: str = ""
+    answer_prefix: str = ""
+
+    @property
+    def key(self) -> str:
+        """sha256 over everything that changes a prompt."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def user_message(self, question: Question, order: Sequence[int]) -> str:
+        """The user's turn for ``question`` with its options in ``order`` (see :mod:`permdistill.orders`)."""
+        k = len(question.options)
+        if k > len(self.labels):
+            raise ValueError(f"question {question.id!r} has {k} options, template {self.name!r} only {len(self.labels)} labels")
+        before = self.before if question.context else self.before_no_context
+        fields = {"context": question.context, "question": question.question}
+        options = "".join(
+            self.option.format(label=label, option=option)
+            for label, option in zip(self.labels, apply(order, question.options), strict=False)
+        )
+        return before.format(**fields) + options + self.after.format(**fields)
+
+
+_MC = "Answer the multiple-choice question. Reply with the letter of the correct option only.\n\n"
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template(
+            name="letters",
+            labels=tuple("ABCDEF"),
+            before=_MC + "{context}\n\nQuestion: {question}\n",
+            before_no_context=_MC + "Question: {question}\n",
+            option="{label}. {option}\n",
+        ),
+        Template(
+            name="summaries",
+            labels=tuple("123456"),
+            before="Compare the summaries of this article.\n\nArticle: {context}\n\n",
+            before_no_context="Compare the summaries.\n\n",
+            option="Summary {label}: {option}\n\n",
+            after="{question} Reply with the number of the summary only.",
+            answer_prefix="Summary ",
+        ),
+    )
+}

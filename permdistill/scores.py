@@ -1,0 +1,180 @@
+"""The store of teacher scores: what was paid for once is never paid for again.
+
+A store is a folder of parquet files with one row an item::
+
+    key        content key: sha256 over teacher (weights, number format), template, orders, and the item's texts
+    id         the question's id (for people; never used to find a row)
+    k          number of options
+    n_orders   number of orders; they are :func:`permdistill.orders.all_orders` unless the metadata says otherwise
+    log_probs  float32 list, (order, option) in C order: log-probability of each option's label over the vocabulary
+
+Rows hold numbers, ids and orders only, no dataset text. A run appends shards (write, then atomic rename), so a killed run
+loses only the group in flight, and a second run starts where the first stopped, because a row is found by content.
+``compact`` merges the shards into one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from permdistill.data import Question
+from permdistill.orders import all_orders
+from permdistill.prompts import Template
+from permdistill.teachers import Teacher
+
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "id": pa.string(),
+        "k": pa.int8(),
+        "n_orders": pa.int16(),
+        "log_probs": pa.list_(pa.float32()),
+    }
+)
+
+
+class MissingScores(LookupError):
+    """The store lacks scores that were asked for; the message says how to make them."""
+
+
+def content_key(question: Question, orders: np.ndarray, template: Template, model_key: str) -> str:
+    """What a score depends on, and nothing else: a new docstring, file time or id changes no key."""
+    parts = [model_key, template.key, orders.tolist(), question.context, question.question, list(question.options)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+class Store:
+    """Scores in a folder of parquet files, by content key."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._rows: dict[str, dict] = {}
+        self._read(sorted(self.folder.glob("*.parquet")))
+
+    def _read(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            for row in pq.read_table(path, schema=SCHEMA).to_pylist():
+                self._rows[row["key"]] = row
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def append(self, rows: Sequence[dict]) -> None:
+        """Add rows as one new shard: on disk, complete, before this returns."""
+        if rows:
+            _write(self.folder / f"part-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet", rows)
+            self._rows.update((row["key"], row) for row in rows)
+
+    def compact(self, name: str = "scores") -> Path:
+        """Merge everything into ``<name>.parquet``, also what other processes have added meanwhile. A kill in the middle
+        leaves rows twice, never none."""
+        old = set(self.folder.glob("*.parquet"))
+        self._read(sorted(old))
+        path = self.folder / f"{name}.parquet"
+        _write(path, sorted(self._rows.values(), key=lambda row: (row["id"], row["key"])))
+        for shard in old - {path}:
+            shard.unlink()
+        return path
+
+    def get(self, key: str) -> np.ndarray:
+        """Log-probabilities (order, option) of one row. Raises KeyError."""
+        row = self._rows[key]
+        return np.array(row["log_probs"], dtype=np.float64).reshape(row["n_orders"], row["k"])
+
+
+def _write(path: Path, rows: Sequence[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part, compression="zstd")
+    os.replace(part, path)
+
+
+def score(
+    store: Store, teacher: Teacher, questions: Sequence[Question], template: Template, seconds_per_shard: float = 30.0
+) -> int:
+    """Score what the store lacks, all K! orders of each question. Returns the number of questions scored now.
+
+    Questions with the same context and K are scored together, so that they pay for it once. A new shard is written about
+    every ``seconds_per_shard``: that much work is lost when the process is killed. Raises ValueError before any compute
+    when a question does not fit the template.
+    """
+    missing: dict[str, Question] = {}  # by content: the same texts under two ids are paid once
+    for question in questions:
+        orders = all_orders(len(question.options))
+        template.user_message(question, orders[0])  # an impossible question must fail here, not after hours
+        key = content_key(question, orders, template, teacher.model_key)
+        if key not in store:
+            missing[key] = question
+    groups: dict[tuple, list[Question]] = {}
+    for question in missing.values():
+        groups.setdefault((question.context or question.id, len(question.options)), []).append(question)
+    rows: list[dict] = []
+    saved = time.monotonic()
+    bar = tqdm(total=len(questions), initial=len(questions) - len(missing), unit="question", desc=f"score {teacher.name}", disable=None)
+    try:
+        for group in groups.values():
+            orders = all_orders(len(group[0].options))
+            for question, log_probs in zip(group, teacher.log_probs(group, orders, template), strict=True):
+                key = content_key(question, orders, template, teacher.model_key)
+                values = np.asarray(log_probs, dtype=np.float32)
+                if not np.isfinite(values).all():
+                    raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {values}")
+                rows.append({"key": key, "id": question.id, "k": orders.shape[1], "n_orders": len(orders), "log_probs": values.ravel()})
+            bar.update(len(group))
+            if time.monotonic() - saved >= seconds_per_shard:
+                store.append(rows)
+                rows, saved = [], time.monotonic()
+    finally:
+        store.append(rows)  # also when interrupted: what is paid for is kept
+        bar.close()
+    return len(missing)
+
+
+def load(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> np.ndarray:
+    """Log-probabilities (item, order, option), float64, of questions with the same K.
+
+    Raises :class:`MissingScores` that counts and names what is missing.
+    """
+    ks = {len(q.options) for q in questions}
+    if len(ks) != 1:
+        raise ValueError(f"questions have different numbers of options {sorted(ks)}: load each K for itself")
+    orders = all_orders(ks.pop())
+    keys = [content_key(q, orders, template, model_key) for q in questions]
+    missing = [q.id for q, key in zip(questions, keys, strict=True) if key not in store]
+    if missing:
+        raise MissingScores(
+            f"{len(missing)} of {len(questions)} questions have no scores in {store.folder} (first: {missing[0]!r}; teacher "
+            f"{model_key!r}, template {template.name!r}). Make them with `permdistill score` (see --help) or score()."
+        )
+    return np.stack([store.get(key) for key in keys])
+
+
+def probabilities(log_probs: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the vocabulary -> probabilities renormalised over the K options (last axis)."""
+    shifted = np.exp(log_probs - log_probs.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def audit(store: Store, teacher: Teacher, questions: Iterable[Question], template: Template) -> np.ndarray:
+    """Score ``questions`` live and compare with the store: total variation between the two, (item, order)."""
+    differences = []
+    for question in questions:
+        orders = all_orders(len(question.options))
+        stored = probabilities(load(store, [question], template, teacher.model_key))
+        live = probabilities(teacher.log_probs([question], orders, template).astype(np.float64))
+        differences.append(np.abs(stored - live).sum(axis=-1)[0] / 2)
+    return np.stack(differences)

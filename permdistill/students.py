@@ -1,0 +1,334 @@
+"""Students: a compact encoder + a head x what it reads. A student is a system like any other: P (item, order, option).
+
+Heads
+    joint       the paper's: one sequence per (question, order) with the options as shown, and a K-way head over label
+                *positions*. Not order-equivariant: it has to learn to bind letters to options.
+    per_option  each option in a sequence of its own, one score each, softmax over the options. No sequence depends on the
+                order, so the student is exactly order-equivariant, and an option that occurs in many questions (one summary
+                in many pairs) is scored once.
+
+Inputs
+    plain       context, question and options: pure distillation
+    prediction  also the teacher's one decision for that order: error correction. joint appends "Prediction: A", per_option
+                marks each option "(chosen)" or "(not chosen)".
+
+Saved students are ordinary transformers checkpoints plus ``permdistill.json``, the :class:`StudentConfig`.
+Source: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; the per-option head is ours).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Encoding
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from permdistill.assets import ASSETS, fetch_folder, sha256_of
+from permdistill.data import Question
+from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, to_options
+
+HEADS, INPUTS = ("joint", "per_option"), ("plain", "prediction")
+LABELS = "ABCDEF"
+CONFIG_FILE = "permdistill.json"
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What a student is, before any training.
+
+    encoder     a name in :data:`permdistill.assets.ASSETS` ("all-MiniLM-L6-v2"), a local folder, or a hub repository
+    head        joint | per_option
+    inputs      plain | prediction
+    k           number of options, 2..6
+    max_length  tokens a sequence; only context and question are ever cut, see :meth:`Student.encode`
+    """
+
+    encoder: str
+    head: str = "joint"
+    inputs: str = "plain"
+    k: int = 4
+    max_length: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.encoder:
+            raise ValueError(f"encoder {self.encoder!r}: give an asset's name, a folder, or a hub repository")
+        for name, value, known in (("head", self.head, HEADS), ("inputs", self.inputs, INPUTS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}: give one of {', '.join(known)}")
+        if not MIN_OPTIONS <= self.k <= MAX_OPTIONS:
+            raise ValueError(f"k = {self.k} options: give {MIN_OPTIONS}..{MAX_OPTIONS}")
+        if self.max_length < 8:
+            raise ValueError(f"max_length = {self.max_length} tokens: give at least 8")
+
+
+class Text(NamedTuple):
+    """One input sequence: the text pair (context + question, second)."""
+
+    context: str
+    question: str
+    second: str
+
+    @property
+    def first(self) -> str:
+        return f"{self.context} {self.question}" if self.context else self.question
+
+
+Row = dict[str, np.ndarray]  # one tokenised sequence: input_ids and, where the encoder has them, token_type_ids
+
+
+def texts(config: StudentConfig, question: Question, order: Sequence[int], decision: int | None = None) -> list[Text]:
+    """The sequences of one question in one order: one (joint), or one per *option* (per_option, whatever the order).
+
+    ``decision`` is the index of the option that the teacher chose in this order, None for plain inputs.
+    """
+    if config.head == "joint":
+        shown = [question.options[o] for o in order]
+        second = " ".join(f"{label}) {option}" for label, option in zip(LABELS, shown, strict=False))
+        if decision is not None:
+            second += f" Prediction: {LABELS[list(order).index(decision)]}"
+        return [Text(question.context, question.question, second)]
+    marks = ["" if decision is None else " (chosen)" if o == decision else " (not chosen)" for o in range(config.k)]
+    return [Text(question.context, question.question, o + m) for o, m in zip(question.options, marks, strict=True)]
+
+
+@dataclass
+class Student:
+    """A model and its tokenizer under a :class:`StudentConfig`. Make one with :func:`build` or :meth:`from_pretrained`."""
+
+    config: StudentConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(
+        self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None = None
+    ) -> tuple[list[Row], np.ndarray]:
+        """Tokenise each *different* sequence once.
+
+        orders (item, order, K) and decisions (item, order) -> (sequences, index). ``index`` says which sequence belongs
+        where: (item, order) for the joint head, (item, order, option) for the per-option head. A sequence that is too
+        long loses the end of its context, then the beginning of its question, never options or the prediction; raises
+        ValueError when that is not enough, and when questions or decisions do not fit the config.
+        """
+        self._check(questions, orders, decisions)
+        seen: dict[Text, int] = {}
+        ids: list[str] = []  # of the first question that needs the sequence, for error messages
+        index = []
+        for i, question in enumerate(questions):
+            for j, order in enumerate(orders[i]):
+                for text in texts(self.config, question, order, None if decisions is None else int(decisions[i, j])):
+                    if text not in seen:
+                        ids.append(question.id)
+                    index.append(seen.setdefault(text, len(seen)))
+        shape = orders.shape[:2] if self.config.head == "joint" else orders.shape
+        return self._tokenise(list(seen), ids), np.array(index, dtype=np.int64).reshape(shape)
+
+    def _check(self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None) -> None:
+        k = self.config.k
+        for question in questions:
+            if len(question.options) != k:
+                raise ValueError(f"question {question.id!r} has {len(question.options)} options, the student k = {k}")
+        if orders.ndim != 3 or orders.shape[0] != len(questions) or (np.sort(orders, axis=-1) != np.arange(k)).any():
+            raise ValueError(f"orders of shape {orders.shape[1:]}: give (order, {k}) permutations of 0..{k - 1}")
+        if (decisions is not None) != (self.config.inputs == "prediction"):
+            state = "missing" if decisions is None else "given"
+            fix = "'prediction' needs the teacher's option indices (item, order), 'plain' takes none"
+            raise ValueError(f"inputs={self.config.inputs!r} and decisions {state}: {fix}")
+        if decisions is None:
+            return
+        if decisions.shape != orders.shape[:2] or not np.issubdtype(decisions.dtype, np.integer):
+            raise ValueError(f"decisions of shape {decisions.shape}, {decisions.dtype}: give integers {orders.shape[:2]}")
+        for i, j in np.argwhere((decisions < 0) | (decisions >= k))[:1]:
+            raise ValueError(f"question {questions[i].id!r}, order {j}: decision {decisions[i, j]}, give 0..{k - 1}")
+
+    def _tokenise(self, different: list[Text], ids: list[str], chunk: int = 1024) -> list[Row]:
+        rows = []
+        for start in range(0, len(different), chunk):
+            part = different[start : start + chunk]
+            encoded = self.tokenizer([t.first for t in part], [t.second for t in part], verbose=False)
+            names = [name for name in encoded if name != "attention_mask"]
+            for i, text in enumerate(part):
+                cut = self._cut(encoded[i], text, ids[start + i])
+                rows.append({name: np.delete(np.array(encoded[name][i], dtype=np.int32), cut) for name in names})
+        return rows
+
+    def _cut(self, encoding: Encoding, text: Text, id_: str) -> list[int]:
+        """Places of the tokens to drop, so that max_length remain."""
+        excess = len(encoding.ids) - self.config.max_length
+        if excess <= 0:
+            return []
+        first = [place for place, part in enumerate(encoding.sequence_ids) if part == 0]
+        if excess >= len(first):
+            raise ValueError(
+                f"question {id_!r}: {text.second[:60]!r}.. and 1 token of the question take "
+                f"{len(encoding.ids) - len(first) + 1} tokens, max_length is {self.config.max_length}: give a larger one"
+            )
+        n_context = sum(encoding.offsets[place][1] <= len(text.context) for place in first)
+        begin = max(n_context - excess, 0)
+        return first[begin : begin + excess]
+
+    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """One forward pass. Logits (sequence, K) by position for the joint head, (sequence, 1) for the per-option head."""
+        inputs = {}
+        for name in rows[0]:
+            fill = self.tokenizer.pad_token_id if name == "input_ids" else 0
+            inputs[name] = pad_sequence(
+                [torch.from_numpy(r[name]).long() for r in rows], batch_first=True, padding_value=fill
+            )
+        lengths = torch.tensor([len(r["input_ids"]) for r in rows])
+        inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # (sequence, token)
+        if self.config.head == "per_option":
+            inputs = {name: value[:, None] for name, value in inputs.items()}  # (sequence, choices = 1, token)
+        return self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits.float()
+
+    def gather(self, logits: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        """Logits of the different sequences -> (item, order, position) for joint, (item, order, option) for per_option."""
+        places = torch.from_numpy(index)
+        return logits[places] if self.config.head == "joint" else logits[:, 0][places]
+
+    def predict(
+        self,
+        questions: Sequence[Question],
+        orders: np.ndarray,
+        decisions: np.ndarray | None = None,
+        batch_tokens: int = 8192,
+        autocast: bool | None = None,
+    ) -> np.ndarray:
+        """P (item, order, option), float64, in option space.
+
+        orders        (order, K)
+        decisions     (item, order) option indices, the teacher's; required for inputs="prediction", else refused
+        batch_tokens  tokens a forward pass, padding included; bounds the memory above the weights
+        autocast      bfloat16 matrix products; None: where the machine has units for them
+        """
+        orders, k = np.asarray(orders), self.config.k
+        same = self.config.head == "per_option" and decisions is None  # nothing depends on the order: compute it once
+        used = orders[:1] if same else orders
+        rows, index = self.encode(questions, np.broadcast_to(used, (len(questions), *used.shape)), decisions)
+        lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+        logits = torch.empty(len(rows), k if self.config.head == "joint" else 1)
+        self.model.eval()
+        bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}", disable=None)
+        with bar, torch.inference_mode(), mixed_precision(self.model.device, autocast):
+            for batch in by_length(lengths, batch_tokens):
+                logits[batch] = self.logits([rows[i] for i in batch]).cpu()
+                bar.update(len(batch))
+        p = self.gather(logits.double(), index).softmax(-1).numpy()
+        if self.config.head == "joint":
+            p = to_options(p, orders)
+        return np.broadcast_to(p, (len(questions), len(orders), k)).copy()
+
+    def save(self, path: str | Path) -> None:
+        """Write a transformers checkpoint and permdistill.json. A kill leaves no folder that loads as something half old."""
+        path = Path(path)
+        part = path / ".part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        with _quiet():
+            self.model.save_pretrained(part)
+        self.tokenizer.save_pretrained(part)
+        (part / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        (path / CONFIG_FILE).unlink(missing_ok=True)  # without it the folder is no student; it comes back last
+        for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG_FILE):
+            os.replace(file, path / file.name)
+        part.rmdir()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Student:
+        """A student that :meth:`save` wrote. Raises FileNotFoundError when ``path`` is none, or only half written."""
+        file = Path(path) / CONFIG_FILE
+        if not file.exists():
+            raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: give a folder that Student.save finished")
+        return _load(StudentConfig(**json.loads(file.read_text(encoding="utf-8"))), str(path))
+
+
+def build(config: StudentConfig, seed: int) -> Student:
+    """An untrained student: the encoder's weights under a new random head, in float32. Seeds torch with ``seed``.
+
+    Raises ValueError when the encoder has fewer positions than max_length.
+    """
+    name = config.encoder
+    return _load(config, str(fetch_folder(name)) if _is_asset(name) else name, seed)
+
+
+def encoder_key(name: str) -> str:
+    """Identifies an encoder by the content of its weights where they are at hand: changed weights, changed key."""
+    if _is_asset(name):
+        return f"sha256:{ASSETS[f'{name}/model.safetensors'].sha256}"
+    weights = sorted(Path(name).glob("*.safetensors"))
+    return f"sha256:{','.join(sha256_of(w) for w in weights)}" if weights else f"hub:{name}"
+
+
+def _is_asset(name: str) -> bool:
+    return f"{name}/model.safetensors" in ASSETS
+
+
+def _load(config: StudentConfig, source: str, seed: int = 0) -> Student:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    labels = dict(enumerate(LABELS[: config.k]))
+    with _quiet():
+        torch.manual_seed(seed)  # what a checkpoint lacks, here the head, is drawn inside from_pretrained
+        if config.head == "joint":
+            names = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, **names)
+        else:
+            model = AutoModelForMultipleChoice.from_pretrained(source, dtype=torch.float32)
+    positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    if model.config.model_type in _OFFSET_POSITIONS:
+        positions -= model.config.pad_token_id + 1
+    if config.max_length > positions:
+        raise ValueError(
+            f"max_length = {config.max_length}: encoder {config.encoder!r} has {positions} positions, give no more"
+        )
+    return Student(config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report that the head is new, which is the purpose, and without its progress bars."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def mixed_precision(device: torch.device, autocast: bool | None = None) -> torch.autocast:
+    """bfloat16 matrix products over float32 weights; None: on a GPU and on a CPU with tile units (AMX), else off."""
+    if autocast is None:
+        autocast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast)
+
+
+def by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Sequences in batches of similar length, each of at most ``batch_tokens`` tokens with padding (one sequence at least).
+
+    The longest come first: what does not fit into memory fails at once.
+    """
+    waiting = np.argsort(-lengths, kind="stable")
+    while len(waiting):
+        n = max(1, batch_tokens // int(lengths[waiting[0]]))
+        yield waiting[:n]
+        waiting = waiting[n:]

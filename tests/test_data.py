@@ -1,0 +1,248 @@
+"""The question schema: bad records are refused, all at once; unsafe and repeated questions are left out, and counted."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+
+from permdistill import data
+from permdistill.data import BadRecords, Question
+
+GOOD = {"id": "q1", "context": "", "question": "What is hot?", "options": ["ice", "fire"], "answer": 1}
+
+
+def make(
+    options: list[str], id: str = "q", question: str = "Which?", context: str = "", answer: int | None = None
+) -> Question:
+    return Question(id, context, question, tuple(options), answer)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation
+
+
+def test_good_record_becomes_question():
+    assert data.validate([GOOD]) == [Question("q1", "", "What is hot?", ("ice", "fire"), 1)]
+
+
+def test_context_and_answer_may_be_absent_or_null():
+    bare = {"id": "q1", "question": "What?", "options": ["a", "b"]}
+    assert data.validate([bare]) == data.validate([{**bare, "context": None, "answer": None}])
+    assert data.validate([bare])[0].answer is None
+    assert data.validate([bare])[0].context == ""
+
+
+@pytest.mark.parametrize("k", range(2, 7))
+def test_two_to_six_options_are_accepted(k):
+    assert len(data.validate([{**GOOD, "options": [f"o{i}" for i in range(k)]}])[0].options) == k
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("id", "", "''"),
+        ("id", "  ", "'  '"),
+        ("id", 7, "7"),
+        ("id", None, "None"),
+        ("context", 3.5, "3.5"),
+        ("context", ["a"], "['a']"),
+        ("context", 0, "0"),  # false, but no text
+        ("question", "", "''"),
+        ("question", " \n", r"' \n'"),
+        ("question", 12, "12"),
+        ("options", "abc", "'abc'"),
+        ("options", None, "None"),
+        ("options", ["one"], "1 options"),
+        ("options", [], "0 options"),
+        ("options", list("abcdefg"), "7 options"),
+        ("options", ["a", 2], "2"),
+        ("options", ["a", ""], "['a', '']"),
+        ("options", ["same", "same "], "repeated: ['same']"),
+        ("answer", 2, "0..1"),
+        ("answer", -1, "-1"),
+        ("answer", "1", "'1'"),
+        ("answer", 1.0, "1.0"),
+        ("answer", True, "True"),
+    ],
+)
+def test_bad_record_is_refused_by_id_field_and_value(field, value, shown):
+    record = {**GOOD, field: value}
+    with pytest.raises(BadRecords) as caught:
+        data.validate([record])
+    message = str(caught.value)
+    assert f"id {record['id']!r}" in message
+    assert f"field {field!r}" in message
+    assert shown in message
+
+
+def test_unhashable_id_is_a_bad_record_not_a_crash():
+    with pytest.raises(BadRecords, match=r"field 'id' is \['q1'\]"):
+        data.validate([{**GOOD, "id": ["q1"]}])
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(BadRecords) as caught:
+        data.validate([{"id": "q1"}])
+    assert "field 'question' is None" in str(caught.value)
+    assert "field 'options' is None" in str(caught.value)
+
+
+def test_all_bad_records_are_listed_at_once():
+    records = [
+        GOOD,
+        {**GOOD, "id": "q2", "answer": 9},
+        {**GOOD, "id": "q3", "question": "", "options": ["a"], "answer": 0},
+        "text",
+        GOOD,
+    ]
+    with pytest.raises(BadRecords) as caught:
+        data.validate(records, "my file")
+    message = str(caught.value)
+    assert message.startswith("my file: 5 problem(s)")
+    assert "record 1 (id 'q2'): field 'answer' is 9" in message
+    assert "record 2 (id 'q3'): field 'question'" in message
+    assert "record 2 (id 'q3'): field 'options'" in message
+    assert "record 3: is 'text'" in message
+    assert "record 4 (id 'q1'): field 'id' is 'q1': already used by record 0" in message
+
+
+def test_repeated_id_is_reported_also_when_its_first_record_is_bad():
+    with pytest.raises(BadRecords, match="3 problem"):
+        data.validate([{**GOOD, "answer": 5}, GOOD, {**GOOD, "question": "Else?"}])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files and datasets
+
+
+def test_jsonl_with_unicode_line_separators(tmp_path):
+    text = "one\u2028two\u0085three\x0bfour"
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        json.dumps({**GOOD, "question": text}, ensure_ascii=False) + "\n\n" + json.dumps({**GOOD, "id": "q2"}),
+        encoding="utf-8",
+    )
+    assert [q.id for q in data.from_jsonl(path)] == ["q1", "q2"]
+    assert data.from_jsonl(path)[0].question == text
+
+
+def test_jsonl_errors_name_file_and_lines_all_at_once(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n{oops\n" + json.dumps({**GOOD, "id": "q2", "answer": 4}) + "\n[1,\n")
+    with pytest.raises(BadRecords) as caught:
+        data.from_jsonl(path)
+    for part in ("mine.jsonl", "line 2: not JSON", "line 4: not JSON", "id 'q2'"):
+        assert part in str(caught.value)
+
+
+def test_dataset_round_trip():
+    questions = [make(["a", "b", "c"], "q1", context="Passage.", answer=2), make(["x", "y"], "q2")]
+    dataset = data.to_dataset(questions)
+    assert dataset.features == data.FEATURES
+    assert data.from_dataset(dataset) == questions
+
+
+def test_bad_dataset_is_refused():
+    with pytest.raises(BadRecords, match="id 'q1'.*'answer' is 5"):
+        data.from_dataset(datasets.Dataset.from_list([{**GOOD, "answer": 5}]))
+
+
+def test_unlabelled_removes_the_answer_and_nothing_else():
+    labelled = make(["a", "b"], context="c", answer=1)
+    assert data.unlabelled([labelled]) == [make(["a", "b"], context="c", answer=None)]
+    assert labelled.answer == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Permutation-unsafe options
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "all of the above",
+        "All of the above",
+        "none of the above.",
+        "None of these",
+        "none of these answers",
+        "both of the above",
+        "Neither of these",
+        "any of the options",
+        "both A and B",
+        "Both A and B",
+        "A and C",
+        "A or B",
+        "neither B nor C",
+        "both (A) and (B)",
+        "(A) and (C)",
+        "the above answers are wrong",
+    ],
+)
+def test_options_that_refer_to_others_are_unsafe(option):
+    assert data.permutation_unsafe(make(["ice", "fire", option]))
+    assert data.permutation_unsafe(make([option, "ice", "fire"]))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "above the clouds",
+        "all of the planets",
+        "none",
+        "both parents",
+        "all of the energy is lost",
+        "neither gains nor loses heat",
+        "A and the sea",
+        "hepatitis B",
+        "the temperature rises above zero",
+        "each of the cells",
+        "a and b",
+    ],
+)
+def test_harmless_options_are_safe(option):
+    assert not data.permutation_unsafe(make(["ice", "fire", option]))
+
+
+def test_the_question_text_does_not_make_a_question_unsafe():
+    assert not data.permutation_unsafe(make(["ice", "fire"], question="Which of the above is hot?"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cleaning and sampling
+
+
+def test_clean_keeps_order_and_counts_reasons():
+    questions = [
+        make(["ice", "fire"], "kept", "Hot?"),
+        make(["ice", "fire"], "same", " hot? "),
+        make(["fire", "ice"], "same options, other order", "Hot?"),
+        make(["ice", "fire"], "same question, other passage", "Hot?", context="It burns."),
+        make(["ice", "fire", "water"], "three", "Hot?"),
+        make(["ice", "none of the above"], "unsafe", "Cold?"),
+        make(["sun", "moon"], "in the test set", "Bright?"),
+        make(["sun", "moon"], "also kept", "Round?"),
+    ]
+    split = data.clean(questions, held_out=[make(["Moon", "sun"], "other id", "bright?")], k=2)
+    assert [q.id for q in split.questions] == ["kept", "same question, other passage", "also kept"]
+    assert split.left_out == {"repeated": 2, "not 2 options": 1, "permutation-unsafe": 1, "also held out": 1}
+    assert len(split.questions) + sum(split.left_out.values()) == len(questions)
+
+
+def test_clean_of_clean_changes_nothing():
+    questions = [make(["a", "b"], str(i), f"Question {i}?") for i in range(5)]
+    assert data.clean(questions) == data.Split(questions, {})
+
+
+def test_samples_are_nested_and_repeatable():
+    questions = [make(["a", "b"], str(i)) for i in range(30)]
+    large = data.sample(questions, 20, seed=3)
+    assert data.sample(questions, 8, seed=3) == large[:8]
+    assert len({q.id for q in large}) == 20
+    assert data.sample(questions, 20, seed=4) != large
+
+
+def test_sample_that_is_too_large_is_refused():
+    with pytest.raises(ValueError, match="5 questions asked for, only 1"):
+        data.sample([make(["a", "b"])], 5, seed=0)

@@ -1,0 +1,167 @@
+"""From stored scores to tables and figures, on planted teachers whose truth is known."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from test_students import make_encoder
+
+from permdistill import debias, experiments, figures, metrics, profiles, scores, tables
+from permdistill.data import Question, unlabelled
+from permdistill.experiments import Scored
+from permdistill.orders import all_orders
+from permdistill.prompts import TEMPLATES
+from permdistill.students import StudentConfig
+from permdistill.teachers import PlantedTeacher
+from permdistill.training import TrainingConfig
+
+matplotlib.use("Agg")
+
+
+def planted(name: str, n: int = 40, k: int = 3, bias: float = 2.0, seed: int = 0, ties: int = 0) -> Scored:
+    """A task whose teacher knows every answer (1 nat above the rest) but prefers the first position by ``bias`` nats."""
+    rng = np.random.default_rng(seed)
+    answers = rng.integers(k, size=n)
+    questions = [
+        Question(f"{name}/{i}", "", f"which is {w} ?", tuple(f"{w} {o}" for o in ("cat", "dog", "bird")[:k]), int(a) if i >= ties else None)
+        for i, (a, w) in enumerate(zip(answers, rng.choice(["tall", "small", "old", "new"], n), strict=True))
+    ]
+    teacher = PlantedTeacher({q.id: np.eye(k)[a] for q, a in zip(questions, answers, strict=True)}, np.eye(k)[0] * bias)
+    P = scores.probabilities(teacher.log_probs(questions, all_orders(k), TEMPLATES["letters"]).astype(float))
+    task = profiles.Task(name, questions, TEMPLATES["letters"], [q.id for q in questions], [name] * n, {"repeated": 3})
+    return Scored("planted", task, P)
+
+
+def test_teachers_table_knows_the_planted_truth():
+    frame = tables.teachers([planted("one"), planted("two", bias=0.5)]).set_index(["task", "treatment"])
+    # Bias above knowledge: the teacher always says "A", which is right in one order of three.
+    assert frame.loc[("one", tables.BIASED), "accuracy"] == pytest.approx(1 / 3)
+    assert frame.loc[("one", tables.DEBIASED), "accuracy"] == 1
+    assert frame.loc[("one", tables.DEBIASED), "gain"] == pytest.approx(2 / 3)
+    assert frame.loc[("one", tables.DEBIASED), "gain_low"] == pytest.approx(2 / 3)
+    assert frame.loc[("one", tables.DEBIASED), ["ps", "ps_low", "ps_high", "ps_kl"]].tolist() == [0, 0, 0, 0]
+    assert frame.loc[("one", tables.BIASED), "ps"] > frame.loc[("two", tables.BIASED), "ps"] > 0.05
+    assert frame.loc[("one", tables.BIASED), "pb"] > frame.loc[("two", tables.BIASED), "pb"] > 0.05
+    # Knowledge above bias: right in every order, so debiasing gains nothing, and the table says so.
+    assert frame.loc[("two", tables.BIASED), "accuracy"] == 1
+    assert tables.losses(frame.reset_index()).task.tolist() == ["two"]
+    first = planted("one").P[:, :1].argmax(-1)[:, 0] == [q.answer for q in planted("one").task.questions]
+    assert frame.loc[("one", tables.BIASED_ORIGINAL), "accuracy"] == pytest.approx(first.mean())
+
+
+def test_items_without_gold_answer_count_for_sensitivity_only():
+    s = planted("one", ties=10)
+    row = tables.measure(s.P, all_orders(3), s.task.questions, s.task.groups)
+    assert row["n"] == 30
+    assert row["ps"] == pytest.approx(metrics.permutation_sensitivity(s.P).mean())
+    assert np.isnan(tables.correct(s.P, s.task.questions)).sum() == 10
+    assert tables.left_out([s.task]).iloc[0].tolist() == ["one", 40, 30, "3 repeated"]
+
+
+def test_pretty_and_saved_tables(tmp_path):
+    frame = tables.teachers([planted("one")])
+    shown = tables.pretty(frame)
+    assert shown["accuracy"].iloc[2] == "100.0 [100.0, 100.0]"
+    assert shown["gain over biased"].tolist() == ["", "", "66.7 [66.7, 66.7]"]
+    assert shown["ps (TV)"].iloc[2] == "0.0 [0.0, 0.0]"
+    path = tables.save(frame, tmp_path, "T1")
+    pd.testing.assert_frame_equal(pd.read_csv(path), frame, rtol=1e-4, atol=1e-5)
+    assert "66.7 [66.7, 66.7]" in path.with_suffix(".tex").read_text()
+    assert tables.read(tmp_path, "T1").equals(pd.read_csv(path))
+    with pytest.raises(FileNotFoundError, match="run the notebook that writes table T9 first"):
+        tables.read(tmp_path, "T9")
+
+
+def test_baselines_and_shown_orders():
+    s = experiments.together([planted("one"), planted("two", bias=0.0, seed=1)])
+    assert s.P.shape == (80, 6, 3) and s.task.members == ["one"] * 40 + ["two"] * 40
+    rows, orders = experiments.shown_orders(s, 4)
+    assert len(orders) == 4 and (all_orders(3)[rows] == orders).all() and len(set(rows.tolist())) == 4
+    assert len(experiments.shown_orders(s, 6)[1]) == 6
+    biased, averaged, copied = experiments.baselines(s, 4)
+    assert biased.P is s.P
+    assert metrics.permutation_sensitivity(averaged.P).max() == 0
+    decisions = experiments.black_box_decisions(s, 4)
+    assert (copied.P.argmax(-1) == decisions).all() and set(np.unique(copied.P)) == {0.0, 1.0}
+    assert (decisions == experiments.black_box_decisions(s, 4)).all()
+    # Draws follow the teacher: over many items the share of the right option is near its mean probability.
+    many = planted("many", n=4000)
+    right = np.array([q.answer for q in many.task.questions])
+    drawn = (experiments.black_box_decisions(many, 6) == right[:, None]).mean()
+    expected = np.take_along_axis(many.P, right[:, None, None], axis=-1).mean()
+    assert drawn == pytest.approx(expected, abs=0.015)
+
+
+@pytest.mark.parametrize("inputs", ["plain", "prediction"])
+def test_distil_writes_checkpoint_and_predictions(tmp_path, inputs):
+    encoder = make_encoder(tmp_path / "encoder")
+    run = profiles.Run(StudentConfig(encoder, "per_option", inputs, 3, 64), TrainingConfig(epochs=1))
+    train, test = planted("train", n=24), planted("test", n=12, seed=5)
+    system = experiments.distil(run, train, test, 4, tmp_path)
+    assert system.P.shape == (12, 4, 3) and system.kind == "student" and system.parameters > 1000
+    (predictions,) = (tmp_path / "predictions").rglob("*.parquet")
+    frame = pd.read_parquet(predictions)
+    assert frame.columns.tolist() == ["id", "order", "probabilities"] and len(frame) == 12 * 4
+    assert np.array(frame.probabilities.tolist()).reshape(12, 4, 3) == pytest.approx(system.P)
+    assert (metrics.permutation_sensitivity(system.P).max() < 1e-9) == (inputs == "plain")
+
+
+def test_students_table_compares_with_the_biased_teacher_and_keeps_losers():
+    test = experiments.together([planted("one"), planted("two", seed=2)])
+    systems = experiments.baselines(test, 6)
+    right = np.array([q.answer for q in test.task.questions])
+    good = debias.broadcast(debias.one_hot(right, 3), 6)
+    bad = debias.broadcast(debias.one_hot((right + 1) % 3, 3), 6)
+    systems += [experiments.System(n, "student", P, all_orders(3), 10) for n, P in (("good", good), ("bad", bad))]
+    frame = tables.students(test, systems)
+    assert frame.groupby("task", sort=False).size().to_dict() == {"one": 5, "two": 5, "all": 5}
+    by = frame.set_index(["task", "system"])
+    assert by.loc[("all", "good"), "gain"] == pytest.approx(2 / 3) and by.loc[("all", "bad"), "gain"] == pytest.approx(-1 / 3)
+    assert np.isnan(by.loc[("all", "planted, biased"), "gain"]) and by.loc[("all", "good"), "n"] == 80
+    assert tables.better_than_teacher(frame).system.tolist() == ["good"]
+    assert tables.worse_than_teacher(frame).system.tolist() == ["bad"]
+    # (students' ps is 0, the teacher's is not)
+    assert tables.less_sensitive(frame)["below teacher"].tolist() == ["2 of 2"] * 3
+    for draw in (figures.students, figures.sensitivity_against_accuracy):
+        assert len(draw(frame).axes) >= 3
+
+
+def test_figures_are_files_that_do_not_change(tmp_path):
+    scored = [planted("one"), planted("two", k=2)]
+    frame = tables.teachers(scored)
+    first = figures.save(figures.sensitivity_and_gain(frame), tmp_path / "a", "T1")
+    second = figures.save(figures.sensitivity_and_gain(frame), tmp_path / "b", "T1")
+    assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5000
+    assert first.with_suffix(".pdf").read_bytes() == second.with_suffix(".pdf").read_bytes()
+    positions = figures.preferred_positions(scored)
+    heights = [[bar.get_height() for bar in ax.patches] for ax in positions.axes]
+    assert heights[0] == pytest.approx(100 * metrics.position_marginals(scored[0].P, all_orders(3)).mean(axis=0))
+    assert heights[0][0] > 50
+
+
+def test_profiles_name_each_run_once_and_fit_their_tasks():
+    for profile in profiles.PROFILES.values():
+        names = [run.name for run in (*profile.multiple_choice, *profile.pairs)]
+        assert len(set(names)) == len(names)
+        assert {run.student.k for run in profile.multiple_choice} == {4} and {run.student.k for run in profile.pairs} == {2}
+        assert {(r.student.head, r.student.inputs) for r in profile.pairs} == {
+            (head, inputs) for head in ("joint", "per_option") for inputs in ("plain", "prediction")
+        }
+    with pytest.raises(ValueError, match="task 'race'"):
+        profiles.load_task("race", "test")
+
+
+def test_training_and_test_share_no_question_and_no_document():
+    for task in profiles.TASKS:
+        train, test = profiles.load_task(task, "train"), profiles.load_task(task, "test")
+        assert not {(q.context, q.question, q.options) for q in train.questions} & {
+            (q.context, q.question, q.options) for q in test.questions
+        }
+        if task in profiles.SUMMEVAL:
+            assert not set(train.groups) & set(test.groups)
+            assert len(set(test.groups)) == profiles.TEST_DOCUMENTS >= 25
+        else:
+            assert len(test.questions) >= 250
+        assert all(q.answer is None for q in unlabelled(train.questions))

@@ -1,0 +1,47 @@
+"""The stored notebooks can be steered by papermill and have something for nbval to compare."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from permdistill import profiles
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def tagged(notebook, tag: str) -> list:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def test_there_are_notebooks():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+class TestNotebook:
+    def test_parameters_are_what_make_paper_sets(self, path):
+        (cell,) = tagged(nbformat.read(path, 4), "parameters")
+        values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+        assert values == {"profile": "smoke", "output": "", "scores": ""}
+        assert values["profile"] in profiles.PROFILES
+
+    def test_something_is_compared(self, path):
+        compared = tagged(nbformat.read(path, 4), "nbval-check-output")
+        assert compared and all(cell.outputs for cell in compared)
+        assert any("<table" in output.get("data", {}).get("text/html", "") for cell in compared for output in cell.outputs)
+
+    def test_every_code_cell_ran_once_in_order_without_error(self, path):
+        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        kinds = {output.output_type for cell in cells for output in cell.outputs}
+        assert "error" not in kinds
+        assert not [o for cell in cells for o in cell.outputs if o.output_type == "stream" and o.name == "stderr"]
+
+    def test_holds_no_logic(self, path):
+        code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+        kinds = {type(node) for node in ast.walk(ast.parse(code))}
+        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.If, ast.For, ast.While, ast.Try, ast.Lambda}

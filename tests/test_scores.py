@@ -1,0 +1,371 @@
+"""The store: content decides, nothing is paid twice, nothing paid for is lost. Planted teachers, no language model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from permdistill import scores
+from permdistill.data import Question
+from permdistill.orders import all_orders
+from permdistill.prompts import TEMPLATES
+from permdistill.scores import MissingScores, Store
+from permdistill.teachers import PlantedTeacher
+
+LETTERS = TEMPLATES["letters"]
+BIAS = np.array([1.0, 0.3, 0.0])
+
+
+def make_questions(n: int) -> list[Question]:
+    return [Question(f"q{i}", "", f"Question {i}?", ("a", "b", f"c{i}")) for i in range(n)]
+
+
+def make_teacher(questions: list[Question], bias: np.ndarray = BIAS) -> PlantedTeacher:
+    rng = np.random.default_rng(0)
+    return PlantedTeacher({q.id: rng.normal(size=len(q.options)) for q in questions}, bias)
+
+
+class Failing(PlantedTeacher):
+    """Raises at the ``last``-th call of log_probs, as a killed machine would."""
+
+    last: int = 3
+
+    def log_probs(self, questions, orders, template):
+        if self.calls == self.last:
+            raise KeyboardInterrupt
+        return super().log_probs(questions, orders, template)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Content keys
+
+QUESTION = Question("q", "Passage.", "Hot?", ("ice", "fire"))
+KEY = scores.content_key(QUESTION, all_orders(2), LETTERS, "model")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(QUESTION, context="Other."),
+        replace(QUESTION, question="Cold?"),
+        replace(QUESTION, options=("ice", "fire!")),
+        replace(QUESTION, options=("fire", "ice")),
+        replace(QUESTION, context="", question="Passage.Hot?"),
+    ],
+)
+def test_key_changes_with_every_text(changed):
+    assert scores.content_key(changed, all_orders(2), LETTERS, "model") != KEY
+
+
+def test_key_changes_with_template_orders_and_model():
+    assert scores.content_key(QUESTION, all_orders(2), TEMPLATES["summaries"], "model") != KEY
+    assert scores.content_key(QUESTION, all_orders(2), replace(LETTERS, after="!"), "model") != KEY
+    assert scores.content_key(QUESTION, all_orders(2)[::-1], LETTERS, "model") != KEY
+    assert scores.content_key(QUESTION, all_orders(2)[:1], LETTERS, "model") != KEY
+    assert scores.content_key(QUESTION, all_orders(2), LETTERS, "model bfloat16") != KEY
+
+
+def test_key_does_not_change_with_id_or_answer():
+    assert scores.content_key(replace(QUESTION, id="other", answer=1), all_orders(2), LETTERS, "model") == KEY
+
+
+def test_key_is_fixed():
+    """The committed scores are found by this key: a change of its recipe must be a decision, not an accident."""
+    template = replace(
+        LETTERS, name="t", labels=("A", "B"), before="{context}{question}", before_no_context="{question}", option="{option}"
+    )
+    assert scores.content_key(QUESTION, all_orders(2), template, "model") == "f5bbb015d6d69baa64d60eb5e3a0597b"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring and loading
+
+
+def test_scores_are_the_teachers(tmp_path):
+    questions = make_questions(4)
+    teacher = make_teacher(questions)
+    assert scores.score(Store(tmp_path), teacher, questions, LETTERS) == 4
+    loaded = scores.load(Store(tmp_path), questions, LETTERS, teacher.model_key)
+    assert loaded.shape == (4, 6, 3)
+    assert loaded.dtype == np.float64
+    expected = make_teacher(questions).log_probs(questions, all_orders(3), LETTERS)
+    assert np.array_equal(loaded, expected.astype(np.float64))
+    # In closed form: question 2, order (1, 2, 0) puts option 0 at the last position.
+    logits = teacher.preferences["q2"] + BIAS[[2, 0, 1]]
+    order = all_orders(3).tolist().index([1, 2, 0])
+    assert scores.probabilities(loaded)[2, order] == pytest.approx(np.exp(logits) / np.exp(logits).sum(), abs=1e-6)
+
+
+def test_loading_follows_the_questions_not_the_file(tmp_path):
+    questions = make_questions(5)
+    teacher = make_teacher(questions)
+    store = Store(tmp_path)
+    scores.score(store, teacher, questions, LETTERS)
+    forward = scores.load(store, questions, LETTERS, teacher.model_key)
+    assert np.array_equal(scores.load(store, questions[::-1], LETTERS, teacher.model_key), forward[::-1])
+
+
+def test_second_run_pays_nothing(tmp_path):
+    questions = make_questions(5)
+    teacher = make_teacher(questions)
+    scores.score(Store(tmp_path), teacher, questions, LETTERS)
+    assert teacher.calls == 5
+    assert scores.score(Store(tmp_path), teacher, questions, LETTERS) == 0
+    renamed = [replace(q, id=f"new {q.id}", answer=1) for q in questions]
+    assert scores.score(Store(tmp_path), teacher, renamed, LETTERS) == 0
+    assert teacher.calls == 5
+
+
+def test_only_new_questions_are_paid(tmp_path):
+    questions = make_questions(7)
+    teacher = make_teacher(questions)
+    scores.score(Store(tmp_path), teacher, questions[:3], LETTERS)
+    assert scores.score(Store(tmp_path), teacher, questions, LETTERS) == 4
+    assert teacher.calls == 7
+
+
+def test_same_content_under_two_ids_is_paid_once(tmp_path):
+    one, two = make_questions(1)[0], replace(make_questions(1)[0], id="again")
+    teacher = PlantedTeacher({"q0": np.zeros(3), "again": np.zeros(3)}, BIAS)
+    scores.score(Store(tmp_path), teacher, [one, two], LETTERS)
+    assert teacher.calls == 1
+    assert scores.load(Store(tmp_path), [one, two], LETTERS, teacher.model_key).shape == (2, 6, 3)
+
+
+def test_different_numbers_of_options_share_a_store(tmp_path):
+    for k in (2, 3, 4):  # a planted bias has a length, hence one teacher a K
+        question = Question(f"k{k}", "Same passage.", "Which?", tuple("abcdef"[:k]))
+        teacher = PlantedTeacher({question.id: np.arange(len(question.options))}, np.zeros(len(question.options)))
+        scores.score(Store(tmp_path), teacher, [question], LETTERS)
+        found = scores.load(Store(tmp_path), [question], LETTERS, teacher.model_key)
+        assert found.shape == (1, len(all_orders(len(question.options))), len(question.options))
+    assert len(Store(tmp_path)) == 3
+
+
+def test_questions_of_one_passage_go_to_the_teacher_together(tmp_path):
+    sizes = []
+
+    class Recording(PlantedTeacher):
+        def log_probs(self, questions, orders, template):
+            sizes.append(len(questions))
+            return super().log_probs(questions, orders, template)
+
+    plain = make_questions(2)
+    questions = [*(replace(q, id=f"p{i}", context="Passage.") for i, q in enumerate(make_questions(3))), *plain]
+    scores.score(Store(tmp_path), Recording({q.id: np.zeros(3) for q in questions}, BIAS), questions, LETTERS)
+    assert sorted(sizes) == [1, 1, 3]
+
+
+@pytest.mark.parametrize("seconds_per_shard", [0.0, 1e9])
+def test_interrupted_run_is_resumed_without_loss_or_double_work(tmp_path, seconds_per_shard):
+    questions = make_questions(8)
+    planted = make_teacher(questions)
+    with pytest.raises(KeyboardInterrupt):
+        scores.score(Store(tmp_path), Failing(planted.preferences, BIAS), questions, LETTERS, seconds_per_shard)
+    assert len(Store(tmp_path)) == 3
+    assert scores.score(Store(tmp_path), planted, questions, LETTERS, seconds_per_shard) == 5
+    assert planted.calls == 5
+    uninterrupted = planted.log_probs(questions, all_orders(3), LETTERS)
+    assert np.array_equal(scores.load(Store(tmp_path), questions, LETTERS, planted.model_key), uninterrupted)
+
+
+def test_kill_9_loses_the_group_in_flight_only(tmp_path):
+    script = """
+        import sys, time
+        import numpy as np
+        from permdistill import scores
+        from permdistill.data import Question
+        from permdistill.prompts import TEMPLATES
+        from permdistill.teachers import PlantedTeacher
+
+        class Slow(PlantedTeacher):
+            def log_probs(self, questions, orders, template):
+                time.sleep(0.1)
+                result = super().log_probs(questions, orders, template)
+                with open(sys.argv[1] + "/paid", "a") as out:
+                    out.write(questions[0].id + "\\n")
+                return result
+
+        questions = [Question(f"q{i}", "", f"Question {i}?", ("a", "b", f"c{i}")) for i in range(200)]
+        teacher = Slow({q.id: np.zeros(3) for q in questions}, np.zeros(3))
+        scores.score(scores.Store(sys.argv[1]), teacher, questions, TEMPLATES["letters"], seconds_per_shard=0)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*.parquet"))) < 3 and time.monotonic() < deadline:
+            assert process.poll() is None, "the scoring process ended by itself"
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    paid = (tmp_path / "paid").read_text().split()
+    kept = len(Store(tmp_path))
+    assert 3 <= kept < 200
+    assert len(paid) - kept in (0, 1)
+    questions = make_questions(200)
+    teacher = PlantedTeacher({q.id: np.zeros(3) for q in questions}, np.zeros(3))
+    scores.score(Store(tmp_path), teacher, questions, LETTERS)
+    assert teacher.calls == 200 - kept
+    assert np.allclose(scores.load(Store(tmp_path), questions, LETTERS, teacher.model_key), np.log(1 / 3))
+
+
+def test_missing_scores_are_counted_and_named(tmp_path):
+    questions = make_questions(5)
+    teacher = make_teacher(questions)
+    scores.score(Store(tmp_path), teacher, questions[:2], LETTERS)
+    with pytest.raises(MissingScores) as caught:
+        scores.load(Store(tmp_path), questions, LETTERS, teacher.model_key)
+    for part in ("3 of 5 questions", "'q2'", str(tmp_path), "'letters'", "permdistill score"):
+        assert part in str(caught.value)
+
+
+def test_mixed_numbers_of_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"different numbers of options \[2, 3\]"):
+        scores.load(Store(tmp_path), [*make_questions(1), QUESTION], LETTERS, "model")
+
+
+def test_log_probability_that_is_not_finite_is_refused_and_the_rest_kept(tmp_path):
+    questions = make_questions(3)
+
+    class Broken(PlantedTeacher):
+        def log_probs(self, questions, orders, template):
+            return super().log_probs(questions, orders, template) * (np.inf if questions[0].id == "q2" else 1)
+
+    teacher = Broken(make_teacher(questions).preferences, BIAS)
+    with pytest.raises(ValueError, match="'q2'.*not finite"):
+        scores.score(Store(tmp_path), teacher, questions, LETTERS)
+    assert len(Store(tmp_path)) == 2
+
+
+def test_question_that_does_not_fit_fails_before_any_compute(tmp_path):
+    questions = make_questions(3)
+    teacher = make_teacher(questions)
+    with pytest.raises(ValueError, match="only 2 labels"):
+        scores.score(Store(tmp_path), teacher, questions, replace(LETTERS, labels=("A", "B")))
+    assert teacher.calls == 0
+
+
+def test_probabilities_are_renormalised_and_stable():
+    found = scores.probabilities(np.array([[-1000.0, -1000.0], [-3.0, -3.0 + np.log(3)]]))
+    assert found.tolist() == [[0.5, 0.5], pytest.approx([0.25, 0.75])]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_rows_hold_no_text_but_the_id(tmp_path):
+    questions = [Question("q", "SECRET passage", "SECRET question", ("SECRET a", "SECRET b"))]
+    scores.score(Store(tmp_path), PlantedTeacher({"q": np.zeros(2)}, np.zeros(2)), questions, LETTERS)
+    (path,) = tmp_path.glob("*.parquet")
+    assert pq.read_table(path).column_names == ["key", "id", "k", "n_orders", "log_probs"]
+    assert "SECRET" not in json.dumps(pq.read_table(path).to_pylist())
+
+
+def test_compact_makes_one_file_with_the_same_rows(tmp_path):
+    questions = make_questions(6)
+    teacher = make_teacher(questions)
+    store = Store(tmp_path)
+    scores.score(store, teacher, questions, LETTERS, seconds_per_shard=0)
+    assert len(list(tmp_path.glob("*.parquet"))) == 6
+    before = scores.load(store, questions, LETTERS, teacher.model_key)
+    for _ in range(2):
+        path = Store(tmp_path).compact()
+        assert list(tmp_path.iterdir()) == [path]
+        assert np.array_equal(scores.load(Store(tmp_path), questions, LETTERS, teacher.model_key), before)
+
+
+def test_compact_file_does_not_depend_on_the_order_of_scoring(tmp_path):
+    questions = make_questions(6)
+    for folder, some in (("a", questions), ("b", questions[::-1])):
+        store = Store(tmp_path / folder)
+        scores.score(store, make_teacher(questions), some, LETTERS, seconds_per_shard=0)
+        store.compact()
+    assert (tmp_path / "a" / "scores.parquet").read_bytes() == (tmp_path / "b" / "scores.parquet").read_bytes()
+
+
+def test_compact_keeps_what_another_process_has_added(tmp_path):
+    questions = make_questions(4)
+    teacher = make_teacher(questions)
+    mine, theirs = Store(tmp_path), Store(tmp_path)
+    scores.score(mine, teacher, questions[:2], LETTERS)
+    scores.score(theirs, teacher, questions[2:], LETTERS)
+    mine.compact()
+    assert len(Store(tmp_path)) == 4
+
+
+def test_half_written_shard_is_not_read(tmp_path):
+    store = Store(tmp_path)
+    scores.score(store, make_teacher(make_questions(2)), make_questions(2), LETTERS)
+    (shard,) = tmp_path.glob("*.parquet")
+    (tmp_path / f".{shard.name}.123.part").write_bytes(shard.read_bytes()[:50])
+    assert len(Store(tmp_path)) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Audit
+
+
+def test_audit_of_an_honest_store_is_zero(tmp_path):
+    questions = make_questions(4)
+    teacher = make_teacher(questions)
+    scores.score(Store(tmp_path), teacher, questions, LETTERS)
+    difference = scores.audit(Store(tmp_path), teacher, questions, LETTERS)
+    assert difference.shape == (4, 6)
+    assert difference.max() == 0
+
+
+def test_audit_finds_a_tampered_row(tmp_path):
+    questions = make_questions(4)
+    teacher = make_teacher(questions)
+    store = Store(tmp_path)
+    scores.score(store, teacher, questions, LETTERS)
+    key = scores.content_key(questions[1], all_orders(3), LETTERS, teacher.model_key)
+    values = store.get(key)
+    values[5] = np.log([0.1, 0.2, 0.7])  # one order of one question
+    store.append([{"key": key, "id": "q1", "k": 3, "n_orders": 6, "log_probs": values.ravel().astype(np.float32)}])
+    store.compact()
+    difference = scores.audit(Store(tmp_path), teacher, questions, LETTERS)
+    honest = scores.probabilities(teacher.log_probs([questions[1]], all_orders(3), LETTERS))[0, 5]
+    assert difference[1, 5] == pytest.approx(np.abs(honest - [0.1, 0.2, 0.7]).sum() / 2, abs=1e-6)
+    difference[1, 5] = 0
+    assert difference.max() == 0
+
+
+def test_audit_of_missing_scores_says_so(tmp_path):
+    questions = make_questions(1)
+    with pytest.raises(MissingScores, match="1 of 1"):
+        scores.audit(Store(tmp_path), make_teacher(questions), questions, LETTERS)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The planted teacher itself
+
+
+def test_planted_teacher_without_bias_is_invariant_and_with_it_is_not():
+    questions = make_questions(3)
+    fair = make_teacher(questions, np.zeros(3)).log_probs(questions, all_orders(3), LETTERS)
+    biased = make_teacher(questions).log_probs(questions, all_orders(3), LETTERS)
+    assert np.ptp(fair, axis=1).max() < 1e-6
+    assert np.ptp(biased, axis=1).min() > 0.05
+
+
+def test_planted_teachers_of_different_bias_have_different_keys():
+    questions = make_questions(1)
+    assert make_teacher(questions).model_key != make_teacher(questions, np.zeros(3)).model_key
+
+
+def test_folder_may_be_absent(tmp_path):
+    assert len(Store(tmp_path / "nothing")) == 0
+    assert not Path(tmp_path / "nothing").exists()

@@ -1,0 +1,293 @@
+"""Students on a tiny random BERT whose vocabulary is made here: no network, no downloaded weights."""
+
+from __future__ import annotations
+
+import os
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    MPNetConfig,
+    MPNetModel,
+    PreTrainedTokenizerFast,
+)
+
+from permdistill.data import Question
+from permdistill.orders import all_orders, to_options
+from permdistill.students import LABELS, Student, StudentConfig, build, by_length, encoder_key, texts
+
+WORDS = "yes no red green blue tall small old new cat dog bird stone river is it the which what long story".split()
+
+
+def make_encoder(folder: Path, dropout: float = 0.0) -> str:
+    """A random two-layer BERT and a word-level tokenizer, saved as a checkpoint folder."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = special + WORDS + list(LABELS) + [")", "(", ":", "?", "Prediction", "chosen", "not"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=16,  # as in sentence-transformers' checkpoints: shorter than the encoder, and to be ignored
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **names,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=256,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def some_questions(n: int = 5, k: int = 3, context: str = "") -> list[Question]:
+    rng = np.random.default_rng(1)
+    options = [tuple(" ".join(rng.choice(WORDS, 1 + o, replace=False)) for o in range(k)) for _ in range(n)]
+    return [Question(f"q{i}", context, f"which is {WORDS[i]} ?", own) for i, own in enumerate(options)]
+
+
+def test_texts_are_what_the_paper_says():
+    q = Question("q", "long story", "which ?", ("cat", "dog", "bird"))
+    joint = StudentConfig("e", "joint", k=3)
+    (text,) = texts(joint, q, [2, 0, 1])
+    assert (text.first, text.second) == ("long story which ?", "A) bird B) cat C) dog")
+    # Option 0 stands at position 1: the teacher said "B".
+    assert texts(joint, q, [2, 0, 1], 0)[0].second == "A) bird B) cat C) dog Prediction: B"
+    assert [t.second for t in texts(StudentConfig("e", "per_option", k=3), q, [2, 0, 1])] == ["cat", "dog", "bird"]
+    chosen = texts(StudentConfig("e", "per_option", "prediction", 3), q, [2, 0, 1], 1)
+    assert [t.second for t in chosen] == ["cat (not chosen)", "dog (chosen)", "bird (not chosen)"]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"head": "both"}, "both"),
+        ({"inputs": "gold"}, "gold"),
+        ({"k": 7}, "7"),
+        ({"max_length": 2}, "2"),
+        ({"encoder": ""}, "''"),
+    ],
+)
+def test_config_is_validated(change, named):
+    with pytest.raises(ValueError, match=named):
+        StudentConfig(**{"encoder": "e", **change})
+
+
+def test_joint_maps_positions_to_options(encoder):
+    student = build(StudentConfig(encoder, "joint", k=3), 0)
+    with torch.no_grad():  # a student that always says P = .7, .2, .1 at positions A, B, C
+        student.model.classifier.weight.zero_()
+        student.model.classifier.bias.copy_(torch.log(torch.tensor([0.7, 0.2, 0.1])))
+    orders = all_orders(3)
+    p = student.predict(some_questions(), orders, autocast=False)
+    assert p.shape == (5, 6, 3) and p.dtype == np.float64
+    for j, order in enumerate(orders):
+        for position, expected in enumerate([0.7, 0.2, 0.1]):
+            assert p[:, j, order[position]] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("head", ["joint", "per_option"])
+def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
+    """Unique sequences, length-sorted batches and padding change nothing."""
+    student = build(StudentConfig(encoder, head, "prediction", 3), 0)
+    questions, orders = some_questions(4, context="long story"), all_orders(3)
+    decisions = np.random.default_rng(0).integers(3, size=(4, 6))
+    p = student.predict(questions, orders, decisions, batch_tokens=100, autocast=False)
+    for i, question in enumerate(questions):
+        for j, order in enumerate(orders):
+            pairs = [(t.first, t.second) for t in texts(student.config, question, order, int(decisions[i, j]))]
+            inputs = student.tokenizer(*map(list, zip(*pairs, strict=True)), return_tensors="pt", padding=True)
+            if head == "per_option":
+                inputs = {name: value[None] for name, value in inputs.items()}  # the model's own (1, K, token)
+            with torch.no_grad():
+                naive = student.model(**inputs).logits[0].double().softmax(-1).numpy()
+            naive = naive if head == "per_option" else to_options(naive, order)
+            assert np.abs(p[i, j] - naive).max() < 1e-6
+    assert p.std(axis=(0, 1)).min() > 1e-4  # the random student does tell the inputs apart
+
+
+def test_different_sequences_are_scored_once(encoder):
+    summaries = ["cat", "dog dog", "bird bird bird"]
+    pairs = [Question(f"{a}-{b}", "long story", "which ?", (a, b)) for a, b in permutations(summaries, 2)]
+    every = np.broadcast_to(all_orders(2), (6, 2, 2))
+    rows, index = build(StudentConfig(encoder, "per_option", k=2), 0).encode(pairs, every)
+    assert len(rows) == 3 and index.shape == (6, 2, 2)
+    assert index[0].tolist() == [[0, 1], [0, 1]] and index[-1].tolist() == [[2, 1], [2, 1]]
+    marking = build(StudentConfig(encoder, "per_option", "prediction", 2), 0)
+    marked, _ = marking.encode(pairs, every, np.zeros((6, 2), dtype=int))
+    assert len(marked) == 6  # each summary chosen and not chosen
+    joint, index = build(StudentConfig(encoder, "joint", k=2), 0).encode(pairs, every)
+    assert len(joint) == 6 and index.shape == (6, 2)  # (0-1 in order 1 0) reads as (1-0 in order 0 1)
+
+
+def test_per_option_is_exactly_order_equivariant_and_joint_is_not(encoder):
+    questions, orders = some_questions(6, 4), all_orders(4)
+
+    def spread(student: Student, decisions=None) -> float:
+        p = student.predict(questions, orders, decisions, autocast=False)
+        return float(np.abs(p - p[:, :1]).max())
+
+    assert spread(build(StudentConfig(encoder, "per_option"), 0)) == 0.0
+    same = np.full((6, 24), 2)  # the same decision in all orders leaves nothing that depends on the order
+    assert spread(build(StudentConfig(encoder, "per_option", "prediction"), 0), same) == 0.0
+    assert spread(build(StudentConfig(encoder, "joint"), 0)) > 1e-3
+    # Permuting the options themselves permutes the probabilities.
+    student, order = build(StudentConfig(encoder, "per_option"), 0), [2, 0, 3, 1]
+    shown = [Question(q.id, q.context, q.question, tuple(q.options[o] for o in order)) for q in questions]
+    p, permuted = (student.predict(list(q), orders[:1], autocast=False)[:, 0] for q in (questions, shown))
+    assert np.abs(p[:, order] - permuted).max() < 1e-6
+
+
+@pytest.mark.parametrize("head", ["joint", "per_option"])
+def test_decisions_must_fit_the_inputs(encoder, head):
+    questions, orders = some_questions(2), all_orders(3)
+    good = np.zeros((2, 6), dtype=int)
+    with pytest.raises(ValueError, match="decisions given"):
+        build(StudentConfig(encoder, head, k=3), 0).predict(questions, orders, good)
+    student = build(StudentConfig(encoder, head, "prediction", 3), 0)
+    with pytest.raises(ValueError, match="decisions missing"):
+        student.predict(questions, orders)
+    with pytest.raises(ValueError, match=r"'q1', order 4: decision 3"):
+        student.predict(questions, orders, good + 3 * (np.arange(12).reshape(2, 6) == 10))
+    with pytest.raises(ValueError, match="float64"):
+        student.predict(questions, orders, good / 1)
+    with pytest.raises(ValueError, match="'q0' has 3 options"):
+        build(StudentConfig(encoder, head, k=4), 0).predict(questions, all_orders(4))
+    with pytest.raises(ValueError, match="permutations"):
+        student.predict(questions, np.zeros((6, 3), dtype=int), good)
+
+
+@pytest.mark.parametrize(
+    "head, auto", [("joint", AutoModelForSequenceClassification), ("per_option", AutoModelForMultipleChoice)]
+)
+def test_a_saved_student_is_an_ordinary_checkpoint(encoder, tmp_path, head, auto):
+    student = build(StudentConfig(encoder, head, k=3), 0)
+    student.save(tmp_path / "s")
+    plain = auto.from_pretrained(tmp_path / "s").state_dict()
+    assert plain.keys() == student.model.state_dict().keys()
+    assert all(torch.equal(value, plain[name]) for name, value in student.model.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "s")
+    assert tokenizer("yes", "no")["input_ids"] == student.tokenizer("yes", "no")["input_ids"]
+    again = Student.from_pretrained(str(tmp_path / "s"))
+    assert again.config == student.config
+    p, q = (s.predict(some_questions(), all_orders(3), autocast=False) for s in (student, again))
+    assert np.array_equal(p, q)
+    assert not list((tmp_path / "s").glob(".*"))
+
+
+def test_a_half_saved_student_does_not_load(encoder, tmp_path, monkeypatch):
+    build(StudentConfig(encoder, k=3), 0).save(tmp_path)
+    real, moved = os.replace, []
+
+    def killed_after_the_first_file(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_after_the_first_file)
+        with pytest.raises(KeyboardInterrupt):
+            build(StudentConfig(encoder, k=4), 1).save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"permdistill\.json"):
+        Student.from_pretrained(tmp_path)
+    build(StudentConfig(encoder, k=4), 1).save(tmp_path)
+    assert Student.from_pretrained(tmp_path).config.k == 4
+
+
+def test_the_seed_decides_the_new_head_alone(encoder):
+    a, b, c = (build(StudentConfig(encoder, k=3), seed).model for seed in (0, 0, 1))
+    assert torch.equal(a.classifier.weight, b.classifier.weight)
+    assert not torch.equal(a.classifier.weight, c.classifier.weight)
+    assert torch.equal(a.bert.embeddings.word_embeddings.weight, c.bert.embeddings.word_embeddings.weight)
+    assert a.dtype == torch.float32 and a.config.id2label == {0: "A", 1: "B", 2: "C"}
+
+
+@pytest.mark.parametrize("head", ["joint", "per_option"])
+def test_truncation_cuts_the_context_and_never_the_options(encoder, head):
+    context, options = " ".join(["story"] * 60 + ["river"] * 40), ("cat cat cat", "dog dog dog", "bird bird bird")
+    student = build(StudentConfig(encoder, head, "prediction", 3, max_length=40), 0)
+    question = Question("q", context, "which is old ?", options)
+    rows, index = student.encode([question], np.array([[[2, 0, 1]]]), np.array([[1]]))
+    for row, text in zip(rows, texts(student.config, question, [2, 0, 1], 1), strict=True):
+        assert len(row["input_ids"]) == len(row["token_type_ids"]) == 40
+        first, second = (student.tokenizer.decode(row["input_ids"][row["token_type_ids"] == part]) for part in (0, 1))
+        assert second.replace(" ", "").removesuffix("[SEP]") == text.second.replace(" ", "")
+        assert first.replace(" ", "").endswith("whichisold?[SEP]")  # the question stays, after the beginning of the context
+        assert first.count("story") == 40 - 3 - 4 - len(student.tokenizer.tokenize(text.second)) and "river" not in first
+    # No context left to cut: the question loses its beginning; then it is an error, by id, with the fix.
+    rows, _ = student.encode([Question("q", "", "it " * 50 + "old ?", options)], np.array([[[2, 0, 1]]]), np.array([[1]]))
+    assert all("old ? [SEP]" in student.tokenizer.decode(row["input_ids"]) and len(row["input_ids"]) == 40 for row in rows)
+    with pytest.raises(ValueError, match="question 'long'.*max_length is 40: give a larger one"):
+        long = Question("long", context, "which ?", tuple(" ".join([w] * 50) for w in ("cat", "dog", "bird")))
+        student.encode([long], np.array([[[0, 1, 2]]]), np.array([[0]]))
+
+
+def test_max_length_beyond_the_encoders_positions_is_refused(encoder):
+    with pytest.raises(ValueError, match="max_length = 257.*256 positions"):
+        build(StudentConfig(encoder, max_length=257), 0)
+
+
+@pytest.mark.parametrize("head", ["joint", "per_option"])
+def test_mpnet_has_no_segments_and_shifted_positions(encoder, tmp_path, head):
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 34, "pad_token_id": 1}
+    MPNetModel(MPNetConfig(**sizes)).save_pretrained(tmp_path)
+    student = build(StudentConfig(str(tmp_path), head, k=3, max_length=32), 0)  # 34 positions, two of them reserved
+    p = student.predict(some_questions(context="story " * 50), all_orders(3), autocast=False)
+    assert p.shape == (5, 6, 3) and p.sum(-1) == pytest.approx(1)
+    with pytest.raises(ValueError, match="max_length = 33.*32 positions"):
+        build(StudentConfig(str(tmp_path), head, k=3, max_length=33), 0)
+
+
+def test_batches_by_length_hold_the_token_budget():
+    lengths = np.random.default_rng(0).integers(1, 60, size=200)
+    batches = list(by_length(lengths, 120))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+    assert all(len(b) * lengths[b].max() <= 120 for b in batches)
+    assert sum(len(b) * lengths[b].max() for b in batches) < 1.05 * lengths.sum()  # little padding
+    assert [b.tolist() for b in by_length(np.array([500]), 120)] == [[0]]
+
+
+def test_bfloat16_stays_near_float32(encoder):
+    student = build(StudentConfig(encoder, "per_option", k=3), 0)
+    p, q = (student.predict(some_questions(), all_orders(3), autocast=on) for on in (True, False))
+    assert 0 < np.abs(p - q).max() < 0.05
+
+
+def test_encoder_key_follows_the_weights(encoder, tmp_path):
+    other = make_encoder(tmp_path, dropout=0.5)  # the same weights under another name
+    assert encoder_key(other) == encoder_key(encoder)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert encoder_key(other) != encoder_key(encoder)
+    assert encoder_key("all-MiniLM-L6-v2").startswith("sha256:") and encoder_key("someone/encoder") == "hub:someone/encoder"

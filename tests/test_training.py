@@ -1,0 +1,329 @@
+"""Training on planted toys with a tiny random BERT: what is learnt, what is refused, and what survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_students import WORDS, make_encoder
+
+from permdistill import training as training_module
+from permdistill.data import Question
+from permdistill.orders import all_orders
+from permdistill.students import Student, StudentConfig
+from permdistill.training import TrainingConfig, batches, kl_loss, pieces, rate, read_log, train
+
+K = 3
+FAST = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=8, save_every=3)
+HEADS = pytest.mark.parametrize("head", ["joint", "per_option"])
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory) -> str:
+    """The encoder with dropout, so that its randomness too has to survive a kill."""
+    return make_encoder(tmp_path_factory.mktemp("dropping"), dropout=0.1)
+
+
+def toy(n: int, seed: int) -> tuple[list[Question], np.ndarray]:
+    """Questions in which the option "yes" is right wherever it stands, and the right option of each (item,)."""
+    rng = np.random.default_rng(seed)
+    right = rng.integers(K, size=n)
+    options = [rng.choice(WORDS[1:15], K, replace=False).tolist() for _ in range(n)]
+    for own, o in zip(options, right, strict=True):
+        own[o] = "yes"
+    return [Question(f"t{i}", "", f"which is {rng.choice(WORDS[1:])} ?", tuple(o)) for i, o in enumerate(options)], right
+
+
+def soft(right: np.ndarray) -> np.ndarray:
+    """Targets (item, option): 0.9 on ``right``, the rest spread evenly."""
+    return np.where(np.eye(K)[right] == 1, 0.9, 0.1 / (K - 1))
+
+
+def weights(student: Student) -> dict[str, torch.Tensor]:
+    return student.model.state_dict()
+
+
+def same(a: Student, b: Student) -> bool:
+    return all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+def killer(step: int):
+    """A callback that stands for kill -9 in the middle of a run: nothing is saved after it."""
+
+    def on_step(done: int, loss: float) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def never(*args) -> None:
+    raise AssertionError("computed what was there already")
+
+
+def test_kl_loss_in_closed_form():
+    log_p = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5]]))
+    target = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
+    assert kl_loss(log_p, target).item() == pytest.approx(np.log(2) / 2)  # log(1 / .5) and 0, mean over two items
+    one = kl_loss(log_p[:1], torch.tensor([[0.25, 0.25, 0.5]]))
+    assert one.item() == pytest.approx(0.25 * np.log(0.5) + 0.5 * np.log(2))
+
+
+def test_rate_rises_then_falls_linearly():
+    assert [rate(s, 4, 0.0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    shares = [rate(s, 100, 0.1) for s in range(100)]
+    assert np.argmax(shares) == 10 and shares[10] == 1.0
+    assert np.allclose(np.diff(shares[:11]), 1 / 11) and np.allclose(np.diff(shares[10:]), -1 / 90)
+    assert shares[0] > 0 and shares[-1] > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"learning_rate": 0.0},
+        {"warmup": 1.0},
+        {"weight_decay": -1.0},
+        {"batch_size": -1},
+        {"micro_tokens": 0},
+        {"max_grad_norm": float("nan")},
+        {"save_every": 0},
+        {"seed": -1},
+    ],
+)
+def test_training_config_is_validated(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.*{next(iter(change.values()))}"):
+        TrainingConfig(**change)
+
+
+def test_batches_partition_and_keep_groups_together():
+    rng = np.random.default_rng(0)
+    groups = [f"document {i // 28}" for i in range(280)]
+    parts = batches(groups, rng.integers(5, 50, size=280), 28, rng)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(280))
+    assert all(len({groups[i] for i in part}) == 1 for part in parts)
+    assert [groups[p[0]] for p in parts] != sorted(groups[p[0]] for p in parts)
+    # Ungrouped questions of one batch have similar lengths, and no two epochs the same batches.
+    lengths = rng.integers(1, 100, size=320)
+    parts = batches(range(320), lengths, 16, rng)
+    assert np.mean([lengths[p].max() - lengths[p].min() for p in parts]) < 30
+    assert {tuple(p) for p in parts}.isdisjoint({tuple(p) for p in batches(range(320), lengths, 16, rng)})
+
+
+def test_pieces_bound_the_tokens():
+    index = np.array([[[0, 1]], [[0, 2]], [[1, 2]], [[3, 4]]])  # (item, 1, option): pairs of summaries
+    lengths = np.array([10, 10, 10, 30, 30])
+    assert list(pieces(np.arange(4), index, lengths, 30)) == [[0, 1, 2], [3]]  # the last is over it, and alone
+    assert list(pieces(np.arange(4), index, lengths, 20)) == [[0], [1], [2], [3]]
+    assert list(pieces(np.array([2, 0]), index, lengths, 1000)) == [[2, 0]]
+
+
+@HEADS
+def test_training_learns_the_planted_option(encoder, tmp_path, head):
+    """The option "yes" is right: learnt beyond chance (1/3) on unseen questions, in every order."""
+    questions, right = toy(400, 0)
+    steps = replace(FAST, epochs=5 if head == "joint" else 2, learning_rate=3e-3, batch_size=16, save_every=100)
+    student = train(StudentConfig(encoder, head, k=K), steps, questions, soft(right), tmp_path, autocast=False)
+    unseen, truth = toy(100, 1)
+    p = student.predict(unseen, all_orders(K), autocast=False)
+    assert (p.argmax(-1) == truth[:, None]).mean() > 0.9
+    losses = read_log(tmp_path)["losses"]
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
+
+
+@HEADS
+def test_error_correction_can_copy_the_decision(encoder, tmp_path, head):
+    """The decision is right and nothing else tells: only the student that reads it beats chance."""
+    questions, right = toy(300, 0)
+    questions = [replace(q, options=("red cat", "green dog", "blue bird")) for q in questions]
+    probs = np.broadcast_to(np.eye(K)[right][:, None], (300, 6, K))
+    steps = replace(FAST, epochs=5 if head == "joint" else 2, learning_rate=3e-3, batch_size=16, save_every=100)
+    config = StudentConfig(encoder, head, "prediction", K)
+    student = train(config, steps, questions, soft(right), tmp_path, probs, autocast=False)
+    decisions = np.random.default_rng(5).integers(K, size=(60, 6))
+    p = student.predict(questions[:60], all_orders(K), decisions, autocast=False)
+    assert (p.argmax(-1) == decisions).mean() > 0.9
+
+
+@HEADS
+def test_a_student_that_says_the_targets_has_loss_zero(encoder, tmp_path, head, monkeypatch):
+    """Orders, positions, options, batches and pieces all line up: a student planted to find "yes" has no loss left."""
+    questions, right = toy(60, 0)
+    drawn, real = [], Student.encode
+    monkeypatch.setattr(Student, "encode", lambda self, q, o, d=None: drawn.append(o[:, 0]) or real(self, q, o, d))
+
+    def logits(self: Student, rows) -> torch.Tensor:
+        text = [self.tokenizer.decode(row["input_ids"]) for row in rows]
+        if head == "joint":
+            position = np.array([t.split("yes")[0].count(")") - 1 for t in text])  # "A) .. B) yes": 1
+            known = np.log(soft(position))
+        else:
+            known = np.log([[0.9 if "yes" in t else 0.05] for t in text])
+        return torch.tensor(known, dtype=torch.float32) + 0 * self.model.classifier.bias.sum()
+
+    monkeypatch.setattr(Student, "logits", logits)
+    train(StudentConfig(encoder, head, k=K), replace(FAST, micro_tokens=60), questions, soft(right), tmp_path)
+    losses = read_log(tmp_path)["losses"]
+    assert len(losses) == 16 and np.abs(losses).max() < 1e-6
+    assert (drawn[0] != drawn[1]).any() and all(len(np.unique(o, axis=0)) == 6 for o in drawn)  # new orders each epoch
+    train(StudentConfig(encoder, head, k=K), FAST, questions, soft((right + 1) % K), tmp_path)
+    assert min(read_log(tmp_path)["losses"]) > 1  # and the wrong targets do not pass
+
+
+@HEADS
+def test_gold_answers_are_refused(encoder, tmp_path, head):
+    questions, right = toy(8, 0)
+    questions[3] = replace(questions[3], answer=int(right[3]))
+    with pytest.raises(ValueError, match=r"1 of 8 questions have an answer \('t3'\): pass data\.unlabelled"):
+        train(StudentConfig(encoder, head, k=K), FAST, questions, soft(right), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_misfitting_arrays_are_refused(encoder, tmp_path):
+    questions, right = toy(8, 0)
+    with pytest.raises(ValueError, match="0 questions"):
+        train(StudentConfig(encoder, k=K), FAST, [], np.zeros((0, K)), tmp_path)
+    targets, plain, prediction = soft(right), StudentConfig(encoder, k=K), StudentConfig(encoder, "joint", "prediction", K)
+    probs = np.full((8, 6, K), 1 / K)
+    for config, p, d, message in (
+        (plain, targets[:5], None, r"targets of shape \(5, 3\): give \(8, 3\)"),
+        (plain, targets * 2, None, "targets are no probabilities"),
+        (plain, np.where(targets > 0.5, np.nan, targets), None, "targets are no probabilities"),
+        (plain, targets, probs, "decision_probs given"),
+        (prediction, targets, None, "decision_probs missing"),
+        (prediction, targets, probs[:, :2], r"decision_probs of shape \(8, 2, 3\): give \(8, 6, 3\)"),
+        (replace(plain, k=4), np.full((8, 4), 0.25), None, "'t0' has 3 options"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, FAST, questions, p, tmp_path, d)
+
+
+@HEADS
+@pytest.mark.parametrize("stop", [2, 3, 7])
+def test_a_killed_run_goes_on_to_the_same_weights(dropping, tmp_path, head, stop):
+    """Killed before the first checkpoint, at one, and in the second epoch (5 steps each, a checkpoint every 3)."""
+    questions, right = toy(40, 0)
+    probs = np.random.default_rng(0).dirichlet(np.ones(K), size=(40, 6))
+    args = (StudentConfig(dropping, head, "prediction", K), FAST, questions, soft(right))
+    whole = train(*args, tmp_path / "whole", probs)
+    with pytest.raises(KeyboardInterrupt):
+        train(*args, tmp_path / "killed", probs, on_step=killer(stop))
+    assert (tmp_path / "killed" / "checkpoint.pt").exists() == (stop > 3)
+    (tmp_path / "killed" / ".checkpoint.pt.part").write_bytes(b"half a checkpoint")
+    torch.manual_seed(12345)  # whatever happened in between
+    steps = []
+    again = train(*args, tmp_path / "killed", probs, on_step=lambda step, loss: steps.append(step))
+    assert steps == list(range({2: 1, 3: 1, 7: 7}[stop], 11))  # paid again: what came after the last checkpoint
+    assert same(whole, again) and same(whole, Student.from_pretrained(tmp_path / "killed"))
+    logs = [read_log(tmp_path / name) for name in ("whole", "killed")]
+    assert logs[0]["losses"] == logs[1]["losses"] and len(logs[0]["losses"]) == 10
+    assert not (tmp_path / "killed" / "checkpoint.pt").exists()
+
+
+def test_a_finished_folder_is_loaded_and_another_run_retrains(encoder, tmp_path, monkeypatch):
+    questions, right = toy(16, 0)
+    config, one = StudentConfig(encoder, k=K), replace(FAST, epochs=1)
+    student = train(config, one, questions, soft(right), tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"left by a kill after the log was written")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module, "build", never)
+        renamed = [replace(q, id=f"other {q.id}") for q in questions]  # an id is no content
+        assert same(student, train(config, one, renamed, soft(right), tmp_path, on_step=never))
+        assert not (tmp_path / "checkpoint.pt").exists()
+        for other in (
+            (config, replace(one, seed=1), questions, soft(right)),
+            (replace(config, max_length=64), one, questions, soft(right)),
+            (config, one, questions[::-1], soft(right)),
+            (config, one, questions, soft(right[::-1])),
+        ):
+            with pytest.raises(AssertionError, match="there already"):
+                train(*other, tmp_path)
+    assert same(student, train(config, one, questions, soft(right), tmp_path, on_step=never))  # an attempt spoils nothing
+    other = train(config, replace(one, seed=1), questions, soft(right), tmp_path)
+    assert not same(student, other) and same(other, Student.from_pretrained(tmp_path))
+
+
+def test_a_kill_while_saving_over_another_student_mixes_nothing(encoder, tmp_path, monkeypatch):
+    questions, right = toy(16, 0)
+    config, one = StudentConfig(encoder, k=K), replace(FAST, epochs=1, save_every=100)
+    student = train(config, one, questions, soft(right), tmp_path)
+    real = os.replace
+
+    def killed_at_the_config(source, target):
+        if str(target).endswith("permdistill.json"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_at_the_config)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, replace(one, seed=1), questions, soft(right), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Student.from_pretrained(tmp_path)
+    assert same(student, train(config, one, questions, soft(right), tmp_path))  # trained anew, not the other's
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(encoder, tmp_path):
+    questions, right = toy(24, 0)
+    config = StudentConfig(encoder, k=K)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, FAST, questions, soft(right), tmp_path / "a", on_step=killer(5))
+    assert (tmp_path / "a" / "checkpoint.pt").exists()
+    other = replace(FAST, learning_rate=5e-4)
+    resumed, fresh = (train(config, other, questions, soft(right), tmp_path / name) for name in ("a", "b"))
+    assert same(resumed, fresh)
+
+
+@HEADS
+def test_one_step_in_pieces_is_the_same_step(encoder, tmp_path, head):
+    """A batch of 16 at once and in pieces (the accumulation that trainers got wrong upstream): equal up to rounding."""
+    questions, right = toy(32, 0)
+    results = []
+    for micro_tokens in (10**6, 60):
+        one = replace(FAST, epochs=1, batch_size=16, micro_tokens=micro_tokens)
+        folder = tmp_path / str(micro_tokens)
+        results.append(train(StudentConfig(encoder, head, k=K), one, questions, soft(right), folder, autocast=False))
+    losses = [read_log(tmp_path / name)["losses"] for name in ("1000000", "60")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    # AdamW's first steps are near lr * sign(gradient): compare what the students say, not single weights.
+    p, q = (r.predict(questions, all_orders(K), autocast=False) for r in results)
+    assert np.abs(p - q).max() < 1e-3
+
+
+def test_orders_can_be_restricted(encoder, tmp_path, monkeypatch):
+    questions, right = toy(16, 0)
+    drawn, real = [], Student.encode
+    monkeypatch.setattr(Student, "encode", lambda self, q, o, d=None: drawn.append((o, d)) or real(self, q, o, d))
+    orders = np.array([[0, 1, 2], [2, 0, 1]])
+    probs = np.broadcast_to(np.eye(K)[[0, 2]][None], (16, 2, K))  # decides for option 0 in the first, 2 in the second order
+    train(StudentConfig(encoder, "joint", "prediction", K), FAST, questions, soft(right), tmp_path, probs, orders)
+    for shown, decisions in drawn:
+        assert {tuple(o) for o in shown[:, 0]} == {(0, 1, 2), (2, 0, 1)}
+        assert (decisions[:, 0] == np.where(shown[:, 0, 0] == 0, 0, 2)).all()
+
+
+def test_the_log_says_what_was_run(encoder, tmp_path):
+    questions, right = toy(16, 0)
+    losses = []
+    train(StudentConfig(encoder, k=K), FAST, questions, soft(right), tmp_path, on_step=lambda _, loss: losses.append(loss))
+    log = read_log(tmp_path)
+    assert log["losses"] == losses and len(losses) == 4
+    assert log["student"]["k"] == K and log["training"]["learning_rate"] == 1e-3 and log["questions"] == 16
+    assert log["questions_per_second"] == pytest.approx(32 / log["seconds"])
+    assert "yes" not in json.dumps({**log, "student": None})  # numbers and configs, no dataset text
+
+
+def test_a_diverging_run_says_so(encoder, tmp_path):
+    questions, right = toy(8, 0)
+    wild = replace(FAST, epochs=20, learning_rate=1e30, warmup=0.0)
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        train(StudentConfig(encoder, k=K), wild, questions, soft(right), tmp_path)
