@@ -106,18 +106,19 @@ EXECUTED := $(NAMES:%=$(BUILD)/notebooks/%.ipynb)
 $(EXECUTED): $(BUILD)/notebooks/%.ipynb: $(NOTEBOOKS)/%.ipynb $(CODE) $(SCORED) $(BUILD)/settings requirements.lock | $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "== $* ($(PROFILE))"
-	@$(PY) -m permdistill.manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
-	    -r profile $(PROFILE) -r output "$(OUT)" -r scores "$(SCORES)" "$<" "$(@:.ipynb=.part.ipynb)"
+	@TQDM_MININTERVAL=15 $(PY) -m permdistill.manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
+	    -r profile $(PROFILE) -r output "$(OUT)/$(PROFILE)" -r scores "$(SCORES)" "$<" "$(@:.ipynb=.part.ipynb)"
 	@mv "$(@:.ipynb=.part.ipynb)" "$@"
 
 # One after the other, in the order of their numbers, also with make -j: a notebook may read what an earlier one wrote.
 previous :=
 $(foreach target,$(EXECUTED),$(eval $(target): $(previous))$(eval previous := $(target)))
 
-# The figures that git keeps are those of the full profile.
+# The figures and tables that git keeps are those of the full profile.
 $(BUILD)/manifest.json: $(EXECUTED)
 	@$(if $(EXECUTED),,echo "there are no notebooks in $(NOTEBOOKS)/" >&2; exit 1)
-	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/figures" ]; then mkdir -p figures && cp -R "$(BUILD)/figures/." figures/; fi
+	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/full/figures" ]; then \
+	    mkdir -p figures && cp $(BUILD)/full/figures/* $(BUILD)/full/tables/* figures/; fi
 	@$(PY) -m permdistill.manifest "$(BUILD)"
 	$(eval MADE := yes)
 

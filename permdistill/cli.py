@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from permdistill import data, profiles, scores
 from permdistill.assets import ASSETS, AssetError, fetch
@@ -20,36 +21,37 @@ SCORES = Path(__file__).parent.parent / "scores"
 AUDIT_MEAN_TV, AUDIT_MAX_TV = 0.02, 0.15
 
 
-def _questions(args: argparse.Namespace) -> list[tuple[str, list[data.Question], str]]:
-    """(name, questions without gold answers, template name) of what the arguments ask for."""
+def _questions(args: argparse.Namespace) -> dict[str, list[data.Question]]:
+    """{template name: questions without gold answers} of what the arguments ask for."""
     if args.questions:
-        return [(Path(args.questions).stem, data.unlabelled(data.from_jsonl(args.questions)), args.template or "letters")]
+        return {args.template or "letters": data.unlabelled(data.from_jsonl(args.questions))}
     jobs: dict[str, list[data.Question]] = {}
     for task in args.tasks:
         for split in args.splits:
             loaded = profiles.load_task(task, split)
             # The tasks of one template go together: the four attributes of SummEval share their documents.
             jobs.setdefault(args.template or loaded.template.name, []).extend(data.unlabelled(loaded.questions))
-    return [("tasks", questions, template) for template, questions in jobs.items()]
+    return jobs
 
 
 def _score(args: argparse.Namespace) -> None:
     jobs = _questions(args)
-    teacher = load_teacher(args.teacher)
+    teacher = load_teacher(args.teacher, getattr(torch, args.dtype))
     store = scores.Store(Path(args.scores) / teacher.name)
-    for _, questions, template in jobs:
-        done = scores.score(store, teacher, questions[: args.limit], TEMPLATES[template])
-        print(f"{teacher.name}, template {template}: {done} questions scored now, {len(questions[: args.limit]) - done} were in the store")
+    for template, questions in jobs.items():
+        chosen = questions[: args.limit]
+        done = scores.score(store, teacher, chosen, TEMPLATES[template])
+        print(f"{teacher.name}, template {template}: {done} questions scored now, {len(chosen) - done} were in the store")
     store.compact()
 
 
 def _audit(args: argparse.Namespace) -> None:
     jobs = _questions(args)
-    teacher = load_teacher(args.teacher)
+    teacher = load_teacher(args.teacher, getattr(torch, args.dtype))
     store = scores.Store(Path(args.scores) / teacher.name)
     rng = np.random.default_rng(args.seed)
     failed = False
-    for _, questions, template in jobs:
+    for template, questions in jobs.items():
         chosen = [questions[i] for i in rng.choice(len(questions), size=min(args.n, len(questions)), replace=False)]
         tv = scores.audit(store, teacher, chosen, TEMPLATES[template])
         bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
@@ -77,10 +79,18 @@ def parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--teacher", default=TEACHERS[0], help=f"{', '.join(TEACHERS)}, a folder, or a hub repository")
-        command.add_argument("--tasks", nargs="+", choices=profiles.TASKS, default=profiles.TASKS, metavar="TASK", help=", ".join(profiles.TASKS))
+        command.add_argument(
+            "--tasks",
+            nargs="+",
+            choices=profiles.TASKS,
+            default=profiles.TASKS,
+            metavar="TASK",
+            help=", ".join(profiles.TASKS),
+        )
         command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
         command.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
         command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
+        command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="part of the scores' key")
         command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
         if name == "score":
             command.add_argument("--limit", type=int, help="only the first so many questions of each template")

@@ -146,9 +146,7 @@ def from_dataset(dataset: datasets.Dataset) -> list[Question]:
 
 def to_dataset(questions: Sequence[Question]) -> datasets.Dataset:
     """Questions -> ``datasets.Dataset`` with :data:`FEATURES`."""
-    return datasets.Dataset.from_list(
-        [{**q.__dict__, "options": list(q.options)} for q in questions], features=FEATURES
-    )
+    return datasets.Dataset.from_list([{**q.__dict__, "options": list(q.options)} for q in questions], features=FEATURES)
 
 
 def unlabelled(questions: Iterable[Question]) -> list[Question]:
@@ -259,7 +257,9 @@ def load_multiple_choice(task: str, split: str, k: int | None = 4) -> Split:
     return clean(_read_olmo(task, split), held_out, k)
 
 
-def load_summeval_pairs(n_systems: int = 16, seed: int = 0, attributes: Sequence[str] = tuple(ATTRIBUTES)) -> dict[str, list[Question]]:
+def load_summeval_pairs(
+    n_systems: int = 16, seed: int = 0, attributes: Sequence[str] = tuple(ATTRIBUTES)
+) -> dict[str, list[Question]]:
     """SummEval as pairwise comparison: {document id: questions}.
 
     A question is one unordered pair of summaries of one document and one attribute, K = 2; its two orders are the two

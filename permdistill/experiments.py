@@ -88,7 +88,11 @@ def shown_orders(test: Scored, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Which orders students are asked in: (rows of all_orders, the orders themselves). All if there are no more than n,
     else n drawn once; sensitivity and accuracy are means over uniformly random orders either way."""
     every = all_orders(test.P.shape[2])
-    rows = np.arange(len(every)) if len(every) <= n else np.sort(np.random.default_rng(SEED).choice(len(every), n, replace=False))
+    rows = (
+        np.arange(len(every))
+        if len(every) <= n
+        else np.sort(np.random.default_rng(SEED).choice(len(every), n, replace=False))
+    )
     return rows, every[rows]
 
 

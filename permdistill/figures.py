@@ -34,7 +34,9 @@ def _label(task: str) -> str:
 def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style) -> None:
     """Points with 95% intervals, in points of 100, at heights y."""
     value, low, high = (100 * frame[c].to_numpy() for c in (name, f"{name}_low", f"{name}_high"))
-    ax.errorbar(value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="o", capsize=2, lw=1, ms=4, **style)
+    ax.errorbar(
+        value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="o", capsize=2, lw=1, ms=4, **style
+    )
 
 
 def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
@@ -61,7 +63,11 @@ def preferred_positions(scored: Sequence[Scored]) -> Figure:
     _style()
     teachers, tasks = list(dict.fromkeys(s.teacher for s in scored)), list(dict.fromkeys(s.task.name for s in scored))
     figure, axes = plt.subplots(
-        len(tasks), len(teachers), figsize=(2.6 * len(teachers) + 1.2, 1.3 * len(tasks) + 0.5), squeeze=False, layout="constrained"
+        len(tasks),
+        len(teachers),
+        figsize=(2.6 * len(teachers) + 1.2, 1.3 * len(tasks) + 0.5),
+        squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat:
         axis.set_visible(False)
@@ -83,7 +89,12 @@ def students(table: pd.DataFrame) -> Figure:
     tasks, systems = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.system))
     y = np.arange(len(systems))[::-1]
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(2.6 + 2.1 * len(tasks), 1 + 0.3 * len(systems)), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(tasks),
+        figsize=(2.6 + 2.1 * len(tasks), 1 + 0.3 * len(systems)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for ax, task in zip(axes[0], tasks, strict=True):
         part = table[table.task == task].set_index("system").loc[systems]
@@ -106,7 +117,10 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
     tasks = list(dict.fromkeys(systems.task))
     columns = min(4, len(tasks))
     figure, axes = plt.subplots(
-        -(-len(tasks) // columns), columns, figsize=(2.7 * columns, 2.7 * -(-len(tasks) // columns) + 0.5), squeeze=False,
+        -(-len(tasks) // columns),
+        columns,
+        figsize=(2.7 * columns, 2.7 * -(-len(tasks) // columns) + 0.5),
+        squeeze=False,
         layout="constrained",
     )
     for ax in axes.flat[len(tasks) :]:
@@ -119,8 +133,15 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
             for chosen, marker, suffix in ((~joint, "o", ""), (joint, "s", ", joint head")):
                 if chosen.any():
                     ax.scatter(
-                        100 * mine.ps[chosen], 100 * mine.accuracy[chosen], color=colour, marker=marker, s=34, alpha=0.85,
-                        edgecolor="white", linewidth=0.5, label=NAMES[kind] + (suffix if kind == "student" else ""),
+                        100 * mine.ps[chosen],
+                        100 * mine.accuracy[chosen],
+                        color=colour,
+                        marker=marker,
+                        s=34,
+                        alpha=0.85,
+                        edgecolor="white",
+                        linewidth=0.5,
+                        label=NAMES[kind] + (suffix if kind == "student" else ""),
                     )
         ax.set(title=_label(task), xlabel="permutation sensitivity (TV x 100)", ylabel="accuracy (%)", xlim=(-3, None))
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}

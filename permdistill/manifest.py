@@ -90,9 +90,10 @@ def write(build: Path) -> Path:
         "notebooks": _notebooks(build),
         "resources": resources,
         "products": {
-            **_hashes(build / "tables", below=build.parent),
-            **_hashes(build / "figures", below=build.parent),
-            **_hashes(ROOT / "figures"),
+            name: sha256
+            for kind in ("tables", "figures")
+            for folder in sorted(build.glob(f"*/{kind}"))
+            for name, sha256 in _hashes(folder, below=build).items()
         },
     }
     return _write_json(build / "manifest.json", manifest)

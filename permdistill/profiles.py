@@ -47,7 +47,9 @@ def load_task(name: str, split: str) -> Task:
     if name in MULTIPLE_CHOICE:
         whole = load_multiple_choice(name, split)
         questions = sample(whole.questions, TEST_QUESTIONS if split == "test" else TRAIN_QUESTIONS, SEED)
-        return Task(name, questions, TEMPLATES["letters"], [q.id for q in questions], [name] * len(questions), whole.left_out)
+        return Task(
+            name, questions, TEMPLATES["letters"], [q.id for q in questions], [name] * len(questions), whole.left_out
+        )
     documents = load_summeval_pairs(SYSTEMS, SEED, [name.removeprefix("summeval_")])
     names = list(documents)
     names = names[:TEST_DOCUMENTS] if split == "test" else names[TEST_DOCUMENTS : TEST_DOCUMENTS + TRAIN_DOCUMENTS]

@@ -52,7 +52,9 @@ class Template:
         """The user's turn for ``question`` with its options in ``order`` (see :mod:`permdistill.orders`)."""
         k = len(question.options)
         if k > len(self.labels):
-            raise ValueError(f"question {question.id!r} has {k} options, template {self.name!r} only {len(self.labels)} labels")
+            raise ValueError(
+                f"question {question.id!r} has {k} options, template {self.name!r} only {len(self.labels)} labels"
+            )
         before = self.before if question.context else self.before_no_context
         fields = {"context": question.context, "question": question.question}
         options = "".join(

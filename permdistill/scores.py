@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from permdistill.data import Question
 from permdistill.orders import all_orders
@@ -124,7 +124,12 @@ def score(
         groups.setdefault((question.context or question.id, len(question.options)), []).append(question)
     rows: list[dict] = []
     saved = time.monotonic()
-    bar = tqdm(total=len(questions), initial=len(questions) - len(missing), unit="question", desc=f"score {teacher.name}", disable=None)
+    bar = tqdm(
+        total=len(questions),
+        initial=len(questions) - len(missing),
+        unit="question",
+        desc=f"score {teacher.name}",
+    )
     try:
         for group in groups.values():
             orders = all_orders(len(group[0].options))
@@ -132,8 +137,18 @@ def score(
                 key = content_key(question, orders, template, teacher.model_key)
                 values = np.asarray(log_probs, dtype=np.float32)
                 if not np.isfinite(values).all():
-                    raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {values}")
-                rows.append({"key": key, "id": question.id, "k": orders.shape[1], "n_orders": len(orders), "log_probs": values.ravel()})
+                    raise ValueError(
+                        f"question {question.id!r}: the teacher gave a log-probability that is not finite: {values}"
+                    )
+                rows.append(
+                    {
+                        "key": key,
+                        "id": question.id,
+                        "k": orders.shape[1],
+                        "n_orders": len(orders),
+                        "log_probs": values.ravel(),
+                    }
+                )
             bar.update(len(group))
             if time.monotonic() - saved >= seconds_per_shard:
                 store.append(rows)

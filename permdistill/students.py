@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
@@ -146,7 +146,8 @@ class Student:
         for question in questions:
             if len(question.options) != k:
                 raise ValueError(f"question {question.id!r} has {len(question.options)} options, the student k = {k}")
-        if orders.ndim != 3 or orders.shape[0] != len(questions) or (np.sort(orders, axis=-1) != np.arange(k)).any():
+        fits = orders.ndim == 3 and (orders.shape[0], orders.shape[2]) == (len(questions), k)
+        if not fits or (np.sort(orders, axis=-1) != np.arange(k)).any():
             raise ValueError(f"orders of shape {orders.shape[1:]}: give (order, {k}) permutations of 0..{k - 1}")
         if (decisions is not None) != (self.config.inputs == "prediction"):
             state = "missing" if decisions is None else "given"
@@ -226,7 +227,7 @@ class Student:
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
         logits = torch.empty(len(rows), k if self.config.head == "joint" else 1)
         self.model.eval()
-        bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}", disable=None)
+        bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}")
         with bar, torch.inference_mode(), mixed_precision(self.model.device, autocast):
             for batch in by_length(lengths, batch_tokens):
                 logits[batch] = self.logits([rows[i] for i in batch]).cpu()

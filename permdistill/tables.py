@@ -80,7 +80,12 @@ def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
         first = correct(s.P[:, :1], s.task.questions)
         labelled = ~np.isnan(first)
         a = metrics.bootstrap(first[labelled], np.asarray(s.task.groups)[labelled])
-        alone = rows[-2] | {"treatment": BIASED_ORIGINAL, "accuracy": a.value, "accuracy_low": a.low, "accuracy_high": a.high}
+        alone = rows[-2] | {
+            "treatment": BIASED_ORIGINAL,
+            "accuracy": a.value,
+            "accuracy_low": a.low,
+            "accuracy_high": a.high,
+        }
         rows.insert(-2, alone)
     return pd.DataFrame(rows)
 
@@ -138,7 +143,9 @@ def less_sensitive(systems: pd.DataFrame) -> pd.DataFrame:
     for task, part in systems.groupby("task", sort=False):
         teacher, students = part[part.kind == "teacher"].ps.iloc[0], part[part.kind == "student"].ps
         below = f"{(students < teacher).sum()} of {len(students)}"
-        rows.append({"task": task, "ps of teacher": teacher, "median ps of students": students.median(), "below teacher": below})
+        rows.append(
+            {"task": task, "ps of teacher": teacher, "median ps of students": students.median(), "below teacher": below}
+        )
     return pd.DataFrame(rows).round(3)
 
 
@@ -153,7 +160,9 @@ def read(folder: str | Path, *names: str) -> pd.DataFrame:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: run the notebook that writes table {name} first, with this profile")
         frame = pd.read_csv(path)
-        frames.append(frame.assign(task=frame.task.replace("all", f"all of {name.split('_')[0]}")) if len(names) > 1 else frame)
+        frames.append(
+            frame.assign(task=frame.task.replace("all", f"all of {name.split('_')[0]}")) if len(names) > 1 else frame
+        )
     return pd.concat(frames, ignore_index=True)
 
 

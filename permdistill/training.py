@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from permdistill.data import Question
 from permdistill.orders import all_orders, to_positions
@@ -182,7 +182,7 @@ def train(
     started = time.monotonic() - seconds
 
     student.model.train()
-    bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}", disable=None)
+    bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}")
     with bar:
         for number in range(len(losses) // per_epoch, training.epochs):
             epoch = _epoch(student, training, questions, targets, decision_probs, orders, number)

@@ -72,7 +72,9 @@ def build(prompts: Sequence[Sequence[int]]) -> Trie:
     for node in range(len(tokens) - 1, -1, -1):
         if parent[node] >= 0:
             end[parent[node]] = max(end[parent[node]], end[node])
-    return Trie(np.array(tokens, dtype=np.int64), np.array(parent, dtype=np.int64), np.array(depth, dtype=np.int64), end, leaf)
+    return Trie(
+        np.array(tokens, dtype=np.int64), np.array(parent, dtype=np.int64), np.array(depth, dtype=np.int64), end, leaf
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ def next_token_log_probs(
     device = model.device
     cache = DynamicCache(config=model.config)
     if model.config._attn_implementation != "sdpa":  # others add a boolean mask to the scores, or ignore it
-        raise ValueError(f"attention is {model.config._attn_implementation!r}: load the model with attn_implementation='sdpa'")
+        raise ValueError(
+            f"attention is {model.config._attn_implementation!r}: load the model with attn_implementation='sdpa'"
+        )
     if any(cache.is_sliding):
         raise ValueError(f"{model.config.model_type} has sliding-window attention, which an ancestor mask does not know")
     prompts_of_leaf: dict[int, list[int]] = {}

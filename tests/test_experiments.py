@@ -25,7 +25,13 @@ def planted(name: str, n: int = 40, k: int = 3, bias: float = 2.0, seed: int = 0
     rng = np.random.default_rng(seed)
     answers = rng.integers(k, size=n)
     questions = [
-        Question(f"{name}/{i}", "", f"which is {w} ?", tuple(f"{w} {o}" for o in ("cat", "dog", "bird")[:k]), int(a) if i >= ties else None)
+        Question(
+            f"{name}/{i}",
+            "",
+            f"which is {w} ?",
+            tuple(f"{w} {o}" for o in ("cat", "dog", "bird")[:k]),
+            int(a) if i >= ties else None,
+        )
         for i, (a, w) in enumerate(zip(answers, rng.choice(["tall", "small", "old", "new"], n), strict=True))
     ]
     teacher = PlantedTeacher({q.id: np.eye(k)[a] for q, a in zip(questions, answers, strict=True)}, np.eye(k)[0] * bias)
@@ -118,7 +124,9 @@ def test_students_table_compares_with_the_biased_teacher_and_keeps_losers():
     frame = tables.students(test, systems)
     assert frame.groupby("task", sort=False).size().to_dict() == {"one": 5, "two": 5, "all": 5}
     by = frame.set_index(["task", "system"])
-    assert by.loc[("all", "good"), "gain"] == pytest.approx(2 / 3) and by.loc[("all", "bad"), "gain"] == pytest.approx(-1 / 3)
+    assert by.loc[("all", "good"), "gain"] == pytest.approx(2 / 3) and by.loc[("all", "bad"), "gain"] == pytest.approx(
+        -1 / 3
+    )
     assert np.isnan(by.loc[("all", "planted, biased"), "gain"]) and by.loc[("all", "good"), "n"] == 80
     assert tables.better_than_teacher(frame).system.tolist() == ["good"]
     assert tables.worse_than_teacher(frame).system.tolist() == ["bad"]

@@ -18,10 +18,10 @@ def executed(parameters: dict) -> str:
 
 def test_manifest_of_a_run(tmp_path):
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "tables").mkdir()
+    (tmp_path / "full" / "tables").mkdir(parents=True)
     (tmp_path / "notebooks" / "01_a.ipynb").write_text(executed({"profile": "smoke"}))
     (tmp_path / "notebooks" / "02_b.part.ipynb").write_text("half-writ")
-    (tmp_path / "tables" / "t1.csv").write_text("a,b\n")
+    (tmp_path / "full" / "tables" / "t1.csv").write_text("a,b\n")
     assert manifest.main([str(tmp_path), "--measure", "01_a", "--", sys.executable, "-c", "x = bytearray(50_000_000)"]) == 0
     path = manifest.write(tmp_path)
     found = json.loads(path.read_text())
@@ -30,7 +30,7 @@ def test_manifest_of_a_run(tmp_path):
     assert found["notebooks"]["01_a"]["parameters"] == {"profile": "smoke"}
     assert found["notebooks"]["01_a"]["seconds"] == 2.0
     assert found["resources"]["01_a"]["peak_memory_bytes"] > 50_000_000
-    assert found["products"][f"{tmp_path.name}/tables/t1.csv"] == hashlib.sha256(b"a,b\n").hexdigest()
+    assert found["products"]["full/tables/t1.csv"] == hashlib.sha256(b"a,b\n").hexdigest()
     assert {"torch", "transformers", "numpy"} <= set(found["packages"])
     assert not list(tmp_path.rglob("*.part"))
 

@@ -23,10 +23,14 @@ def test_own_questions_example(tmp_path):
     (command,) = block("sh", "permdistill score").strip().splitlines()
     program, *arguments = command.replace("path/or/hub-name", "smollm2-135m").split()
     assert program == ".venv/bin/permdistill"
-    done = subprocess.run([sys.executable, "-m", "permdistill.cli", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "permdistill.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "1 questions scored now" in done.stdout
-    done = subprocess.run([sys.executable, "-c", block("python", "permutation_sensitivity")], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", block("python", "permutation_sensitivity")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert re.match(r"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+\]\]", done.stdout), done.stdout
 

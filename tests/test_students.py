@@ -181,6 +181,8 @@ def test_decisions_must_fit_the_inputs(encoder, head):
         build(StudentConfig(encoder, head, k=4), 0).predict(questions, all_orders(4))
     with pytest.raises(ValueError, match="permutations"):
         student.predict(questions, np.zeros((6, 3), dtype=int), good)
+    with pytest.raises(ValueError, match=r"orders of shape \(2, 2\)"):
+        student.predict(questions, all_orders(2), good)
 
 
 @pytest.mark.parametrize(
