@@ -13,7 +13,7 @@ import torch
 from permdistill import data, profiles, scores
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.prompts import TEMPLATES
-from permdistill.teachers import TEACHERS, load_teacher
+from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
 
 SCORES = Path(__file__).parent.parent / "scores"
 
@@ -47,13 +47,14 @@ def _score(args: argparse.Namespace) -> None:
 
 def _audit(args: argparse.Namespace) -> None:
     jobs = _questions(args)
-    teacher = load_teacher(args.teacher, getattr(torch, args.dtype))
+    stored = model_key(args.teacher, getattr(torch, args.dtype))
+    teacher = load_teacher(args.teacher, fast_dtype())  # rounding apart, any number format must agree
     store = scores.Store(Path(args.scores) / teacher.name)
     rng = np.random.default_rng(args.seed)
     failed = False
     for template, questions in jobs.items():
         chosen = [questions[i] for i in rng.choice(len(questions), size=min(args.n, len(questions)), replace=False)]
-        tv = scores.audit(store, teacher, chosen, TEMPLATES[template])
+        tv = scores.audit(store, teacher, chosen, TEMPLATES[template], stored)
         bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
         failed |= bad
         print(

@@ -94,7 +94,9 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
 
 def validate(records: Iterable[Mapping[str, Any]], source: str = "records") -> list[Question]:
     """Records -> questions. Raises :class:`BadRecords` that lists every bad record."""
-    questions, problems, seen = [], [], {}
+    questions: list[Question] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
     for row, record in enumerate(records):
         if not isinstance(record, Mapping):
             problems.append(f"record {row}: is {record!r}: give an object with the fields {', '.join(FEATURES)}")
@@ -186,7 +188,8 @@ class Split:
 
 def clean(questions: Sequence[Question], held_out: Sequence[Question] = (), k: int | None = None) -> Split:
     """Leave out questions that are permutation-unsafe, repeated, also in ``held_out``, or not of ``k`` options."""
-    kept, left_out = [], Counter()
+    kept: list[Question] = []
+    left_out: Counter[str] = Counter()
     seen, held = set(), {_text(q) for q in held_out}
     for q in questions:
         text = (q.context, *_text(q))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +32,7 @@ def _label(task: str) -> str:
     )
 
 
-def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style) -> None:
+def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: Any) -> None:
     """Points with 95% intervals, in points of 100, at heights y."""
     value, low, high = (100 * frame[c].to_numpy() for c in (name, f"{name}_low", f"{name}_high"))
     ax.errorbar(

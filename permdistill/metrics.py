@@ -179,7 +179,7 @@ class Interval(NamedTuple):
 def bootstrap(
     values: np.ndarray,
     groups: Sequence[Hashable] | None = None,
-    statistic: Callable[[np.ndarray], float] | None = None,
+    statistic: Callable[[np.ndarray], float | np.ndarray] | None = None,
     n: int = 2000,
     seed: int | np.random.Generator = 0,
     level: float = 0.95,

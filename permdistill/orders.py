@@ -8,6 +8,7 @@ everything after the teacher is in option space, with axes (item, order, option)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 from math import factorial
 
@@ -58,6 +59,6 @@ def to_positions(by_option: np.ndarray, orders: np.ndarray) -> np.ndarray:
     return np.take_along_axis(by_option, np.broadcast_to(orders, by_option.shape), axis=-1)
 
 
-def apply(order: np.ndarray, options: list[str]) -> list[str]:
+def apply(order: Sequence[int] | np.ndarray, options: Sequence[str]) -> list[str]:
     """The options as shown: ``[options[order[0]], options[order[1]], ...]``."""
     return [options[i] for i in order]

@@ -184,12 +184,17 @@ def probabilities(log_probs: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-def audit(store: Store, teacher: Teacher, questions: Iterable[Question], template: Template) -> np.ndarray:
-    """Score ``questions`` live and compare with the store: total variation between the two, (item, order)."""
+def audit(
+    store: Store, teacher: Teacher, questions: Iterable[Question], template: Template, model_key: str | None = None
+) -> np.ndarray:
+    """Score ``questions`` live and compare with the store: total variation between the two, (item, order).
+
+    ``model_key`` names the stored scores when they were made in another number format than the live teacher's.
+    """
     differences = []
     for question in questions:
         orders = all_orders(len(question.options))
-        stored = probabilities(load(store, [question], template, teacher.model_key))
+        stored = probabilities(load(store, [question], template, model_key or teacher.model_key))
         live = probabilities(teacher.log_probs([question], orders, template).astype(np.float64))
         differences.append(np.abs(stored - live).sum(axis=-1)[0] / 2)
     return np.stack(differences)

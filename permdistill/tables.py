@@ -51,18 +51,18 @@ def measure(
     baseline  per item, the accuracy of the system to compare with (see :func:`correct`): adds the paired ``gain``
     """
     right = correct(P, questions)
-    labelled, groups = ~np.isnan(right), np.asarray(groups)
+    labelled, unit = ~np.isnan(right), np.asarray(groups)
     row: dict[str, float] = {"n": int(labelled.sum())}
 
     def add(name: str, interval: metrics.Interval) -> None:
         row.update({name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high})
 
-    add("accuracy", metrics.bootstrap(right[labelled], groups[labelled]))
+    add("accuracy", metrics.bootstrap(right[labelled], unit[labelled]))
     if baseline is not None:
-        add("gain", metrics.bootstrap((right - baseline)[labelled], groups[labelled]))
-    add("ps", metrics.bootstrap(metrics.permutation_sensitivity(P), groups))
-    add("ps_kl", metrics.bootstrap(metrics.permutation_sensitivity(P, "kl"), groups))
-    add("pb", metrics.bootstrap(metrics.position_marginals(P, orders), groups, statistic=metrics.from_uniform))
+        add("gain", metrics.bootstrap((right - baseline)[labelled], unit[labelled]))
+    add("ps", metrics.bootstrap(metrics.permutation_sensitivity(P), unit))
+    add("ps_kl", metrics.bootstrap(metrics.permutation_sensitivity(P, "kl"), unit))
+    add("pb", metrics.bootstrap(metrics.position_marginals(P, orders), unit, statistic=metrics.from_uniform))
     return row
 
 

@@ -64,7 +64,7 @@ class CausalTeacher:
             tokenize=False,
             add_generation_prompt=True,
         )
-        return text + template.answer_prefix
+        return str(text) + template.answer_prefix
 
     def label_tokens(self, k: int, template: Template) -> list[int]:
         """Ids of the first K label words at the place where the answer starts.
@@ -122,8 +122,7 @@ class PlantedTeacher:
         return (logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)).astype(np.float32)
 
 
-# The committed scores were made in bfloat16 (with a float32 head); so are live ones, unless asked otherwise, also on a
-# machine without bfloat16 units, where it is slow but comparable.
+# The committed scores were made in bfloat16 (with a float32 head), and so are new ones, unless asked otherwise.
 DTYPE = torch.bfloat16
 
 
@@ -140,13 +139,20 @@ def model_key(name: str, dtype: torch.dtype = DTYPE) -> str:
     return f"{weights} {str(dtype).removeprefix('torch.')}, float32 head"
 
 
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the machine multiplies it natively, else float32."""
+    native = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int = trie.MAX_TOKENS) -> CausalTeacher:
     """A teacher of the registry by name (:data:`TEACHERS`), a local folder, or a repository of the model hub."""
     folder = _dequantised(name) if f"{name}.gguf" in ASSETS else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    model = with_float32_head(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
-    return CausalTeacher(Path(name).name, with_packed_linears(model), tokenizer, model_key(name, dtype), max_tokens)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model.to(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = with_packed_linears(with_float32_head(model))
+    return CausalTeacher(Path(name).name, model, tokenizer, model_key(name, dtype), max_tokens)
 
 
 def with_float32_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -160,7 +166,10 @@ def with_float32_head(model: PreTrainedModel) -> PreTrainedModel:
         # A copy, since the weight may be tied to the input embedding, which stays as it is.
         wide = torch.nn.Linear(1, 1, bias=False, device="meta")
         wide.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
-        wide.bias = None if head.bias is None else torch.nn.Parameter(head.bias.detach().float(), requires_grad=False)
+        if head.bias is not None:
+            wide.bias = torch.nn.Parameter(head.bias.detach().float(), requires_grad=False)
+        else:
+            wide.register_parameter("bias", None)
         wide.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
         model.set_output_embeddings(wide)
     return model

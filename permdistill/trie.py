@@ -104,7 +104,7 @@ def plan(trie: Trie, max_tokens: int = MAX_TOKENS) -> Iterator[Step]:
         if stop - start <= max_tokens:
             yield Step(start, stop, past)
             continue
-        group = []  # whole siblings, packed greedily
+        group: list[tuple[int, int]] = []  # whole siblings, packed greedily
         siblings = list(children(start, stop))
         if len(siblings) > 1:
             for node in siblings:

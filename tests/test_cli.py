@@ -1,0 +1,79 @@
+"""The command line, with a planted teacher in the place of a downloaded one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from permdistill import cli, scores
+from permdistill.teachers import PlantedTeacher
+
+
+@pytest.fixture
+def planted(monkeypatch) -> PlantedTeacher:
+    teacher = PlantedTeacher({f"q{i}": np.array([i, 0.0, 1.0]) for i in range(4)}, np.array([1.0, 0.0, 0.0]))
+    monkeypatch.setattr(cli, "load_teacher", lambda name, dtype: teacher)
+    monkeypatch.setattr(cli, "model_key", lambda name, dtype: teacher.model_key)
+    return teacher
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    records = [{"id": f"q{i}", "question": f"which {i}?", "options": ["a", "b", "c"], "answer": 0} for i in range(4)]
+    path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
+    return str(path)
+
+
+def test_score_then_audit(planted, questions, tmp_path, capsys):
+    arguments = ["--questions", questions, "--scores", str(tmp_path / "scores")]
+    cli.main(["score", *arguments, "--limit", "3"])
+    assert "3 questions scored now, 0 were in the store" in capsys.readouterr().out
+    cli.main(["score", *arguments])
+    assert "1 questions scored now, 3 were in the store" in capsys.readouterr().out
+    assert planted.calls == 4
+    (file,) = (tmp_path / "scores" / "planted").glob("*")
+    assert file.name == "scores.parquet" and pq.read_table(file).num_rows == 4
+    cli.main(["audit", *arguments])
+    assert "TV mean 0.0000" in capsys.readouterr().out
+
+
+def test_audit_fails_when_a_stored_score_is_wrong(planted, questions, tmp_path, capsys):
+    arguments = ["--questions", questions, "--scores", str(tmp_path / "scores")]
+    cli.main(["score", *arguments])
+    path = tmp_path / "scores" / "planted" / "scores.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["log_probs"] = [0.0, -5.0, -9.0] * rows[0]["n_orders"]
+    pq.write_table(pa.Table.from_pylist(rows, schema=scores.SCHEMA), path)
+    with pytest.raises(SystemExit, match="not what this machine computes"):
+        cli.main(["audit", *arguments])
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_errors_are_one_message_before_any_scoring(planted, questions, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "x", "question": "which?", "options": ["a", "a"], "answer": 5}\n', encoding="utf-8")
+    with pytest.raises(SystemExit) as error:
+        cli.main(["score", "--questions", str(bad), "--scores", str(tmp_path)])
+    message = str(error.value.code)
+    assert (
+        message.startswith("permdistill: ")
+        and "'x'" in message
+        and "repeated: ['a']" in message
+        and "out of range" in message
+    )
+    assert planted.calls == 0
+    with pytest.raises(SystemExit, match="1 of 4 questions have no scores|4 of 4|1 of 1"):
+        cli.main(["audit", "--questions", questions, "--scores", str(tmp_path / "empty"), "--n", "1"])
+
+
+@pytest.mark.parametrize("command", [[], ["score"], ["audit"], ["fetch"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: permdistill" in capsys.readouterr().out
