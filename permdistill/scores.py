@@ -43,6 +43,8 @@ SCHEMA = pa.schema(
     }
 )
 
+MAX_SHARDS = 256
+
 
 class MissingScores(LookupError):
     """The store lacks scores that were asked for; the message says how to make them."""
@@ -60,6 +62,7 @@ class Store:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._rows: dict[str, dict] = {}
+        self._shards = 0  # written since the last compaction
         self._read(sorted(self.folder.glob("*.parquet")))
 
     def _read(self, paths: Sequence[Path]) -> None:
@@ -74,10 +77,13 @@ class Store:
         return key in self._rows
 
     def append(self, rows: Sequence[dict]) -> None:
-        """Add rows as one new shard: on disk, complete, before this returns."""
+        """Add rows as one new shard: on disk, complete, before this returns. Now and then all shards become one file."""
         if rows:
             _write(self.folder / f"part-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet", rows)
             self._rows.update((row["key"], row) for row in rows)
+            self._shards += 1
+        if self._shards >= MAX_SHARDS:
+            self.compact()
 
     def compact(self, name: str = "scores") -> Path:
         """Merge everything into ``<name>.parquet``, also what other processes have added meanwhile. A kill in the middle
@@ -87,7 +93,8 @@ class Store:
         path = self.folder / f"{name}.parquet"
         _write(path, sorted(self._rows.values(), key=lambda row: (row["id"], row["key"])))
         for shard in old - {path}:
-            shard.unlink()
+            shard.unlink(missing_ok=True)
+        self._shards = 0
         return path
 
     def get(self, key: str) -> np.ndarray:
@@ -103,14 +110,11 @@ def _write(path: Path, rows: Sequence[dict]) -> None:
     os.replace(part, path)
 
 
-def score(
-    store: Store, teacher: Teacher, questions: Sequence[Question], template: Template, seconds_per_shard: float = 30.0
-) -> int:
+def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
     """Score what the store lacks, all K! orders of each question. Returns the number of questions scored now.
 
-    Questions with the same context and K are scored together, so that they pay for it once. A new shard is written about
-    every ``seconds_per_shard``: that much work is lost when the process is killed. Raises ValueError before any compute
-    when a question does not fit the template.
+    Questions with the same context and K are scored together, so that they pay for it once. What a group cost is on disk
+    before the next group starts. Raises ValueError before any compute when a question does not fit the template.
     """
     missing: dict[str, Question] = {}  # by content: the same texts under two ids are paid once
     for question in questions:
@@ -122,41 +126,28 @@ def score(
     groups: dict[tuple, list[Question]] = {}
     for question in missing.values():
         groups.setdefault((question.context or question.id, len(question.options)), []).append(question)
-    rows: list[dict] = []
-    saved = time.monotonic()
-    bar = tqdm(
-        total=len(questions),
-        initial=len(questions) - len(missing),
-        unit="question",
-        desc=f"score {teacher.name}",
-    )
-    try:
+    paid = len(questions) - len(missing)
+    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score {teacher.name}") as bar:
         for group in groups.values():
             orders = all_orders(len(group[0].options))
-            for question, log_probs in zip(group, teacher.log_probs(group, orders, template), strict=True):
-                key = content_key(question, orders, template, teacher.model_key)
-                values = np.asarray(log_probs, dtype=np.float32)
-                if not np.isfinite(values).all():
-                    raise ValueError(
-                        f"question {question.id!r}: the teacher gave a log-probability that is not finite: {values}"
+            rows = []
+            try:
+                for question, log_probs in zip(group, teacher.log_probs(group, orders, template), strict=True):
+                    rows.append(
+                        _row(question, orders, log_probs, content_key(question, orders, template, teacher.model_key))
                     )
-                rows.append(
-                    {
-                        "key": key,
-                        "id": question.id,
-                        "k": orders.shape[1],
-                        "n_orders": len(orders),
-                        "log_probs": values.ravel(),
-                    }
-                )
+            finally:
+                store.append(rows)  # also when a later question of the group fails
             bar.update(len(group))
-            if time.monotonic() - saved >= seconds_per_shard:
-                store.append(rows)
-                rows, saved = [], time.monotonic()
-    finally:
-        store.append(rows)  # also when interrupted: what is paid for is kept
-        bar.close()
     return len(missing)
+
+
+def _row(question: Question, orders: np.ndarray, log_probs: np.ndarray, key: str) -> dict:
+    values = np.asarray(log_probs, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {values}")
+    n_orders, k = orders.shape
+    return {"key": key, "id": question.id, "k": k, "n_orders": n_orders, "log_probs": values.ravel()}
 
 
 def load(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> np.ndarray:

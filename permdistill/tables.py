@@ -1,4 +1,4 @@
-"""The paper's tables: systems -> measured rows -> CSV, LaTeX, and what a notebook shows.
+"""The paper's tables: systems -> measured rows -> CSV, LaTeX, and what a notebook or the README shows.
 
 A table is a pandas DataFrame in long form with plain numbers (shares, not points): for each metric ``m`` the columns
 ``m``, ``m_low``, ``m_high``. :func:`pretty` makes points with intervals of it, for people.
@@ -6,6 +6,7 @@ A table is a pandas DataFrame in long form with plain numbers (shares, not point
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -189,3 +190,41 @@ def save(frame: pd.DataFrame, folder: str | Path, name: str) -> Path:
     frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6f")
     (folder / f"{name}.tex").write_text(pretty(frame).to_latex(index=False, escape=True), encoding="utf-8")
     return folder / f"{name}.csv"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """:func:`pretty` as a Markdown table."""
+    shown = pretty(frame).astype(object).fillna("")
+    lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def readme(text: str, folder: str | Path) -> str:
+    """The README with its tables drawn from the CSV files in ``folder``; the rest of ``text`` stays as it is.
+
+    A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. The students' tables show the rows over all tasks.
+    """
+    for name in re.findall(r"<!-- /(\w+) -->", text):
+        frame = pd.read_csv(Path(folder) / f"{name}.csv").drop(columns=["kind"], errors="ignore")
+        frame = frame[[c for c in frame if not c.startswith(("ps_kl", "pb"))]]
+        if "system" in frame:
+            frame = (
+                frame[frame.task == "all"]
+                .drop(columns="task")
+                .assign(
+                    parameters_millions=[
+                        f"{m:.0f}" if m == m else "" for m in frame.parameters_millions[frame.task == "all"]
+                    ]
+                )
+            )
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{markdown(frame)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":  # python -m permdistill.tables: bring the README's numbers up to date
+    root = Path(__file__).parent.parent
+    (root / "README.md").write_text(
+        readme((root / "README.md").read_text(encoding="utf-8"), root / "figures"), encoding="utf-8"
+    )
