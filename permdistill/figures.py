@@ -79,7 +79,7 @@ def preferred_positions(scored: Sequence[Scored]) -> Figure:
         share = 100 * metrics.position_marginals(s.P, all_orders(k)).mean(axis=0)
         ax.bar(list(s.task.template.labels[:k]), share, color=COLOURS["teacher"])
         ax.axhline(100 / k, color="black", lw=1, ls="--")
-        ax.set(title=f"{_label(s.task.name)}\n{s.teacher}", ylim=(0, 100 if k == 2 else 60), ylabel="share (%)")
+        ax.set(title=f"{_label(s.task.name)}\n{s.teacher}", ylim=(0, max(150 / k, 1.1 * share.max())), ylabel="share (%)")
         ax.grid(axis="x", visible=False)
     return figure
 

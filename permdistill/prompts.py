@@ -45,7 +45,7 @@ class Template:
 
     @property
     def key(self) -> str:
-        """sha256 over everything that changes a prompt."""
+        """sha256 over all fields, the name too."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def user_message(self, question: Question, order: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ A store is a folder of parquet files with one row an item::
     key        content key: sha256 over teacher (weights, number format), template, orders, and the item's texts
     id         the question's id (for people; never used to find a row)
     k          number of options
-    n_orders   number of orders; they are :func:`permdistill.orders.all_orders` unless the metadata says otherwise
+    n_orders   number of orders, K!: they are :func:`permdistill.orders.all_orders`
     log_probs  float32 list, (order, option) in C order: log-probability of each option's label over the vocabulary
 
 Rows hold numbers, ids and orders only, no dataset text. A run appends shards (write, then atomic rename), so a killed run
@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from permdistill.assets import locked
 from permdistill.data import Question
 from permdistill.orders import all_orders
 from permdistill.prompts import Template
@@ -88,12 +89,13 @@ class Store:
     def compact(self, name: str = "scores") -> Path:
         """Merge everything into ``<name>.parquet``, also what other processes have added meanwhile. A kill in the middle
         leaves rows twice, never none."""
-        old = set(self.folder.glob("*.parquet"))
-        self._read(sorted(old))
         path = self.folder / f"{name}.parquet"
-        _write(path, sorted(self._rows.values(), key=lambda row: (row["id"], row["key"])))
-        for shard in old - {path}:
-            shard.unlink(missing_ok=True)
+        with locked(self.folder / ".lock"):
+            old = set(self.folder.glob("*.parquet"))
+            self._read(sorted(old))
+            _write(path, sorted(self._rows.values(), key=lambda row: (row["id"], row["key"])))
+            for shard in old - {path}:
+                shard.unlink()
         self._shards = 0
         return path
 
@@ -178,7 +180,7 @@ def probabilities(log_probs: np.ndarray) -> np.ndarray:
 def audit(
     store: Store, teacher: Teacher, questions: Iterable[Question], template: Template, model_key: str | None = None
 ) -> np.ndarray:
-    """Score ``questions`` live and compare with the store: total variation between the two, (item, order).
+    """Score ``questions`` live and compare with the store: total variation between the two, (item and order,).
 
     ``model_key`` names the stored scores when they were made in another number format than the live teacher's.
     """
@@ -188,4 +190,4 @@ def audit(
         stored = probabilities(load(store, [question], template, model_key or teacher.model_key))
         live = probabilities(teacher.log_probs([question], orders, template).astype(np.float64))
         differences.append(np.abs(stored - live).sum(axis=-1)[0] / 2)
-    return np.stack(differences)
+    return np.concatenate(differences)

@@ -44,7 +44,7 @@ def measure(
     groups: Sequence[str],
     baseline: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Every metric of one system on one task, with 95% bootstrap intervals.
+    """Every metric of one system on one task, with 95% bootstrap intervals; pb only where the orders are balanced.
 
     P         (item, order, option), the system's probabilities
     orders    (order, K)
@@ -63,7 +63,8 @@ def measure(
         add("gain", metrics.bootstrap((right - baseline)[labelled], unit[labelled]))
     add("ps", metrics.bootstrap(metrics.permutation_sensitivity(P), unit))
     add("ps_kl", metrics.bootstrap(metrics.permutation_sensitivity(P, "kl"), unit))
-    add("pb", metrics.bootstrap(metrics.position_marginals(P, orders), unit, statistic=metrics.from_uniform))
+    if (orders.sum(axis=0) == orders.sum() / orders.shape[1]).all():  # each option equally often at each position
+        add("pb", metrics.bootstrap(metrics.position_marginals(P, orders), unit, statistic=metrics.from_uniform))
     return row
 
 
@@ -171,6 +172,8 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     """Shares -> "68.3 [66.1, 70.2]" in points; KL stays in nats with three digits. Columns without values are dropped."""
     keys = [c for c in frame if c.split("_low")[0].split("_high")[0] not in METRICS]
     out = frame[keys].copy()
+    if "parameters_millions" in out:
+        out["parameters_millions"] = [f"{m:.1f}" if m == m else "" for m in frame.parameters_millions]
     for name, title in METRICS.items():
         if name not in frame or frame[name].isna().all():
             continue
@@ -208,15 +211,7 @@ def readme(text: str, folder: str | Path) -> str:
         frame = pd.read_csv(Path(folder) / f"{name}.csv").drop(columns=["kind"], errors="ignore")
         frame = frame[[c for c in frame if not c.startswith(("ps_kl", "pb"))]]
         if "system" in frame:
-            frame = (
-                frame[frame.task == "all"]
-                .drop(columns="task")
-                .assign(
-                    parameters_millions=[
-                        f"{m:.0f}" if m == m else "" for m in frame.parameters_millions[frame.task == "all"]
-                    ]
-                )
-            )
+            frame = frame[frame.task == "all"].drop(columns="task")
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = text.split(start)
         text = f"{before}{start}\n{markdown(frame)}\n{end}{rest.split(end)[1]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from permdistill import trie
-from permdistill.assets import ASSETS, cache_dir, fetch, sha256_of
+from permdistill.assets import ASSETS, cache_dir, fetch, locked, sha256_of
 from permdistill.data import Question
 from permdistill.orders import to_options
 from permdistill.prompts import Template
@@ -71,14 +72,17 @@ class CausalTeacher:
 
         Raises ValueError when a label is not exactly one token there, or two labels start alike.
         """
-        stem = self.tokenizer.encode("\n" + template.answer_prefix, add_special_tokens=False)
+        labels = template.labels[:k]
+        prompt = self.prompt(Question("", "", "?", labels), range(k), template)
+        stem = self.tokenizer.encode(prompt, add_special_tokens=False)
         tokens = []
-        for label in template.labels[:k]:
-            whole = self.tokenizer.encode("\n" + template.answer_prefix + label, add_special_tokens=False)
+        for label in labels:
+            whole = self.tokenizer.encode(prompt + label, add_special_tokens=False)
             if whole[:-1] != stem:
                 raise ValueError(
                     f"label {label!r} of template {template.name!r} is not one token of {self.name} after the prompt "
-                    f"(token ids {whole} against {stem} without it): choose other labels or another answer_prefix"
+                    f"(it ends in token ids {whole[-3:]}, without the label in {stem[-2:]}): choose other labels or another "
+                    "answer_prefix"
                 )
             tokens.append(whole[-1])
         if len(set(tokens)) != k:
@@ -129,12 +133,14 @@ DTYPE = torch.bfloat16
 def model_key(name: str, dtype: torch.dtype = DTYPE) -> str:
     """Identifies a teacher's weights and number format: part of the content key of its scores.
 
-    ``name`` is one of :data:`TEACHERS`, a local folder with safetensors, or a repository of the model hub.
+    ``name`` is one of :data:`TEACHERS`, a local folder with safetensors (its tokenizer and chat template count too), or a
+    repository of the model hub (by name: a repository that changes keeps its key).
     """
     if f"{name}.gguf" in ASSETS:
         weights = f"sha256:{ASSETS[f'{name}.gguf'].sha256}"
     else:
-        files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+        patterns = ("*.safetensors", "tokenizer*.json", "chat_template*")
+        files = [f for pattern in patterns for f in sorted(Path(name).glob(pattern))] if Path(name).is_dir() else []
         weights = "sha256:" + ",".join(sha256_of(f) for f in files) if files else f"hub:{name}"
     return f"{weights} {str(dtype).removeprefix('torch.')}, float32 head"
 
@@ -209,13 +215,15 @@ def _dequantised(name: str) -> Path:
     """A GGUF asset unpacked to an ordinary checkpoint, kept beside it: unpacking 1.5B weights takes over a minute."""
     source = fetch(f"{name}.gguf")
     folder = cache_dir() / "dequantised" / ASSETS[f"{name}.gguf"].sha256[:16]
-    if folder.exists():
-        return folder
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
-    # Q4 and Q6 blocks unpack to values that bfloat16 holds to 8 bits; the committed scores were made in bfloat16.
-    AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    ).save_pretrained(temporary)
-    os.replace(temporary, folder)
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        if folder.exists():
+            return folder
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a killed run
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(part)
+        # Q4 and Q6 blocks unpack to values that bfloat16 holds to 8 bits; the committed scores were made in bfloat16.
+        AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        ).save_pretrained(part)
+        os.replace(part, folder)
     return folder

@@ -21,10 +21,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from permdistill.assets import locked
 from permdistill.data import Question
 from permdistill.orders import all_orders, to_positions
 from permdistill.students import Row, Student, StudentConfig, build, encoder_key, mixed_precision
 
+RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
+SAVE_SECONDS = 30.0  # at most so much training is lost to a kill
 CHECKPOINT, LOG = "checkpoint.pt", "train.json"
 _MEGA = 16  # batches within which questions are sorted by length: little padding, still random company
 
@@ -40,7 +43,7 @@ class TrainingConfig:
     batch_size     questions a step
     micro_tokens   a step runs in pieces of at most so many tokens, padding included; bounds the memory, not the mathematics
     max_grad_norm  longer gradients are scaled down to this norm
-    save_every     steps between checkpoints; one more at the end of each epoch
+    save_every     steps between checkpoints; one more after :data:`SAVE_SECONDS`, and at the end of each epoch
     seed           of the new head, the orders, the decisions, the batches and the dropout
     """
 
@@ -163,12 +166,33 @@ def train(
     if decision_probs is not None:
         decision_probs = _checked("decision_probs", decision_probs, (n, *orders.shape))
     key = _key(
-        [asdict(config), encoder_key(config.encoder), asdict(training), autocast], questions, targets, decision_probs, orders
+        [RECIPE, asdict(config), encoder_key(config.encoder), asdict(training), autocast],
+        questions,
+        targets,
+        decision_probs,
+        orders,
     )
-    if (folder / LOG).exists() and read_log(folder)["key"] == key:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-        return Student.from_pretrained(folder)
+    with locked(folder / ".lock"):  # a killed make may have left a process that is still at it: wait, then load its result
+        if (folder / LOG).exists() and read_log(folder)["key"] == key:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            return Student.from_pretrained(folder)
+        return _run(config, training, questions, targets, folder, decision_probs, orders, autocast, on_step, key)
 
+
+def _run(
+    config: StudentConfig,
+    training: TrainingConfig,
+    questions: Sequence[Question],
+    targets: np.ndarray,
+    folder: Path,
+    decision_probs: np.ndarray | None,
+    orders: np.ndarray,
+    autocast: bool | None,
+    on_step: Callable[[int, float], None] | None,
+    key: str,
+) -> Student:
+    """:func:`train` from the last checkpoint, or from the start."""
+    n = len(questions)
     student = build(config, training.seed)
     optimiser = torch.optim.AdamW(_parameter_groups(student, training), lr=training.learning_rate, fused=True)
     per_epoch = -(-n // training.batch_size)
@@ -178,8 +202,8 @@ def train(
         student.model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         losses, seconds = state["losses"], state["seconds"]
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic() - seconds
+    saved = time.monotonic()
 
     student.model.train()
     bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}")
@@ -201,10 +225,12 @@ def train(
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 if on_step is not None:
                     on_step(len(losses), losses[-1])
-                if len(losses) < total and (len(losses) % training.save_every == 0 or len(losses) % per_epoch == 0):
+                due = len(losses) % training.save_every == 0 or time.monotonic() - saved > SAVE_SECONDS
+                if len(losses) < total and (due or len(losses) % per_epoch == 0):
                     state = {"key": key, "losses": losses, "seconds": time.monotonic() - started}
                     state |= {"model": student.model.state_dict(), "optimiser": optimiser.state_dict()}
                     _replace(folder / CHECKPOINT, partial(torch.save, state))
+                    saved = time.monotonic()
     seconds = time.monotonic() - started
     log: dict[str, Any] = {"key": key, "student": asdict(config), "training": asdict(training), "questions": n}
     log |= {"seconds": seconds, "questions_per_second": n * training.epochs / seconds, "losses": losses}

@@ -7,13 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_students import make_encoder
+from transformers import AutoTokenizer
 
 from permdistill import debias, experiments, figures, metrics, profiles, scores, tables
+from permdistill.assets import fetch_folder
 from permdistill.data import Question, unlabelled
 from permdistill.experiments import Scored
-from permdistill.orders import all_orders
+from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
-from permdistill.students import StudentConfig
+from permdistill.students import Student, StudentConfig
 from permdistill.teachers import PlantedTeacher
 from permdistill.training import TrainingConfig
 
@@ -80,23 +82,26 @@ def test_pretty_and_saved_tables(tmp_path):
         tables.read(tmp_path, "T9")
 
 
-def test_baselines_and_shown_orders():
+def test_baselines_answer_in_the_cyclic_orders():
     s = experiments.together([planted("one"), planted("two", bias=0.0, seed=1)])
     assert s.P.shape == (80, 6, 3) and s.task.members == ["one"] * 40 + ["two"] * 40
-    rows, orders = experiments.shown_orders(s, 4)
-    assert len(orders) == 4 and (all_orders(3)[rows] == orders).all() and len(set(rows.tolist())) == 4
-    assert len(experiments.shown_orders(s, 6)[1]) == 6
-    biased, averaged, copied = experiments.baselines(s, 4)
-    assert biased.P is s.P
+    cyclic = experiments.in_cyclic_orders(s.P)
+    assert cyclic.shape == (80, 3, 3)
+    for row, order in enumerate(cyclic_orders(3)):
+        (same,) = np.flatnonzero((all_orders(3) == order).all(axis=1))
+        assert (cyclic[:, row] == s.P[:, same]).all()
+    biased, averaged, copied = experiments.baselines(s)
+    assert (biased.P == cyclic).all() and (biased.orders == cyclic_orders(3)).all()
     assert metrics.permutation_sensitivity(averaged.P).max() == 0
-    decisions = experiments.black_box_decisions(s, 4)
+    assert (averaged.P[:, 0] == debias.permutation_average(s.P)).all()  # of all orders, not of the cyclic ones
+    decisions = experiments.black_box_decisions(s)
     assert (copied.P.argmax(-1) == decisions).all() and set(np.unique(copied.P)) == {0.0, 1.0}
-    assert (decisions == experiments.black_box_decisions(s, 4)).all()
+    assert (decisions == experiments.black_box_decisions(s)).all()
     # Draws follow the teacher: over many items the share of the right option is near its mean probability.
     many = planted("many", n=4000)
     right = np.array([q.answer for q in many.task.questions])
-    drawn = (experiments.black_box_decisions(many, 6) == right[:, None]).mean()
-    expected = np.take_along_axis(many.P, right[:, None, None], axis=-1).mean()
+    drawn = (experiments.black_box_decisions(many) == right[:, None]).mean()
+    expected = np.take_along_axis(experiments.in_cyclic_orders(many.P), right[:, None, None], axis=-1).mean()
     assert drawn == pytest.approx(expected, abs=0.015)
 
 
@@ -105,22 +110,22 @@ def test_distil_writes_checkpoint_and_predictions(tmp_path, inputs):
     encoder = make_encoder(tmp_path / "encoder")
     run = profiles.Run(StudentConfig(encoder, "per_option", inputs, 3, 64), TrainingConfig(epochs=1))
     train, test = planted("train", n=24), planted("test", n=12, seed=5)
-    system = experiments.distil(run, train, test, 4, tmp_path)
-    assert system.P.shape == (12, 4, 3) and system.kind == "student" and system.parameters > 1000
+    system = experiments.distil(run, train, test, tmp_path)
+    assert system.P.shape == (12, 3, 3) and system.kind == "student" and system.parameters > 1000
     (predictions,) = (tmp_path / "predictions").rglob("*.parquet")
     frame = pd.read_parquet(predictions)
-    assert frame.columns.tolist() == ["id", "order", "probabilities"] and len(frame) == 12 * 4
-    assert np.array(frame.probabilities.tolist()).reshape(12, 4, 3) == pytest.approx(system.P)
+    assert frame.columns.tolist() == ["id", "order", "probabilities"] and len(frame) == 12 * 3
+    assert np.array(frame.probabilities.tolist()).reshape(12, 3, 3) == pytest.approx(system.P)
     assert (metrics.permutation_sensitivity(system.P).max() < 1e-9) == (inputs == "plain")
 
 
 def test_students_table_compares_with_the_biased_teacher_and_keeps_losers():
     test = experiments.together([planted("one"), planted("two", seed=2)])
-    systems = experiments.baselines(test, 6)
+    systems = experiments.baselines(test)
     right = np.array([q.answer for q in test.task.questions])
-    good = debias.broadcast(debias.one_hot(right, 3), 6)
-    bad = debias.broadcast(debias.one_hot((right + 1) % 3, 3), 6)
-    systems += [experiments.System(n, "student", P, all_orders(3), 10) for n, P in (("good", good), ("bad", bad))]
+    good = debias.broadcast(debias.one_hot(right, 3), 3)
+    bad = debias.broadcast(debias.one_hot((right + 1) % 3, 3), 3)
+    systems += [experiments.System(n, "student", P, cyclic_orders(3), 10) for n, P in (("good", good), ("bad", bad))]
     frame = tables.students(test, systems)
     assert frame.groupby("task", sort=False).size().to_dict() == {"one": 5, "two": 5, "all": 5}
     by = frame.set_index(["task", "system"])
@@ -159,6 +164,21 @@ def test_profiles_name_each_run_once_and_fit_their_tasks():
         }
     with pytest.raises(ValueError, match="task 'race'"):
         profiles.load_task("race", "test")
+
+
+@pytest.mark.parametrize("profile", profiles.PROFILES)
+def test_every_question_fits_the_students_of_every_profile(profile):
+    settings = profiles.PROFILES[profile]
+    tokenizer = AutoTokenizer.from_pretrained(fetch_folder("all-MiniLM-L6-v2"))  # all-mpnet-base-v2's has the same words
+    for tasks, runs in ((profiles.MULTIPLE_CHOICE, settings.multiple_choice), (profiles.SUMMEVAL[:1], settings.pairs)):
+        questions = [q for t in tasks for split in ("train", "test") for q in profiles.load_task(t, split).questions]
+        for config in {run.student for run in runs if run.student.inputs == "prediction"}:
+            student = Student(config, None, tokenizer)
+            orders = np.broadcast_to(np.arange(config.k), (len(questions), 1, config.k))
+            rows, _ = student.encode(
+                questions, orders, np.zeros((len(questions), 1), dtype=int)
+            )  # raises if one does not fit
+            assert max(len(row["input_ids"]) for row in rows) <= config.max_length
 
 
 def test_training_and_test_share_no_question_and_no_document():

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+from permdistill import tables
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(language: str, containing: str) -> str:
@@ -21,7 +24,7 @@ def block(language: str, containing: str) -> str:
 def test_own_questions_example(tmp_path):
     (tmp_path / "mine.jsonl").write_text(block("json", '"options"'), encoding="utf-8")
     (command,) = block("sh", "permdistill score").strip().splitlines()
-    program, *arguments = command.replace("path/or/hub-name", "smollm2-135m").split()
+    program, *arguments = command.split()
     assert program == ".venv/bin/permdistill"
     done = subprocess.run(
         [sys.executable, "-m", "permdistill.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
@@ -38,3 +41,7 @@ def test_own_questions_example(tmp_path):
 def test_first_two_commands():
     first = re.search(r"```sh\n(.*?)```", README, re.S)[1].splitlines()
     assert [line.split("#")[0].strip() for line in first] == ["make paper", "make test"]
+
+
+def test_numbers_are_those_of_the_tables():
+    assert tables.readme(README, ROOT / "figures") == README

@@ -281,7 +281,7 @@ def test_compact_makes_one_file_with_the_same_rows(tmp_path):
     before = scores.load(store, questions, LETTERS, teacher.model_key)
     for _ in range(2):
         path = Store(tmp_path).compact()
-        assert list(tmp_path.iterdir()) == [path]
+        assert list(tmp_path.glob("*.parquet")) == [path]
         assert np.array_equal(scores.load(Store(tmp_path), questions, LETTERS, teacher.model_key), before)
 
 
@@ -299,7 +299,7 @@ def test_many_shards_are_merged_on_the_way(tmp_path, monkeypatch):
     questions = make_questions(10)
     teacher = make_teacher(questions)
     scores.score(Store(tmp_path), teacher, questions, LETTERS)
-    assert sorted(path.name[:6] for path in tmp_path.iterdir()) == ["part-1", "part-1", "scores"]
+    assert sorted(path.name[:6] for path in tmp_path.glob("*.parquet")) == ["part-1", "part-1", "scores"]
     assert len(Store(tmp_path)) == 10 and teacher.calls == 10
 
 
