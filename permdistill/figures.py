@@ -63,23 +63,20 @@ def preferred_positions(scored: Sequence[Scored]) -> Figure:
     """Probability that each label position gets over all items and orders; an unbiased teacher gives 1/K to each."""
     _style()
     teachers, tasks = list(dict.fromkeys(s.teacher for s in scored)), list(dict.fromkeys(s.task.name for s in scored))
-    figure, axes = plt.subplots(
-        len(tasks),
-        len(teachers),
-        figsize=(2.6 * len(teachers) + 1.2, 1.3 * len(tasks) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (1.7 * len(tasks) + 0.3, 1.7 * len(teachers) + 0.3)
+    figure, axes = plt.subplots(len(teachers), len(tasks), figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_visible(False)
     for s in scored:
-        ax = axes[tasks.index(s.task.name), teachers.index(s.teacher)]
+        row, column = teachers.index(s.teacher), tasks.index(s.task.name)
+        ax = axes[row, column]
         ax.set_visible(True)
         k = s.P.shape[2]
         share = 100 * metrics.position_marginals(s.P, all_orders(k)).mean(axis=0)
         ax.bar(list(s.task.template.labels[:k]), share, color=COLOURS["teacher"])
         ax.axhline(100 / k, color="black", lw=1, ls="--")
-        ax.set(title=f"{_label(s.task.name)}\n{s.teacher}", ylim=(0, max(150 / k, 1.1 * share.max())), ylabel="share (%)")
+        ax.set(ylim=(0, max(150 / k, 1.1 * share.max())), ylabel="" if column else f"{s.teacher}\nshare (%)")
+        ax.set_title(_label(s.task.name).replace(" ", "\n") if row == 0 else "", fontsize="medium")
         ax.grid(axis="x", visible=False)
     return figure
 

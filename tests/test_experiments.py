@@ -159,7 +159,8 @@ def test_profiles_name_each_run_once_and_fit_their_tasks():
         names = [run.name for run in (*profile.multiple_choice, *profile.pairs)]
         assert len(set(names)) == len(names)
         assert {run.student.k for run in profile.multiple_choice} == {4} and {run.student.k for run in profile.pairs} == {2}
-        assert {(r.student.head, r.student.inputs) for r in profile.pairs} == {
+        assert {run.student.head for run in profile.pairs} == {"joint", "per_option"}
+        assert {(run.student.head, run.student.inputs) for run in profile.multiple_choice} == {
             (head, inputs) for head in ("joint", "per_option") for inputs in ("plain", "prediction")
         }
     with pytest.raises(ValueError, match="task 'race'"):
