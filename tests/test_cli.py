@@ -36,7 +36,7 @@ def test_score_then_audit(planted, questions, tmp_path, capsys):
     cli.main(["score", *arguments])
     assert "1 questions scored now, 3 were in the store" in capsys.readouterr().out
     assert planted.calls == 4
-    (file,) = (tmp_path / "scores" / "planted").glob("*")
+    (file,) = (tmp_path / "scores" / "planted").glob("*.parquet")
     assert file.name == "scores.parquet" and pq.read_table(file).num_rows == 4
     cli.main(["audit", *arguments])
     assert "TV mean 0.0000" in capsys.readouterr().out

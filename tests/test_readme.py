@@ -35,7 +35,7 @@ def test_own_questions_example(tmp_path):
         [sys.executable, "-c", block("python", "permutation_sensitivity")], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert re.match(r"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+\]\]", done.stdout), done.stdout
+    assert re.match(r"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+ *\]\]", done.stdout), done.stdout
 
 
 def test_first_two_commands():

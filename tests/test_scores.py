@@ -330,8 +330,25 @@ def test_audit_of_an_honest_store_is_zero(tmp_path):
     teacher = make_teacher(questions)
     scores.score(Store(tmp_path), teacher, questions, LETTERS)
     difference = scores.audit(Store(tmp_path), teacher, questions, LETTERS)
-    assert difference.shape == (4, 6)
+    assert difference.shape == (4 * 6,)
     assert difference.max() == 0
+
+
+def test_audit_takes_questions_with_different_numbers_of_options(tmp_path):
+    questions = [Question("a", "", "q?", ("x", "y")), Question("b", "", "q?", ("x", "y", "z"))]
+    teachers = {k: PlantedTeacher({q.id: np.arange(float(k)) for q in questions}, np.zeros(k)) for k in (2, 3)}
+    for question in questions:
+        scores.score(Store(tmp_path), teachers[len(question.options)], [question], LETTERS)
+
+    class Both:
+        name, model_key = "both", teachers[3].model_key
+
+        def log_probs(self, some, orders, template):
+            return teachers[orders.shape[1]].log_probs(some, orders, template)
+
+    both = Both()
+    scores.score(Store(tmp_path), both, questions, LETTERS)
+    assert scores.audit(Store(tmp_path), both, questions, LETTERS).shape == (2 + 6,)
 
 
 def test_audit_finds_a_tampered_row(tmp_path):
@@ -344,7 +361,7 @@ def test_audit_finds_a_tampered_row(tmp_path):
     values[5] = np.log([0.1, 0.2, 0.7])  # one order of one question
     store.append([{"key": key, "id": "q1", "k": 3, "n_orders": 6, "log_probs": values.ravel().astype(np.float32)}])
     store.compact()
-    difference = scores.audit(Store(tmp_path), teacher, questions, LETTERS)
+    difference = scores.audit(Store(tmp_path), teacher, questions, LETTERS).reshape(4, 6)
     honest = scores.probabilities(teacher.log_probs([questions[1]], all_orders(3), LETTERS))[0, 5]
     assert difference[1, 5] == pytest.approx(np.abs(honest - [0.1, 0.2, 0.7]).sum() / 2, abs=1e-6)
     difference[1, 5] = 0
