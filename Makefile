@@ -142,6 +142,10 @@ scores: $(INSTALLED) ## make the committed scores (hours); continues where it wa
 test: $(INSTALLED) ## all tests, and the notebooks' small profile against their stored outputs
 	TQDM_DISABLE=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
 
+.PHONY: lint
+lint: $(INSTALLED) ## style and types
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
 .PHONY: lab
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	cd $(NOTEBOOKS) && $(PY) -m jupyterlab

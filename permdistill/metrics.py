@@ -178,7 +178,7 @@ class Interval(NamedTuple):
 
 def bootstrap(
     values: np.ndarray,
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
     statistic: Callable[[np.ndarray], float | np.ndarray] | None = None,
     n: int = 2000,
     seed: int | np.random.Generator = 0,

@@ -156,7 +156,8 @@ def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int = trie.M
     folder = _dequantised(name) if f"{name}.gguf" in ASSETS else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    model.to(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a decorated method of torch
+    model.eval()
     model = with_packed_linears(with_float32_head(model))
     return CausalTeacher(Path(name).name, model, tokenizer, model_key(name, dtype), max_tokens)
 
