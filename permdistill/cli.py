@@ -48,13 +48,19 @@ def _score(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> None:
     jobs = _questions(args)
     stored = model_key(args.teacher, getattr(torch, args.dtype))
-    teacher = load_teacher(args.teacher, fast_dtype())  # rounding apart, any number format must agree
-    store = scores.Store(Path(args.scores) / teacher.name)
+    store = scores.Store(Path(args.scores) / Path(args.teacher).name)
     seed = args.seed if args.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
     rng = np.random.default_rng(seed)
+    samples = {
+        template: [questions[i] for i in rng.choice(len(questions), size=min(args.n, len(questions)), replace=False)]
+        for template, questions in jobs.items()
+    }
+    for template, chosen in samples.items():  # what is missing must show before the model is loaded
+        for question in chosen:
+            scores.load(store, [question], TEMPLATES[template], stored)
+    teacher = load_teacher(args.teacher, fast_dtype())  # rounding apart, any number format must agree
     failed = False
-    for template, questions in jobs.items():
-        chosen = [questions[i] for i in rng.choice(len(questions), size=min(args.n, len(questions)), replace=False)]
+    for template, chosen in samples.items():
         tv = scores.audit(store, teacher, chosen, TEMPLATES[template], stored)
         bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
         failed |= bad

@@ -203,13 +203,21 @@ def with_packed_linears(model: PreTrainedModel) -> PreTrainedModel:
     if model.device.type != "cpu" or not packable:
         return model
     head = model.get_output_embeddings()
+    linears = {id(m.weight) for m in model.modules() if _packable(m) and m is not head}
+    # The checkpoint's files are memory-mapped. What stays as it is lets go of them first, then each linear layer as it is
+    # packed, so that the unpacked and the packed weights never lie in memory together.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in linears:
+            tensor.data = tensor.data.clone()
     for module in [m for m in model.modules() if not isinstance(m, torch.nn.Linear)]:
         for name, child in module.named_children():
-            if type(child) is torch.nn.Linear and child.weight.dtype == torch.bfloat16 and child is not head:
+            if _packable(child) and child is not head:
                 setattr(module, name, _PackedLinear(child))
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # what is left lets go of the checkpoint's memory map, 3 GB of a 1.5B model
     return model
+
+
+def _packable(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16
 
 
 def _dequantised(name: str) -> Path:
@@ -225,6 +233,6 @@ def _dequantised(name: str) -> Path:
         # Q4 and Q6 blocks unpack to values that bfloat16 holds to 8 bits; the committed scores were made in bfloat16.
         AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        ).save_pretrained(part)
+        ).save_pretrained(part, max_shard_size="400MB")  # see with_packed_linears
         os.replace(part, folder)
     return folder

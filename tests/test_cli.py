@@ -30,7 +30,7 @@ def questions(tmp_path):
 
 
 def test_score_then_audit(planted, questions, tmp_path, capsys):
-    arguments = ["--questions", questions, "--scores", str(tmp_path / "scores")]
+    arguments = ["--teacher", "planted", "--questions", questions, "--scores", str(tmp_path / "scores")]
     cli.main(["score", *arguments, "--limit", "3"])
     assert "3 questions scored now, 0 were in the store" in capsys.readouterr().out
     cli.main(["score", *arguments])
@@ -43,7 +43,7 @@ def test_score_then_audit(planted, questions, tmp_path, capsys):
 
 
 def test_audit_fails_when_a_stored_score_is_wrong(planted, questions, tmp_path, capsys):
-    arguments = ["--questions", questions, "--scores", str(tmp_path / "scores")]
+    arguments = ["--teacher", "planted", "--questions", questions, "--scores", str(tmp_path / "scores")]
     cli.main(["score", *arguments])
     path = tmp_path / "scores" / "planted" / "scores.parquet"
     rows = pq.read_table(path).to_pylist()
@@ -67,7 +67,7 @@ def test_errors_are_one_message_before_any_scoring(planted, questions, tmp_path)
         and "out of range" in message
     )
     assert planted.calls == 0
-    with pytest.raises(SystemExit, match="1 of 4 questions have no scores|4 of 4|1 of 1"):
+    with pytest.raises(SystemExit, match="1 of 1 questions have no scores"):
         cli.main(["audit", "--questions", questions, "--scores", str(tmp_path / "empty"), "--n", "1"])
 
 
