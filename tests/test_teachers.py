@@ -1,0 +1,68 @@
+"""What is done to a loaded model keeps its answers: a float32 head, packed linear layers. And how models are told apart."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from permdistill.teachers import TEACHERS, model_key, with_float32_head, with_packed_linears
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=97, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3, **sizes)
+    return Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@torch.inference_mode()
+def logits(model: Qwen2ForCausalLM) -> torch.Tensor:
+    return model(torch.arange(40)[None]).logits[0]
+
+
+def test_float32_head_computes_what_the_head_computes_without_its_rounding(model):
+    with torch.inference_mode():
+        hidden = model.model(torch.arange(40)[None]).last_hidden_state[0]
+    wide = with_float32_head(deepcopy(model))
+    found = logits(wide)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, hidden.float() @ model.lm_head.weight.float().T, atol=1e-5)
+    assert (found - logits(model).float()).abs().max() > 1e-4  # the rounding that it avoids
+    assert wide.model.embed_tokens.weight.dtype == torch.bfloat16  # tied before, untouched now
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="packs only where the CPU has bfloat16 matrix units")
+def test_packed_linear_layers_give_the_same_logits(model):
+    packed = with_packed_linears(with_float32_head(deepcopy(model)))
+    kinds = [type(module).__name__ for module in packed.modules()]
+    assert kinds.count("_PackedLinear") == 2 * 7 and kinds.count("Linear") == 1
+    expected = logits(with_float32_head(deepcopy(model)))
+    assert torch.allclose(logits(packed), expected, atol=0.05 * expected.abs().max().item())
+    assert (logits(packed).argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+
+
+def test_float32_model_is_left_alone(model):
+    plain = deepcopy(model).float()
+    assert with_packed_linears(with_float32_head(plain)) is plain
+    assert all(type(module).__name__ != "_PackedLinear" for module in plain.modules())
+
+
+def test_model_key_follows_weights_tokenizer_and_number_format(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    keys = [model_key(str(tmp_path)), model_key(str(tmp_path), torch.float32)]
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    keys.append(model_key(str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    keys.append(model_key(str(tmp_path)))
+    keys += [model_key(name) for name in TEACHERS]
+    assert len(set(keys)) == len(keys)
+    assert str(tmp_path) not in " ".join(keys)
+    assert model_key(TEACHERS[0]) == (
+        "sha256:cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046 bfloat16, float32 head"
+    )
