@@ -43,7 +43,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from permdistill.assets import ASSETS, fetch_folder, sha256_of
+from permdistill.batches import by_length
 from permdistill.data import Question
+from permdistill.machine import has_bfloat16
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, to_options
 
 HEADS, INPUTS = ("joint", "per_option"), ("plain", "prediction")
@@ -322,19 +324,7 @@ def _quiet() -> Iterator[None]:
 
 
 def mixed_precision(device: torch.device, autocast: bool | None = None) -> torch.autocast:
-    """bfloat16 matrix products over float32 weights; None: on a GPU and on a CPU with tile units (AMX), else off."""
+    """bfloat16 matrix products over float32 weights; None: where the machine has units for them."""
     if autocast is None:
-        autocast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        autocast = has_bfloat16(device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast)
-
-
-def by_length(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Sequences in batches of similar length, each of at most ``batch_tokens`` tokens with padding (one sequence at least).
-
-    The longest come first: what does not fit into memory fails at once.
-    """
-    waiting = np.argsort(-lengths, kind="stable")
-    while len(waiting):
-        n = max(1, batch_tokens // int(lengths[waiting[0]]))
-        yield waiting[:n]
-        waiting = waiting[n:]

@@ -1,4 +1,4 @@
-"""Many prompts that share prefixes -> one forward pass over their trie, exact.
+"""Many prompts that share prefixes -> forward passes over their trie, exact.
 
 The orders of one question share the instruction, the context, the question and every common prefix of options; the pairs
 of one document share the article and the first summary. The token trie of all prompts holds each shared token once. A
@@ -7,20 +7,26 @@ and attention that it would see alone: the same distributions up to rounding, fo
 
 The trie is built from the *whole* prompts' token ids, so no assumption on how text segments tokenise is needed.
 
-A trie too large for one forward is cut along the tree: the trunk's keys and values are computed once and reused by every
-group of whole subtrees that fits into ``max_tokens`` (:func:`plan`).
+A trie too large for one forward is cut into even slices of its depth-first sequence. The ancestors of a slice's nodes lie
+in the slice or on the path to its first node, so the cache keeps that path's keys and values and drops all others: memory
+depends on the slice and on the longest prompt, not on the number of prompts, and every forward pass is equally full.
+
+Models for which this would not be exact are named by :func:`obstacle`; :mod:`permdistill.batches` serves them.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-MAX_TOKENS = 1024  # tokens a forward pass; bounds memory (mask, activations) and suits the CPU's caches
+MAX_TOKENS = 512  # tokens a forward pass: bounds memory; more saves nothing on a CPU, and wastes attention on cousins
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,13 @@ class Trie:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def above(self, node: int) -> np.ndarray:
+        """The proper ancestors of ``node``, root first: (depth of the node,) nodes."""
+        path = []
+        while (node := int(self.parent[node])) >= 0:
+            path.append(node)
+        return np.array(path[::-1], dtype=np.int64)
 
 
 def build(prompts: Sequence[Sequence[int]]) -> Trie:
@@ -79,57 +92,48 @@ def build(prompts: Sequence[Sequence[int]]) -> Trie:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: nodes ``start : stop``. The ``past`` tokens that the cache must hold are their common ancestors."""
+    """One forward pass: nodes ``start : stop``, while the cache holds ``past``, the proper ancestors of ``start``."""
 
     start: int
     stop: int
-    past: int
+    past: np.ndarray
+
+    @property
+    def held(self) -> np.ndarray:
+        """Nodes whose keys and values the cache holds after the pass, in its order."""
+        return np.concatenate([self.past, np.arange(self.start, self.stop)])
 
 
 def plan(trie: Trie, max_tokens: int = MAX_TOKENS) -> Iterator[Step]:
-    """Cut the trie into forward passes of at most ``max_tokens`` tokens, depth first."""
-
-    def children(node: int, stop: int) -> Iterator[int]:
-        child = node
-        while child < stop:
-            yield child
-            child = int(trie.end[child])
-
-    # Work list of (start, stop): sibling subtrees that hang from the same path. An explicit stack, since a chain may be
-    # longer than Python's recursion limit.
-    stack = [(0, len(trie))] if len(trie) else []
-    while stack:
-        start, stop = stack.pop()
-        past = int(trie.depth[start])
-        if stop - start <= max_tokens:
-            yield Step(start, stop, past)
-            continue
-        group: list[tuple[int, int]] = []  # whole siblings, packed greedily
-        siblings = list(children(start, stop))
-        if len(siblings) > 1:
-            for node in siblings:
-                if group and int(trie.end[node]) - group[-1][0] <= max_tokens:
-                    group[-1] = (group[-1][0], int(trie.end[node]))
-                else:
-                    group.append((node, int(trie.end[node])))
-            stack += reversed(group)
-            continue
-        # One subtree, too large: its trunk (the chain down to the first branching), then what hangs from it.
-        trunk = start + 1
-        while trunk < stop and trunk - start < max_tokens and trie.end[trunk] == stop:
-            trunk += 1
-        yield Step(start, trunk, past)
-        if trunk < stop:
-            stack.append((trunk, stop))
+    """Cut the trie's depth-first sequence into as few even slices of at most ``max_tokens`` tokens as possible."""
+    n = -(-len(trie) // max_tokens)
+    for i in range(n):
+        start, stop = len(trie) * i // n, len(trie) * (i + 1) // n
+        yield Step(start, stop, trie.above(start))
 
 
-def _mask(trie: Trie, step: Step, device: torch.device) -> torch.Tensor:
-    """Boolean attention mask (1, 1, query, past + key): the whole past, and one's ancestors within the step."""
-    node = torch.arange(step.start, step.stop, device=device)
-    end = torch.as_tensor(trie.end[step.start : step.stop], device=device)
-    within = (node[None, :] <= node[:, None]) & (node[:, None] < end[None, :])  # (query, key): key is ancestor of query
-    past = torch.ones(len(node), step.past, dtype=torch.bool, device=device)
-    return torch.cat([past, within], dim=1)[None, None]
+def attended(trie: Trie) -> int:
+    """Pairs (token, token it attends to), itself included: what attention's cost is proportional to."""
+    return int((trie.depth + 1).sum())
+
+
+def _mask(trie: Trie, step: Step, model: PreTrainedModel) -> torch.Tensor:
+    """Additive attention mask (1, 1, query, key), keys in the order of ``step.held``: 0 for ancestors, else -inf."""
+    key = torch.from_numpy(step.held)[None, :]
+    end = torch.from_numpy(trie.end[step.held])[None, :]
+    query = torch.arange(step.start, step.stop)[:, None]
+    visible = (key <= query) & (query < end)
+    mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, -torch.inf)
+    return mask[None, None].to(model.device)
+
+
+def _hold(cache: DynamicCache, places: np.ndarray) -> None:
+    """Keep these places of the cache, drop the others."""
+    layer: Any  # a DynamicLayer, since the cache was made without a config
+    for layer in cache.layers:
+        if layer.is_initialized:
+            index = torch.from_numpy(places).to(layer.keys.device)
+            layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
 
 
 @torch.inference_mode()
@@ -141,36 +145,89 @@ def next_token_log_probs(
     prompts  token ids, any lengths; the more they share, the cheaper
     tokens   ids of the label tokens
     Returns ``log_probs`` (prompt, label), over the whole vocabulary, float32, and
-    the number of tokens that went through the model. Raises ValueError for a model whose attention would misread the mask.
+    the number of tokens that went through the model. Raises ValueError for a model or prompt that :func:`obstacle` names.
     """
-    trie = build(prompts)
-    device = model.device
-    cache = DynamicCache(config=model.config)
-    if model.config._attn_implementation != "sdpa":  # others add a boolean mask to the scores, or ignore it
-        raise ValueError(
-            f"attention is {model.config._attn_implementation!r}: load the model with attn_implementation='sdpa'"
-        )
-    if any(cache.is_sliding):
-        raise ValueError(f"{model.config.model_type} has sliding-window attention, which an ancestor mask does not know")
+    if problem := obstacle(model, max(map(len, prompts), default=0)):
+        raise ValueError(f"{problem}: use permdistill.batches instead")
+    return _forward(model, build(prompts), tokens, max_tokens)
+
+
+def _forward(
+    model: PreTrainedModel, trie: Trie, tokens: Sequence[int], max_tokens: int = MAX_TOKENS
+) -> tuple[np.ndarray, int]:
+    """:func:`next_token_log_probs` of a trie's leaves."""
     prompts_of_leaf: dict[int, list[int]] = {}
     for prompt, node in enumerate(trie.leaf):
         prompts_of_leaf.setdefault(int(node), []).append(prompt)
     leaves = np.array(sorted(prompts_of_leaf), dtype=np.int64)
-    result = np.empty((len(prompts), len(tokens)), dtype=np.float32)
+    result = np.empty((len(trie.leaf), len(tokens)), dtype=np.float32)
+    # Without the model's config: no layer forgets what lies outside a window, the mask alone decides (see obstacle).
+    cache = DynamicCache()
+    held = np.empty(0, dtype=np.int64)
     for step in plan(trie, max_tokens):
+        if len(held):
+            _hold(cache, np.searchsorted(held, step.past))  # held nodes are in ascending order
         ends = leaves[(leaves >= step.start) & (leaves < step.stop)]
-        if surplus := cache.get_seq_length() - step.past:
-            cache.crop(-surplus)  # what earlier, finished subtrees left behind
-        output = model(
-            input_ids=torch.as_tensor(trie.tokens[None, step.start : step.stop], device=device),
-            position_ids=torch.as_tensor(trie.depth[None, step.start : step.stop], device=device),
-            attention_mask=_mask(trie, step, device),
+        logits = model(
+            input_ids=torch.from_numpy(trie.tokens[None, step.start : step.stop]).to(model.device),
+            position_ids=torch.from_numpy(trie.depth[None, step.start : step.stop]).to(model.device),
+            attention_mask=_mask(trie, step, model),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=torch.as_tensor(ends - step.start, device=device) if len(ends) else 1,
-        )
+            logits_to_keep=torch.from_numpy(ends - step.start).to(model.device) if len(ends) else 1,
+        ).logits[0]
+        held = step.held
         if len(ends):
-            log_probs = torch.log_softmax(output.logits[0].float(), dim=-1)[:, list(tokens)].cpu().numpy()
+            log_probs = (logits.float()[:, list(tokens)] - logits.float().logsumexp(-1, keepdim=True)).cpu().numpy()
             for row, node in enumerate(ends):
                 result[prompts_of_leaf[int(node)]] = log_probs[row]
     return result, len(trie)
+
+
+def obstacle(model: PreTrainedModel, longest: int = 0) -> str | None:
+    """Why the trie would not give a prompt of ``longest`` tokens what it gets alone, None if it does.
+
+    What a configuration tells is read there. Whether the model honours positions and mask is tried on a few tokens, once
+    per model: attention biased by the distance of cache places (ALiBi), recurrent states, or code that builds masks of its
+    own show up as different probabilities.
+    """
+    config = model.config.get_text_config()
+    if config.is_encoder_decoder:
+        return f"{config.model_type} is an encoder-decoder: its encoder sees what follows"
+    if (implementation := config._attn_implementation) not in ("sdpa", "eager"):
+        return f"attention is {implementation!r}, which takes no mask of our own: load with attn_implementation='sdpa'"
+    if "local" in getattr(config, "attention_layers", ()):
+        return f"{config.model_type} has local attention by places in the cache"
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if window is not None and longest > window:
+            return f"{config.model_type} has {name} = {window}, shorter than a prompt of {longest} tokens"
+    if model not in _TRIED:
+        _TRIED[model] = _tried(model)
+    return _TRIED[model]
+
+
+_TRIED: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def _tried(model: PreTrainedModel) -> str | None:
+    """Score a few short prompts in the trie and alone: the difference as an obstacle, None where they agree."""
+    name = model.config.model_type
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return f"{name} has no logits_to_keep"
+    rng = np.random.default_rng(0)
+    stem = rng.integers(0, model.config.get_text_config().vocab_size, 12).tolist()
+    prompts = [stem, [*stem[:6], *stem[3:]], [*stem[:6], *stem[:7]], [*stem[:2], *stem[::-1]]]
+    alone = [torch.log_softmax(model(torch.tensor([p], device=model.device)).logits[0, -1].float(), -1) for p in prompts]
+    try:
+        packed, _ = _forward(model, build(prompts), range(alone[0].shape[-1]), max_tokens=16)
+    except Exception as error:  # whatever foreign code raises at a mask or a cache that it does not know
+        return f"{name} does not take positions, mask and cache of our own ({type(error).__name__}: {error})"
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    apart = max(
+        float((p.exp().cpu() - torch.from_numpy(t).exp()).abs().sum()) / 2 for p, t in zip(alone, packed, strict=True)
+    )
+    if not apart <= tolerance:
+        return f"{name} gives other probabilities in a trie than alone (total variation {apart:.3g} on a trial)"
+    return None

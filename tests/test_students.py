@@ -23,7 +23,7 @@ from transformers import (
 
 from permdistill.data import Question
 from permdistill.orders import all_orders, to_options
-from permdistill.students import LABELS, Student, StudentConfig, build, by_length, encoder_key, texts
+from permdistill.students import LABELS, Student, StudentConfig, build, encoder_key, texts
 
 WORDS = "yes no red green blue tall small old new cat dog bird stone river is it the which what long story".split()
 
@@ -199,7 +199,7 @@ def test_a_saved_student_is_an_ordinary_checkpoint(encoder, tmp_path, head, auto
     again = Student.from_pretrained(str(tmp_path / "s"))
     assert again.config == student.config
     p, q = (s.predict(some_questions(), all_orders(3), autocast=False) for s in (student, again))
-    assert np.array_equal(p, q)
+    assert np.allclose(p, q, atol=1e-6)  # some CPUs' float32 products depend on where in memory a matrix lies
     assert not list((tmp_path / "s").glob(".*"))
 
 
@@ -269,15 +269,6 @@ def test_mpnet_has_no_segments_and_shifted_positions(encoder, tmp_path, head):
     assert p.shape == (5, 6, 3) and p.sum(-1) == pytest.approx(1)
     with pytest.raises(ValueError, match="max_length = 33.*32 positions"):
         build(StudentConfig(str(tmp_path), head, k=3, max_length=33), 0)
-
-
-def test_batches_by_length_hold_the_token_budget():
-    lengths = np.random.default_rng(0).integers(1, 60, size=200)
-    batches = list(by_length(lengths, 120))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
-    assert all(len(b) * lengths[b].max() <= 120 for b in batches)
-    assert sum(len(b) * lengths[b].max() for b in batches) < 1.05 * lengths.sum()  # little padding
-    assert [b.tolist() for b in by_length(np.array([500]), 120)] == [[0]]
 
 
 def test_bfloat16_stays_near_float32(encoder):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from permdistill.teachers import TEACHERS, model_key, with_float32_head, with_packed_linears
+from permdistill.machine import has_bfloat16, with_packed_linears
+from permdistill.teachers import TEACHERS, model_key, with_float32_head
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +37,21 @@ def test_float32_head_computes_what_the_head_computes_without_its_rounding(model
     assert wide.model.embed_tokens.weight.dtype == torch.bfloat16  # tied before, untouched now
 
 
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="packs only where the CPU has bfloat16 matrix units")
-def test_packed_linear_layers_give_the_same_logits(model):
-    packed = with_packed_linears(with_float32_head(deepcopy(model)))
+PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.mark.skipif(not PACKS, reason="this build of torch cannot pack")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linear_layers_give_the_same_logits(model, dtype):
+    expected = logits(with_float32_head(deepcopy(model).to(dtype)))
+    packed = with_packed_linears(with_float32_head(deepcopy(model).to(dtype)))
     kinds = [type(module).__name__ for module in packed.modules()]
-    assert kinds.count("_PackedLinear") == 2 * 7 and kinds.count("Linear") == 1
-    expected = logits(with_float32_head(deepcopy(model)))
-    assert torch.allclose(logits(packed), expected, atol=0.05 * expected.abs().max().item())
+    layers = 2 * 7 if dtype == torch.float32 or has_bfloat16() else 0
+    assert kinds.count("PackedLinear") == layers + 1  # the head computes in float32
+    assert kinds.count("Linear") == 2 * 7 - layers
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.allclose(logits(packed), expected, atol=tolerance * expected.abs().max().item())
     assert (logits(packed).argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
-
-
-def test_float32_model_is_left_alone(model):
-    plain = deepcopy(model).float()
-    assert with_packed_linears(with_float32_head(plain)) is plain
-    assert all(type(module).__name__ != "_PackedLinear" for module in plain.modules())
 
 
 def test_model_key_follows_weights_tokenizer_and_number_format(tmp_path: Path):

@@ -9,25 +9,42 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from permdistill import trie
+from permdistill import batches, trie
 
 VOCABULARY = 24
-CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4,
-    ),
-    "qwen2": Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.4,
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, initializer_range=0.4,
-        bos_token_id=0, eos_token_id=0,
-    ),
-}  # fmt: skip
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_ROTARY = _SIZES | {"intermediate_size": 48, "max_position_embeddings": 128, "initializer_range": 0.4}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "initializer_range": 0.4}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_ROTARY, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**_ROTARY, num_key_value_heads=1),
+    "mistral": MistralConfig(**_ROTARY, num_key_value_heads=2, sliding_window=32),
+    "gemma": GemmaConfig(**_ROTARY, num_key_value_heads=1, head_dim=16),
+    "gemma2": Gemma2Config(**_ROTARY, num_key_value_heads=2, head_dim=16, sliding_window=32, query_pre_attn_scalar=16),
+    "gpt_neox": GPTNeoXConfig(**_ROTARY),
+    "gpt2": GPT2Config(**_GPT2, bos_token_id=0, eos_token_id=0),
+    "opt": OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128, init_std=0.4),
+}
 
 tokens = st.integers(0, 3)  # few different tokens: much is shared
 prompt_lists = st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=12)
@@ -83,35 +100,50 @@ def test_empty_prompt_is_refused():
 
 
 @given(prompt_lists, st.integers(1, 12))
-def test_plan_covers_every_node_once_within_budget_and_with_its_ancestors_cached(prompts, max_tokens):
+def test_plan_covers_every_node_once_in_even_slices_with_its_ancestors_held(prompts, max_tokens):
     tree = trie.build(prompts)
-    cached: list[int] = []  # nodes whose keys and values the cache holds, as next_token_log_probs keeps it
-    done = []
+    held: set[int] = set()
+    done: list[int] = []
     for step in trie.plan(tree, max_tokens):
-        assert 1 <= step.stop - step.start <= max_tokens
-        assert step.past == tree.depth[step.start]
-        cached = cached[: step.past]
-        assert cached == path(tree, step.start)[:-1]
+        assert set(step.past) <= held  # nothing is needed that an earlier pass has dropped
+        held = set(step.held)
+        assert step.held.tolist() == sorted(held)
         for node in range(step.start, step.stop):
-            assert set(path(tree, node)) <= {*cached, *range(step.start, step.stop)}
-        cached += range(step.start, step.stop)
-        done += range(step.start, step.stop)
-    assert done == list(range(len(tree)))
+            assert set(path(tree, node)) <= held
+        done.append(step.stop - step.start)
+    assert sum(done) == len(tree)
+    assert max(done) <= max_tokens and max(done) - min(done) <= 1
+    assert len(done) == -(-len(tree) // max_tokens)
+
+
+def test_what_is_held_does_not_grow_with_the_number_of_prompts():
+    tree = trie.build([(9, 9, 9, *order) for order in permutations(range(6))])
+    assert len(tree) > 1900
+    assert max(len(step.held) for step in trie.plan(tree, 32)) <= 32 + 9
 
 
 def test_plan_of_a_long_chain_needs_no_recursion():
     tree = trie.build([[1] * 5000])
-    assert sum(step.stop - step.start for step in trie.plan(tree, 2)) == 5000
+    assert sum(step.stop - step.start for step in trie.plan(tree, 100)) == 5000
+
+
+def test_attended_counts_each_token_and_its_ancestors():
+    assert trie.attended(trie.build([[1, 2, 3], [1, 2, 4], [5]])) == 1 + 2 + 3 + 3 + 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The forward pass
 
 
+def random_model(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation="sdpa").float().eval()
+    # Gemma 2 caps its attention scores, which transformers can do in eager attention only.
+    return random_model(CONFIGS[request.param], "eager" if request.param == "gemma2" else "sdpa")
 
 
 @torch.inference_mode()
@@ -186,29 +218,107 @@ def test_mask_matters():
     assert np.abs(wrong - alone(model, prompts, LABELS)).max() > 0.1
 
 
-def test_attention_that_would_misread_the_mask_is_refused_or_right():
-    """A boolean mask means "add 0 or 1" to eager attention: such a model must not give wrong numbers silently."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="eager").float().eval()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_eager_attention_gives_the_same(name):
     prompts = ragged_prompts(1)
-    try:
-        found, _ = trie.next_token_log_probs(model, prompts, LABELS)
-    except ValueError as error:
-        assert "sdpa" in str(error)
-    else:
-        assert np.abs(found - alone(model, prompts, LABELS)).max() < 1e-4
-
-
-def test_sliding_window_is_refused():
-    """An ancestor mask knows no window: such a model would see further than it was trained to."""
-    config = MistralConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, sliding_window=4)  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
-    with pytest.raises(ValueError, match="sliding"):
-        trie.next_token_log_probs(model, ragged_prompts(1), LABELS)
+    model = random_model(CONFIGS[name], "eager")
+    found, _ = trie.next_token_log_probs(model, prompts, LABELS, 16)
+    assert np.abs(found - alone(model, prompts, LABELS)).max() < 1e-4
 
 
 def test_no_prompts_give_no_rows(model):
     found, forwarded = trie.next_token_log_probs(model, [], LABELS)
     assert found.shape == (0, 3)
     assert forwarded == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Refusals, and the batches that serve what is refused
+
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.4}
+REFUSED = {
+    "window": (MistralConfig(**_SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, sliding_window=8),
+               "sliding_window = 8, shorter than a prompt of"),
+    "bloom": (BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4), "bloom"),
+    "falcon-alibi": (FalconConfig(**_SMALL, num_attention_heads=4, alibi=True), "falcon"),
+    "gpt_neo": (GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+                             attention_types=[[["global", "local"], 1]], max_position_embeddings=128), "local attention"),
+    "mamba": (MambaConfig(**_SMALL), "mamba"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_trie_cannot_do_is_refused_and_batches_do_it(name):
+    config, reason = REFUSED[name]
+    model = random_model(config, "eager" if name in ("bloom", "gpt_neo", "mamba") else "sdpa")
+    prompts = ragged_prompts(1)
+    with pytest.raises(ValueError, match=reason):
+        trie.next_token_log_probs(model, prompts, LABELS)
+    found, forwarded = batches.next_token_log_probs(model, prompts, LABELS, 64)
+    expected = alone(model, prompts, LABELS)
+    assert np.abs(found - expected).max() < 1e-4
+    assert sum(map(len, prompts)) <= forwarded <= 2 * sum(map(len, prompts))
+    assert expected.std(axis=0).min() > 0.01
+
+
+def test_window_that_holds_every_prompt_is_no_obstacle():
+    model = random_model(CONFIGS["mistral"])
+    assert trie.obstacle(model, 32) is None
+    assert "33 tokens" in trie.obstacle(model, 33)
+
+
+def test_model_whose_code_ignores_the_mask_is_found_out():
+    model = random_model(CONFIGS["llama"])
+    forward = type(model).forward
+
+    def without_mask(input_ids=None, attention_mask=None, logits_to_keep=0, **rest):
+        return forward(model, input_ids=input_ids, logits_to_keep=logits_to_keep, **rest)
+
+    model.forward = without_mask
+    assert "other probabilities" in trie.obstacle(model)
+
+
+def test_flash_attention_is_refused_by_name():
+    model = random_model(CONFIGS["llama"])
+    model.config._attn_implementation = "flash_attention_2"
+    assert "attn_implementation='sdpa'" in trie.obstacle(model)
+
+
+def test_encoder_decoder_is_refused_and_batches_read_its_first_step():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                      decoder_start_token_id=0, initializer_factor=1.5)  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval()
+    prompts = ragged_prompts(1)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        trie.next_token_log_probs(model, prompts, LABELS)
+    start = torch.zeros(1, 1, dtype=torch.long)
+    with torch.inference_mode():
+        rows = [model(torch.tensor([p]), decoder_input_ids=start).logits[0, 0].log_softmax(-1)[LABELS] for p in prompts]
+    expected = torch.stack(rows).numpy()
+    found, _ = batches.next_token_log_probs(model, prompts, LABELS, 64)
+    assert np.abs(found - expected).max() < 1e-4
+    assert expected.std(axis=0).min() > 0.01
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+def test_batches_equal_prompts_alone(model, max_tokens):
+    prompts = ragged_prompts(2)
+    found, forwarded = batches.next_token_log_probs(model, prompts, LABELS, max_tokens)
+    assert np.abs(found - alone(model, prompts, LABELS)).max() < 1e-4
+    assert forwarded >= sum(map(len, prompts))
+    assert batches.next_token_log_probs(model, [], LABELS)[0].shape == (0, 3)
+
+
+def test_batches_refuse_an_empty_prompt(model):
+    with pytest.raises(ValueError, match="empty prompt"):
+        batches.next_token_log_probs(model, [[1], []], LABELS)
+
+
+def test_batches_by_length_hold_the_token_budget():
+    lengths = np.random.default_rng(0).integers(1, 60, size=200)
+    parts = list(batches.by_length(lengths, 120))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(200))
+    assert all(len(b) * lengths[b].max() <= 120 for b in parts)
+    assert sum(len(b) * lengths[b].max() for b in parts) < 1.05 * lengths.sum()  # little padding
+    assert [b.tolist() for b in batches.by_length(np.array([500]), 120)] == [[0]]
