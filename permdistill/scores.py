@@ -125,6 +125,7 @@ def score(store: Store, teacher: Teacher, questions: Sequence[Question], templat
         key = content_key(question, orders, template, teacher.model_key)
         if key not in store:
             missing[key] = question
+    teacher.check(list(missing.values()), template)
     groups: dict[tuple, list[Question]] = {}
     for question in missing.values():
         groups.setdefault((question.context or question.id, len(question.options)), []).append(question)

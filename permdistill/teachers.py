@@ -42,6 +42,10 @@ class Teacher(Protocol):
         """
         ...
 
+    def check(self, questions: Sequence[Question], template: Template) -> None:
+        """Raises ValueError, before any compute, when a question or the template does not suit the teacher."""
+        ...
+
 
 @dataclass
 class CausalTeacher:
@@ -90,10 +94,28 @@ class CausalTeacher:
             raise ValueError(f"labels {template.labels[:k]} of template {template.name!r} share a token: {tokens}")
         return tokens
 
+    def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:
+        """Token ids of the prompts, order by order of question after question: (item x order) lists."""
+        texts = [self.prompt(q, order, template) for q in questions for order in orders]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def check(self, questions: Sequence[Question], template: Template) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for k in sorted({len(q.options) for q in questions}):
+            self.label_tokens(k, template)
+        if limit is None:
+            return
+        for question in questions:
+            [prompt] = self.tokenize([question], np.arange(len(question.options))[None], template)
+            if len(prompt) > limit:
+                raise ValueError(
+                    f"question {question.id!r} takes {len(prompt)} tokens with template {template.name!r}, {self.name} has "
+                    f"{limit} positions: shorten its context, or leave it out"
+                )
+
     def log_probs(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> np.ndarray:
         k = orders.shape[1]
-        texts = [self.prompt(q, order, template) for q in questions for order in orders]
-        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = self.tokenize(questions, orders, template)
         # What the trie cannot do exactly is done prompt by prompt, in batches.
         engine = trie if trie.obstacle(self.model, max(map(len, prompts), default=0)) is None else batches
         by_position, forwarded = engine.next_token_log_probs(
@@ -120,6 +142,10 @@ class PlantedTeacher:
     def model_key(self) -> str:
         preferences = {name: list(map(float, logits)) for name, logits in self.preferences.items()}
         return "planted " + json.dumps([list(map(float, self.bias)), preferences])
+
+    def check(self, questions: Sequence[Question], template: Template) -> None:
+        if unknown := [q.id for q in questions if q.id not in self.preferences]:
+            raise ValueError(f"no preferences planted for question {unknown[0]!r} ({len(unknown)} in all): add them")
 
     def log_probs(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> np.ndarray:
         self.calls += len(questions)

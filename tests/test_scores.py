@@ -334,6 +334,14 @@ def test_audit_of_an_honest_store_is_zero(tmp_path):
     assert difference.max() == 0
 
 
+def test_a_teacher_that_cannot_answer_a_question_says_so_before_any_compute(tmp_path):
+    questions = make_questions(5)
+    teacher = make_teacher(questions[:4])
+    with pytest.raises(ValueError, match="'q4'"):
+        scores.score(Store(tmp_path), teacher, questions, LETTERS)
+    assert teacher.calls == 0 and not list(tmp_path.glob("*.parquet"))
+
+
 def test_audit_takes_questions_with_different_numbers_of_options(tmp_path):
     questions = [Question("a", "", "q?", ("x", "y")), Question("b", "", "q?", ("x", "y", "z"))]
     teachers = {k: PlantedTeacher({q.id: np.arange(float(k)) for q in questions}, np.zeros(k)) for k in (2, 3)}
@@ -342,6 +350,9 @@ def test_audit_takes_questions_with_different_numbers_of_options(tmp_path):
 
     class Both:
         name, model_key = "both", teachers[3].model_key
+
+        def check(self, some, template):
+            pass
 
         def log_probs(self, some, orders, template):
             return teachers[orders.shape[1]].log_probs(some, orders, template)

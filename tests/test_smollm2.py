@@ -101,3 +101,10 @@ def test_store_round_trip_and_audit(teacher, tmp_path):
     assert scores.score(store, teacher, QUESTIONS[:2], LETTERS) == 0
     assert teacher.tokens_forwarded == forwarded
     assert "float32" in teacher.model_key
+
+
+def test_a_question_longer_than_the_model_is_named_before_any_compute(teacher, tmp_path):
+    fits, long = (Question(f"q{n}", "word " * n, "Which?", ("a", "b")) for n in (10, 9000))
+    with pytest.raises(ValueError, match=r"'q9000' takes 9\d\d\d tokens.* 8192 positions: shorten its context"):
+        scores.score(scores.Store(tmp_path), teacher, [fits, long], TEMPLATES["letters"])
+    assert not list(tmp_path.glob("*.parquet"))

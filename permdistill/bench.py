@@ -1,0 +1,367 @@
+"""What sharing prefixes is worth: four ways to score all orders, the same questions and probabilities, one after the other.
+
+    python -m permdistill.bench --output figures/bench.json          (`make bench`)
+
+Arms, each given the same groups of prompts:
+
+    padded         one padded batch for each question, what evaluation harnesses do
+    sorted         all prompts of all questions sorted by length, in batches
+    cached prefix  what all prompts of a group begin with is computed once; padded batches of the rest use its keys, values
+    trie           :mod:`permdistill.trie`
+    one order      not a rival: each question in one order alone, to say what *all* orders cost more
+
+All of them ask the model for the logits of last tokens only. Workloads are groups of questions with real texts: short
+questions, the same behind a passage of 350-400 tokens, all pairs of a SummEval document's summaries on four attributes.
+Rivals would take an hour on the last, and their cost is the same for every question: they get a sample of the group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from permdistill import batches, trie
+from permdistill.data import ATTRIBUTES, Question, load_summeval_pairs, unlabelled
+from permdistill.machine import PackedLinear, PeakMemory, matmul_peak, synchronise
+from permdistill.orders import all_orders
+from permdistill.profiles import SEED, load_task
+from permdistill.prompts import TEMPLATES
+from permdistill.teachers import CausalTeacher, load_teacher
+
+MODELS = (("qwen2.5-coder-1.5b", torch.bfloat16), ("smollm2-135m", torch.float32))
+WORKLOADS = ("short questions", "passages", "summaries")
+RIVALS = ("padded", "sorted", "cached prefix")
+PASSAGE_TOKENS = (350, 400)
+SAMPLE = {"padded": 6, "sorted": 6, "cached prefix": 24}  # questions of a document that a rival scores
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Workloads
+
+
+def groups(name: str, teacher: CausalTeacher, n: int) -> list[list[Question]]:
+    """``n`` groups of questions, each with what belongs together: a question, or all pairs of a document."""
+    if name == "summaries":
+        documents = load_summeval_pairs(16, SEED)
+        return [unlabelled(questions) for questions in list(documents.values())[:n]]
+    questions = unlabelled(load_task("arc_easy", "test").questions[:n])
+    if name == "passages":
+        articles = [document[0].context for document in load_summeval_pairs(2, SEED, list(ATTRIBUTES)[:1]).values()]
+        passages = [p for p in (_passage(article, teacher) for article in articles) if p]
+        questions = [Question(q.id, passage, q.question, q.options) for q, passage in zip(questions, passages, strict=False)]
+    return [[q] for q in questions]
+
+
+def _passage(article: str, teacher: CausalTeacher) -> str | None:
+    """Sentences from the beginning of an article until there are 350-400 tokens, None where that does not work out."""
+    passage = ""
+    for sentence in article.split(". "):
+        passage = f"{passage}. {sentence}" if passage else sentence
+        length = len(teacher.tokenizer.encode(passage, add_special_tokens=False))
+        if length >= PASSAGE_TOKENS[0]:
+            return passage if length <= PASSAGE_TOKENS[1] else None
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Arms
+
+
+@dataclass
+class Work:
+    """What an arm did. ``pairs`` counts (token, token it attends to), ``rows`` the positions that went through the output
+    layer, ``once`` the seconds that the group takes once however many of its questions are scored."""
+
+    log_probs: np.ndarray
+    tokens: int
+    pairs: int
+    rows: int
+    once: float = 0.0
+
+
+def _causal(lengths: np.ndarray) -> int:
+    """Pairs (token, token it attends to) of sequences of these lengths."""
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+def padded(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
+    """prompts (question, order): one batch for each question."""
+    parts = [batches.next_token_log_probs(model, own, labels, max_tokens=10**9) for own in prompts]
+    lengths = np.concatenate([np.full(len(own), max(map(len, own))) for own in prompts])
+    return Work(np.concatenate([p for p, _ in parts]), sum(n for _, n in parts), _causal(lengths), len(lengths))
+
+
+def length_sorted(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
+    """prompts (question, order): batches of all prompts by length."""
+    flat = [prompt for own in prompts for prompt in own]
+    log_probs, tokens = batches.next_token_log_probs(model, flat, labels)
+    return Work(log_probs, tokens, _causal(np.array([len(p) for p in flat])), len(flat))
+
+
+@torch.inference_mode()
+def cached_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
+    """prompts (question, order), of one group: their common beginning once, the rest in padded batches by length."""
+    flat = [prompt for own in prompts for prompt in own]
+    first, last = min(flat), max(flat)
+    same = [a == b for a, b in zip(first, last, strict=False)]
+    shared = min(same.index(False) if False in same else len(same), min(map(len, flat)) - 1)
+    prefix = DynamicCache()
+    device = model.device
+    started = time.perf_counter()
+    model(torch.tensor([first[:shared]], device=device), past_key_values=prefix, use_cache=True, logits_to_keep=1)
+    synchronise(device)
+    once = time.perf_counter() - started
+    lengths = np.array([len(p) - shared for p in flat])
+    result = np.empty((len(flat), len(labels)), dtype=np.float32)
+    tokens, pairs = shared, _causal(np.array([shared]))
+    for batch in batches.by_length(lengths, batches.MAX_TOKENS):
+        own = torch.from_numpy(lengths[batch])
+        inside = torch.arange(int(own.max())) < own[:, None]
+        ids = torch.zeros(inside.shape, dtype=torch.long)
+        ids[inside] = torch.tensor([t for i in batch for t in flat[i][shared:]])
+        cache = DynamicCache()
+        layer: Any
+        for number, layer in enumerate(prefix.layers):
+            cache.update(layer.keys.expand(len(batch), -1, -1, -1), layer.values.expand(len(batch), -1, -1, -1), number)
+        ends, place = torch.unique(own - 1, return_inverse=True)
+        mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), inside], dim=1).long()
+        logits = model(
+            ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True,
+            logits_to_keep=ends.to(device),
+        ).logits[torch.arange(len(batch)), place].float()  # fmt: skip
+        result[batch] = (logits[:, list(labels)] - logits.logsumexp(-1, keepdim=True)).cpu().numpy()
+        tokens += ids.numel()
+        pairs += ids.numel() * shared + _causal(np.full(len(batch), ids.shape[1]))
+    return Work(result, tokens, pairs, len(flat), once)
+
+
+def shared_trie(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
+    """prompts (question, order), of one group."""
+    flat = [prompt for own in prompts for prompt in own]
+    log_probs, tokens = trie.next_token_log_probs(model, flat, labels)
+    built = trie.build(flat)
+    return Work(log_probs, tokens, trie.attended(built), len(set(built.leaf.tolist())))
+
+
+def one_order(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
+    """prompts (question, order): the first order of each question, one at a time."""
+    parts = [batches.next_token_log_probs(model, own[:1], labels) for own in prompts]
+    lengths = np.array([len(own[0]) for own in prompts])
+    return Work(np.concatenate([p for p, _ in parts]), sum(n for _, n in parts), _causal(lengths), len(lengths))
+
+
+ARMS: dict[str, Callable[..., Work]] = {
+    "padded": padded,
+    "sorted": length_sorted,
+    "cached prefix": cached_prefix,
+    "trie": shared_trie,
+    "one order": one_order,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+
+def flops(model: PreTrainedModel, work: Work) -> int:
+    """Floating-point operations by formula: 2 per weight and token in linear layers, 4 x heads x head size per layer and
+    attended pair (scores, and values weighted by them), 2 per weight of the output layer and row that it computes."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    linears = sum(
+        m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | PackedLinear) and m is not head
+    )
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * size
+    return 2 * linears * work.tokens + attention * work.pairs + 2 * head.weight.numel() * work.rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm on one group of one workload. ``apart``: total variation from the trie's probabilities, (mean, max)."""
+
+    model: str
+    dtype: str
+    workload: str
+    group: int
+    arm: str
+    questions: int
+    seconds: float  # of a sample, what the group takes once counts in proportion
+    tokens: int
+    flops: int
+    share_of_peak: float
+    peak_bytes: int
+    apart_mean: float
+    apart_max: float
+
+
+def measure(teacher: CausalTeacher, workload: str, n: int, peak: float) -> list[Row]:
+    """Every arm on every one of ``n`` groups of a workload; the arms take turns, each time another one first."""
+    template = TEMPLATES["summaries" if workload == "summaries" else "letters"]
+    rows = []
+    for number, group in enumerate(tqdm(groups(workload, teacher, n), desc=f"{teacher.name}, {workload}", unit="group")):
+        k = len(group[0].options)
+        labels = teacher.label_tokens(k, template)
+        encoded = [teacher.tokenize([q], all_orders(k), template) for q in group]  # outside the clock: the same for all arms
+        found: dict[str, tuple[Work, np.ndarray]] = {}
+        arms = list(ARMS)
+        for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
+            sample = len(group) if arm == "trie" else min(SAMPLE.get(arm, 6), len(group))
+            chosen = np.random.default_rng((SEED, number)).permutation(len(group))[:sample] if sample < len(group) else None
+            places = np.arange(len(group)) if chosen is None else chosen
+            with PeakMemory(teacher.model.device) as memory:
+                started = time.perf_counter()
+                work = ARMS[arm](teacher.model, [encoded[i] for i in places], labels)
+                synchronise(teacher.model.device)
+                seconds = time.perf_counter() - started
+            found[arm] = work, places
+            done = flops(teacher.model, work)
+            row = Row(
+                teacher.name, str(teacher.model.dtype).removeprefix("torch."), workload, number, arm, len(places),
+                seconds - work.once * (1 - len(places) / len(group)),
+                work.tokens, done, done / seconds / peak, memory.bytes, 0.0, 0.0,
+            )  # fmt: skip
+            rows.append(row)
+        rows[-len(arms) :] = [_compared(row, found) for row in rows[-len(arms) :]]
+    return rows
+
+
+def _compared(row: Row, found: dict[str, tuple[Work, np.ndarray]]) -> Row:
+    def p(arm: str, questions: int) -> np.ndarray:
+        values = np.exp(found[arm][0].log_probs.astype(np.float64))
+        return (values / values.sum(-1, keepdims=True)).reshape(questions, -1, values.shape[-1])
+
+    work, places = found[row.arm]
+    reference = p("trie", len(found["trie"][1]))[places]
+    own = p(row.arm, len(places))
+    apart = np.abs(own - reference[:, : own.shape[1]]).sum(-1) / 2
+    return Row(**asdict(row) | {"apart_mean": float(apart.mean()), "apart_max": float(apart.max())})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Exactness
+
+
+def exactness(teacher: CausalTeacher, n: int, orders_each: int = 2) -> dict[str, Any]:
+    """The trie over all orders against one prompt at a time, on a sample of orders of ``n`` short questions.
+
+    Differences of the probabilities of options, and the share of decisions that change.
+    """
+    rng = np.random.default_rng(SEED)
+    apart, changed = [], []
+    names = ("arc_easy", "arc_challenge", "openbookqa")
+    questions = [q for name in names for q in unlabelled(load_task(name, "test").questions[: -(-n // len(names))])][:n]
+    for question in tqdm(questions, desc=f"{teacher.name}, exactness", unit="question"):
+        prompts = teacher.tokenize([question], all_orders(len(question.options)), TEMPLATES["letters"])
+        labels = teacher.label_tokens(len(question.options), TEMPLATES["letters"])
+        packed, _ = trie.next_token_log_probs(teacher.model, prompts, labels)
+        for place in rng.choice(len(prompts), size=orders_each, replace=False):
+            alone, _ = batches.next_token_log_probs(teacher.model, [prompts[place]], labels)
+            a, b = (np.exp(x.astype(np.float64)) for x in (alone[0], packed[place]))
+            apart.append(np.abs(a / a.sum() - b / b.sum()))
+            changed.append(a.argmax() != b.argmax())
+    return {
+        "model": teacher.name,
+        "dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "questions": len(questions),
+        "prompts": len(apart),
+        "mean_dp": float(np.mean(apart)),
+        "max_dp": float(np.max(apart)),
+        "decisions_changed": float(np.mean(changed)),
+    }
+
+
+def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: int) -> dict[str, Any]:
+    """The whole benchmark. Returns what the JSON file holds: machine, peaks, exactness, rows."""
+    result: dict[str, Any] = {
+        "machine": {
+            "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(),
+        },
+        "peak_flops": {}, "exactness": [], "rows": [],
+    }  # fmt: skip
+    for name, dtype in models:
+        teacher = load_teacher(name, dtype)
+        peak = matmul_peak(teacher.model.device, dtype)
+        for workload in WORKLOADS:
+            result["rows"] += [asdict(row) for row in measure(teacher, workload, n[workload], peak)]
+        result["exactness"].append(exactness(teacher, n_exact))
+        # The machine's clock may move during the run: the peak before and after it.
+        result["peak_flops"][f"{name} {str(dtype).removeprefix('torch.')}"] = [
+            peak,
+            matmul_peak(teacher.model.device, dtype),
+        ]
+        del teacher
+    return result
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def table(result: dict[str, Any]) -> pd.DataFrame:
+    """One row for each model, workload and arm: questions/s and the trie's speed-up, median over groups with (min, max)."""
+    frame = pd.DataFrame(result["rows"])
+    frame["rate"] = frame.questions / frame.seconds
+    rows = []
+    for (model, workload), part in frame.groupby(["model", "workload"], sort=False):
+        by = part.pivot(index="group", columns="arm")
+        for arm in ARMS:
+            ratio = by["rate"]["trie"] / by["rate"][arm]
+            own = part[part.arm == arm]
+            rows.append(
+                {
+                    "model": model, "dtype": own["dtype"].iloc[0],
+                    "workload": workload, "arm": arm, "questions/s": own.rate.median(),
+                    "tokens/question": (own.tokens / own.questions).median(),
+                    "GFLOP/question": (own.flops / own.questions).median() / 1e9,
+                    "share of peak": own.share_of_peak.median(), "peak MB": own.peak_bytes.max() / 1e6,
+                    "trie is x times as fast": ratio.median(), "low": ratio.min(), "high": ratio.max(),
+                    "TV from trie, max": own.apart_max.max(),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Entry point of ``python -m permdistill.bench``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument(
+        "--models", nargs="+", default=[name for name, _ in MODELS], help="of those two, or others in bfloat16"
+    )
+    parser.add_argument("--short", type=int, default=9, help="short questions")
+    parser.add_argument("--passages", type=int, default=3, help="questions behind a passage")
+    parser.add_argument("--documents", type=int, default=3, help="SummEval documents of 16 systems x 4 attributes")
+    parser.add_argument("--exact", type=int, default=60, help="questions compared with one prompt at a time")
+    args = parser.parse_args()
+    n = dict(zip(WORKLOADS, (args.short, args.passages, args.documents), strict=True))
+    known = dict(MODELS)
+    result = run([(name, known.get(name, torch.bfloat16)) for name in args.models], n, args.exact)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    part = args.output.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(args.output)
+    print(table(result).to_string(index=False, float_format="%.3g"))
+
+
+if __name__ == "__main__":
+    main()

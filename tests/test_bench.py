@@ -1,0 +1,114 @@
+"""The benchmark's arms compute the same, its formulas count what they say; exactness on real questions, tiny models."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_trie import CONFIGS, random_model
+from transformers import AutoTokenizer
+
+from permdistill import bench, trie
+from permdistill.machine import PeakMemory, matmul_peak
+from permdistill.orders import all_orders
+from permdistill.prompts import TEMPLATES
+from permdistill.teachers import CausalTeacher, _dequantised
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(_dequantised("smollm2-135m"))
+
+
+def tiny_teacher(name: str, tokenizer) -> CausalTeacher:
+    """A random model of an architecture behind a real tokenizer and chat template."""
+    config = CONFIGS[name].__class__.from_dict(CONFIGS[name].to_dict() | {"vocab_size": len(tokenizer)})
+    for length in ("max_position_embeddings", "n_positions", "sliding_window"):
+        if getattr(config, length, None):
+            setattr(config, length, 4096)
+    model = random_model(config, "eager" if name == "gemma2" else "sdpa")
+    return CausalTeacher(f"tiny-{name}", model, tokenizer, f"tiny {name}")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt", "gemma"])
+def test_exact_on_200_real_questions(name, tokenizer):
+    """All 24 orders in the trie against one prompt at a time, one random order of each question."""
+    result = bench.exactness(tiny_teacher(name, tokenizer), 200, orders_each=1)
+    assert result["questions"] == result["prompts"] == 200
+    assert result["max_dp"] <= 1e-4
+    assert result["decisions_changed"] == 0
+
+
+@pytest.mark.parametrize("workload", bench.WORKLOADS)
+def test_arms_agree_and_count_what_they_forward(tokenizer, workload, monkeypatch):
+    teacher = tiny_teacher("llama", tokenizer)
+    real = bench.load_summeval_pairs
+    monkeypatch.setattr(bench, "load_summeval_pairs", lambda systems, *rest: real(min(systems, 4), *rest))
+    rows = {row.arm: row for row in bench.measure(teacher, workload, 1, peak=1e11)}
+    assert set(rows) == set(bench.ARMS)
+    assert max(row.apart_max for row in rows.values()) < 1e-4
+    assert rows["trie"].questions == (24 if workload == "summaries" else 1)
+    per_question = {arm: row.tokens / row.questions for arm, row in rows.items()}
+    assert per_question["trie"] < per_question["cached prefix"] < per_question["padded"]
+    assert per_question["one order"] < per_question["padded"]
+    assert all(row.seconds > 0 and 0 < row.flops for row in rows.values())
+
+
+def test_passages_have_the_length_they_claim(tokenizer):
+    teacher = tiny_teacher("llama", tokenizer)
+    for [question] in bench.groups("passages", teacher, 5):
+        assert 350 <= len(tokenizer.encode(question.context)) <= 400
+        assert question.answer is None
+
+
+def test_flops_by_formula(tokenizer):
+    """A model of one layer, counted by hand."""
+    model = tiny_teacher("llama", tokenizer).model
+    hidden, middle, kv, layers, vocabulary = 32, 48, 16, 3, len(tokenizer)
+    linears = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * middle)
+    work = bench.Work(np.zeros(0), tokens=10, pairs=55, rows=2)
+    assert bench.flops(model, work) == 2 * linears * 10 + 4 * layers * hidden * 55 + 2 * hidden * vocabulary * 2
+
+
+def test_result_makes_a_table_with_the_spread(tokenizer):
+    teacher = tiny_teacher("llama", tokenizer)
+    rows = [vars(row) for row in bench.measure(teacher, "short questions", 2, peak=1e11)]
+    table = bench.table(json.loads(json.dumps({"rows": rows})))
+    assert table.arm.tolist() == list(bench.ARMS)
+    trie_row = table[table.arm == "trie"].iloc[0]
+    assert trie_row["trie is x times as fast"] == trie_row.low == trie_row.high == 1
+    assert (table.low <= table.high).all()
+
+
+def test_peak_memory_sees_what_was_taken_and_given_back():
+    with PeakMemory(CPU) as memory:
+        block = torch.ones(50_000_000)
+        del block
+    assert 190e6 < memory.bytes < 300e6
+    with PeakMemory(CPU) as idle:
+        pass
+    assert idle.bytes < 20e6
+
+
+def test_matmul_peak_is_a_rate():
+    assert 1e9 < matmul_peak(CPU, torch.float32, seconds=0.05) < 1e15
+
+
+def test_trie_of_many_prompts_stays_within_its_memory(tokenizer):
+    """120 orders of five options: more tokens than a pass holds, and no more memory for it."""
+    teacher = tiny_teacher("llama", tokenizer)
+    question = bench.Question(
+        "k5", "", "Which of these is a fruit that grows on trees?", ("an apple", "a stone", "a dog", "a car", "ice")
+    )
+    prompts = teacher.tokenize([question], all_orders(5), TEMPLATES["letters"])
+    assert len(trie.build(prompts)) > 3 * trie.MAX_TOKENS
+    labels = teacher.label_tokens(5, TEMPLATES["letters"])
+    trie.next_token_log_probs(teacher.model, prompts[:1], labels)
+    with PeakMemory(CPU) as memory:
+        found, _ = trie.next_token_log_probs(teacher.model, prompts, labels)
+    assert found.shape == (120, 5)
+    assert memory.bytes < 300e6
