@@ -135,6 +135,10 @@ audit: $(BUILD)/audit.ok ## re-score a random sample of the committed scores, fa
 scores: $(INSTALLED) ## make the committed scores (hours); continues where it was stopped
 	$(call score,"$(abspath scores)")
 
+.PHONY: bench
+bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (about 40 minutes), for notebook 5
+	$(PY) -m permdistill.bench --output figures/bench.json
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The rest
 

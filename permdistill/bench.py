@@ -317,28 +317,54 @@ def _processor() -> str:
         return platform.processor()
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def read(path: str | Path = ROOT / "figures" / "bench.json") -> dict[str, Any]:
+    """What an earlier run of the benchmark wrote; by default the committed one."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def table(result: dict[str, Any]) -> pd.DataFrame:
-    """One row for each model, workload and arm: questions/s and the trie's speed-up, median over groups with (min, max)."""
+    """One row for each model, workload and arm: medians over groups; ``ratio`` is the arm's time over the trie's for the
+    same questions, with its smallest and largest value over the groups. ``share`` counts the arm's own FLOPs only."""
     frame = pd.DataFrame(result["rows"])
-    frame["rate"] = frame.questions / frame.seconds
+    frame["each"] = frame.seconds / frame.questions
     rows = []
-    for (model, workload), part in frame.groupby(["model", "workload"], sort=False):
-        by = part.pivot(index="group", columns="arm")
+    for (model, dtype, workload), part in frame.groupby(["model", "dtype", "workload"], sort=False):
+        each = part.pivot(index="group", columns="arm", values="each")
         for arm in ARMS:
-            ratio = by["rate"]["trie"] / by["rate"][arm]
-            own = part[part.arm == arm]
-            rows.append(
-                {
-                    "model": model, "dtype": own["dtype"].iloc[0],
-                    "workload": workload, "arm": arm, "questions/s": own.rate.median(),
-                    "tokens/question": (own.tokens / own.questions).median(),
-                    "GFLOP/question": (own.flops / own.questions).median() / 1e9,
-                    "share of peak": own.share_of_peak.median(), "peak MB": own.peak_bytes.max() / 1e6,
-                    "trie is x times as fast": ratio.median(), "low": ratio.min(), "high": ratio.max(),
-                    "TV from trie, max": own.apart_max.max(),
-                }
-            )  # fmt: skip
+            own, ratio = part[part.arm == arm], each[arm] / each["trie"]
+            row = {"model": model, "dtype": dtype, "workload": workload, "arm": arm, "groups": len(own)}
+            row |= {"questions_per_s": 1 / own.each.median(), "tokens": (own.tokens / own.questions).median()}
+            row |= {"gflop": (own.flops / own.questions).median() / 1e9, "share": own.share_of_peak.median()}
+            row |= {"peak_mb": own.peak_bytes.max() / 1e6, "tv_max": own.apart_max.max()}
+            row |= {"ratio": ratio.median(), "ratio_low": ratio.min(), "ratio_high": ratio.max()}
+            rows.append(row)
     return pd.DataFrame(rows)
+
+
+def pretty(frame: pd.DataFrame) -> pd.DataFrame:
+    """:func:`table` for people."""
+    span = [f"{r:.2f} [{a:.2f}, {b:.2f}]" for r, a, b in zip(frame.ratio, frame.ratio_low, frame.ratio_high, strict=True)]
+    return pd.DataFrame(
+        {
+            "model": [f"{m}, {d}" for m, d in zip(frame.model, frame["dtype"], strict=True)],
+            "workload": frame.workload,
+            "arm": frame.arm,
+            "questions/s": [f"{v:.3g}" for v in frame.questions_per_s],
+            "tokens a question": frame.tokens.round().astype(int),
+            "GFLOP a question": frame.gflop.round().astype(int),
+            "share of matmul peak": [f"{v:.0%}" for v in frame.share],
+            "peak memory, MB": frame.peak_mb.round().astype(int),
+            "time / the trie's": span,
+        }
+    )
+
+
+def agreement(result: dict[str, Any]) -> pd.DataFrame:
+    """The trie against one prompt at a time: differences of the options' probabilities, share of decisions that change."""
+    return pd.DataFrame(result["exactness"])
 
 
 def main() -> None:
@@ -360,7 +386,8 @@ def main() -> None:
     part = args.output.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     part.replace(args.output)
-    print(table(result).to_string(index=False, float_format="%.3g"))
+    print(pretty(table(result)).to_string(index=False))
+    print(agreement(result).to_string(index=False, float_format="%.2g"))
 
 
 if __name__ == "__main__":

@@ -147,6 +147,36 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
     return figure
 
 
+def cost(table: pd.DataFrame) -> Figure:
+    """Time a question of every way to score all orders, in units of the trie's, and what share of the machine it uses.
+
+    ``table`` is :func:`permdistill.bench.table`'s.
+    """
+    _style()
+    models, workloads, arms = (list(dict.fromkeys(table[name])) for name in ("model", "workload", "arm"))
+    y = np.arange(len(arms))[::-1]
+    size = (1.2 + 2.6 * len(workloads), 0.5 + 1.7 * len(models))
+    figure, axes = plt.subplots(
+        len(models), len(workloads), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for row, model in enumerate(models):
+        for column, workload in enumerate(workloads):
+            part = table[(table.model == model) & (table.workload == workload)].set_index("arm").loc[arms]
+            ax, error = axes[row, column], [part.ratio - part.ratio_low, part.ratio_high - part.ratio]
+            colours = [COLOURS["debiased"] if arm == "trie" else COLOURS["teacher"] for arm in arms]
+            ax.barh(y, part.ratio, xerr=np.array(error), color=colours, capsize=2, error_kw={"lw": 1})
+            for place, high, share in zip(y, part.ratio_high, part.share, strict=True):
+                ax.text(high * 1.15, place, f"{share:.0%}", va="center", fontsize="small")
+            ax.set(xscale="log", title=workload if row == 0 else "")
+            ax.axvline(1, color="black", lw=1, ls="--")
+            ax.grid(axis="y", visible=False)
+        axes[row, 0].set_yticks(y, arms)
+        axes[row, 0].set_ylabel(model)
+    axes[0, 0].set_xlim(0.5 * table.ratio_low.min(), 3 * table.ratio_high.max())
+    figure.supxlabel("time a question / the trie's time; percentages: share of the measured matmul peak", fontsize="small")
+    return figure
+
+
 def save(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write ``name.pdf`` and ``name.png`` into ``folder``/figures."""
     folder = Path(folder) / "figures"

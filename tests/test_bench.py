@@ -10,7 +10,7 @@ import torch
 from test_trie import CONFIGS, random_model
 from transformers import AutoTokenizer
 
-from permdistill import bench, trie
+from permdistill import bench, figures, trie
 from permdistill.machine import PeakMemory, matmul_peak
 from permdistill.orders import all_orders
 from permdistill.prompts import TEMPLATES
@@ -79,9 +79,12 @@ def test_result_makes_a_table_with_the_spread(tokenizer):
     rows = [vars(row) for row in bench.measure(teacher, "short questions", 2, peak=1e11)]
     table = bench.table(json.loads(json.dumps({"rows": rows})))
     assert table.arm.tolist() == list(bench.ARMS)
-    trie_row = table[table.arm == "trie"].iloc[0]
-    assert trie_row["trie is x times as fast"] == trie_row.low == trie_row.high == 1
-    assert (table.low <= table.high).all()
+    row = table[table.arm == "trie"].iloc[0]
+    assert row.ratio == row.ratio_low == row.ratio_high == 1
+    assert (table.ratio_low <= table.ratio).all() and (table.ratio <= table.ratio_high).all()
+    assert table.groups.eq(2).all()
+    assert bench.pretty(table).shape[0] == len(bench.ARMS)
+    assert len(figures.cost(table).axes) == 1
 
 
 def test_peak_memory_sees_what_was_taken_and_given_back():
