@@ -79,7 +79,7 @@ SCORED := $(wildcard scores/*/scores.parquet) $(BUILD)/audit.ok
 endif
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
-SCORING := $(addprefix permdistill/,assets.py data.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
+SCORING := $(addprefix permdistill/,assets.py batches.py data.py machine.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
 
 $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)

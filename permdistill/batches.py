@@ -1,12 +1,14 @@
 """Many prompts -> padded batches of similar length: what everybody does, for models that the trie cannot serve exactly.
 
 Every prompt goes through the model whole. Padding stands on the right, where a causal model cannot see it, whatever its
-positions, windows or states are; an encoder is told by the attention mask. So this is exact for any model, also for
-encoder-decoders, whose answer is read at the decoder's first step.
+attention, windows or states are; an encoder is told by the attention mask. Models whose positions depend on the longest
+prompt of a batch (:func:`positions_change_at`) get batches of equal lengths. Encoder-decoders answer at the decoder's
+first step.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,13 +18,32 @@ from transformers import PreTrainedModel
 MAX_TOKENS = 2048  # tokens a forward pass, padding included
 
 
-def by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    """Indices in batches of similar length, longest first; longest member x members is at most ``max_tokens``, or one."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    while len(order):
-        n = max(1, max_tokens // max(1, int(lengths[order[0]])))
-        yield order[:n]
-        order = order[n:]
+def by_length(lengths: np.ndarray, max_tokens: int, equal: bool = False) -> Iterator[np.ndarray]:
+    """Indices in batches of similar (``equal``: the same) length, longest first, so that what does not fit into memory
+    fails at once; the longest times the number of members is at most ``max_tokens``, or there is one member."""
+    lengths = np.asarray(lengths)
+    waiting = np.argsort(-lengths, kind="stable")
+    while len(waiting):
+        longest = int(lengths[waiting[0]])
+        n = max(1, max_tokens // max(1, longest))
+        if equal:
+            n = min(n, int((lengths[waiting] == longest).sum()))
+        yield waiting[:n]
+        waiting = waiting[n:]
+
+
+def positions_change_at(model: PreTrainedModel, kinds: Sequence[str] = ("dynamic", "longrope")) -> int | None:
+    """Length of a forward pass beyond which the model turns all of its rotary positions differently, None if it does not.
+
+    ``kinds`` are the rope types of transformers whose frequencies depend on the longest position of a pass.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for own in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one for all layers, or per type
+        if own.get("rope_type") in kinds:
+            found.append(own.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return min(found, default=None)
 
 
 @torch.inference_mode()
@@ -33,23 +54,39 @@ def next_token_log_probs(
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt has no last token to read label logits from")
     lengths = np.array([len(p) for p in prompts], dtype=np.int64)
+    limit = positions_change_at(model, ["dynamic"])
+    if limit is not None and max(lengths, default=0) > limit:
+        raise ValueError(
+            f"a prompt has {max(lengths)} tokens; beyond {limit}, {model.config.model_type}'s rope type dynamic lets a pass "
+            "depend on the passes before it: shorten the context, or use another rope type"
+        )
     result = np.empty((len(prompts), len(tokens)), dtype=np.float32)
     forwarded = 0
-    for batch in by_length(lengths, max_tokens):
+    for batch in by_length(lengths, max_tokens, equal=positions_change_at(model) is not None):
         own = torch.from_numpy(lengths[batch])
         mask = (torch.arange(int(own.max())) < own[:, None]).long()  # (prompt, token)
         ids = torch.zeros_like(mask)
         ids[mask.bool()] = torch.tensor([t for i in batch for t in prompts[i]])
         forwarded += ids.numel()
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        if model.config.is_encoder_decoder:
-            start = model.generation_config.decoder_start_token_id
-            inputs["decoder_input_ids"] = torch.full((len(batch), 1), start, device=model.device)
-            logits = model(**inputs).logits[:, 0]
-        else:
-            ends, place = torch.unique(own - 1, return_inverse=True)  # few: the lengths are similar
-            keep = ends.to(model.device) if len(ends) > 1 or int(ends[0]) + 1 < ids.shape[1] else 1
-            logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits[torch.arange(len(batch)), place]
-        logits = logits.float()
+        logits = (_first_step if model.config.is_encoder_decoder else _at)(model, inputs, own - 1).float()
         result[batch] = (logits[:, list(tokens)] - logits.logsumexp(-1, keepdim=True)).cpu().numpy()
     return result, forwarded
+
+
+def _at(model: PreTrainedModel, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """Logits (prompt, vocabulary) of a causal model at one place of each prompt."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=places[:, None].to(model.device), use_cache=False).logits[:, 0]
+    return model(**inputs).logits[torch.arange(len(places)), places]
+
+
+def _first_step(model: PreTrainedModel, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """Logits (prompt, vocabulary) of an encoder-decoder at the decoder's first step."""
+    start = model.generation_config.decoder_start_token_id
+    if start is None or model.generation_config.forced_bos_token_id is not None:
+        raise ValueError(
+            f"{model.config.model_type} does not answer at its decoder's first step: decoder_start_token_id is {start}, "
+            f"forced_bos_token_id {model.generation_config.forced_bos_token_id}"
+        )
+    return model(**inputs, decoder_input_ids=torch.full((len(places), 1), start, device=model.device)).logits[:, 0]

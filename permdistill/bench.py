@@ -4,15 +4,18 @@
 
 Arms, each given the same groups of prompts:
 
-    padded         one padded batch for each question, what evaluation harnesses do
-    sorted         all prompts of all questions sorted by length, in batches
+    padded         one padded batch for each question
+    sorted         the prompts of all questions sorted by length, in batches, as evaluation harnesses do
     cached prefix  what all prompts of a group begin with is computed once; padded batches of the rest use its keys, values
     trie           :mod:`permdistill.trie`
-    one order      not a rival: each question in one order alone, to say what *all* orders cost more
+    one order      not a rival: each question in one order, nothing shared, to say what *all* orders cost more
 
-All of them ask the model for the logits of last tokens only. Workloads are groups of questions with real texts: short
-questions, the same behind a passage of 350-400 tokens, all pairs of a SummEval document's summaries on four attributes.
-Rivals would take an hour on the last, and their cost is the same for every question: they get a sample of the group.
+Serving engines with a radix cache share more than the third arm; they need a GPU and are not compared here.
+
+All arms use the same packed weights and compute logits of last tokens only. Workloads are groups of questions with real
+texts: short questions, the same behind a passage of 350-400 tokens, all pairs of a SummEval document's summaries on four
+attributes. On the last the rivals would take hours: they get a sample of the questions, evenly spaced by length, and what
+they pay once for the whole document counts in proportion.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from permdistill import batches, trie
 from permdistill.data import ATTRIBUTES, Question, load_summeval_pairs, unlabelled
@@ -45,24 +51,27 @@ MODELS = (("qwen2.5-coder-1.5b", torch.bfloat16), ("smollm2-135m", torch.float32
 WORKLOADS = ("short questions", "passages", "summaries")
 RIVALS = ("padded", "sorted", "cached prefix")
 PASSAGE_TOKENS = (350, 400)
-SAMPLE = {"padded": 6, "sorted": 6, "cached prefix": 24}  # questions of a document that a rival scores
+QUESTIONS_A_ROUND = {"short questions": 3, "passages": 2}
+SAMPLE = {"padded": 6, "sorted": 6, "cached prefix": 24, "one order": 6}  # questions of a document; the trie gets all
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Workloads
 
 
-def groups(name: str, teacher: CausalTeacher, n: int) -> list[list[Question]]:
-    """``n`` groups of questions, each with what belongs together: a question, or all pairs of a document."""
+def rounds(name: str, teacher: CausalTeacher, n: int) -> list[list[list[Question]]]:
+    """``n`` rounds of groups of questions that belong together: three short questions each a group of its own, two
+    questions behind a passage, or all pairs and attributes of one document."""
     if name == "summaries":
         documents = load_summeval_pairs(16, SEED)
-        return [unlabelled(questions) for questions in list(documents.values())[:n]]
-    questions = unlabelled(load_task("arc_easy", "test").questions[:n])
+        return [[unlabelled(questions)] for questions in list(documents.values())[:n]]
+    each = QUESTIONS_A_ROUND[name]
+    questions = unlabelled(load_task("arc_easy", "test").questions[: n * each])
     if name == "passages":
         articles = [document[0].context for document in load_summeval_pairs(2, SEED, list(ATTRIBUTES)[:1]).values()]
         passages = [p for p in (_passage(article, teacher) for article in articles) if p]
-        questions = [Question(q.id, passage, q.question, q.options) for q, passage in zip(questions, passages, strict=False)]
-    return [[q] for q in questions]
+        questions = [Question(q.id, p, q.question, q.options) for q, p in zip(questions, passages, strict=False)]
+    return [[[q] for q in questions[i : i + each]] for i in range(0, len(questions), each)]
 
 
 def _passage(article: str, teacher: CausalTeacher) -> str | None:
@@ -79,17 +88,29 @@ def _passage(article: str, teacher: CausalTeacher) -> str | None:
 # --------------------------------------------------------------------------------------------------------------------
 # Arms
 
+Groups = Sequence[Sequence[Sequence[list[int]]]]  # token ids of prompts: (group, question, order)
+
 
 @dataclass
 class Work:
-    """What an arm did. ``pairs`` counts (token, token it attends to), ``rows`` the positions that went through the output
-    layer, ``once`` the seconds that the group takes once however many of its questions are scored."""
+    """What an arm did: log-probabilities (prompt, label), and how much went through the model.
+
+    tokens  that went through the model, padding included
+    pairs   (token, token it attends to)
+    rows    places that went through the output layer
+    once    (seconds, tokens, pairs) of it that the groups take once, however many of their questions are scored
+    """
 
     log_probs: np.ndarray
     tokens: int
     pairs: int
     rows: int
-    once: float = 0.0
+    once: tuple[float, int, int] = (0.0, 0, 0)
+
+    def __add__(self, other: Work) -> Work:
+        once = (self.once[0] + other.once[0], self.once[1] + other.once[1], self.once[2] + other.once[2])
+        log_probs = np.concatenate([self.log_probs, other.log_probs])
+        return Work(log_probs, self.tokens + other.tokens, self.pairs + other.pairs, self.rows + other.rows, once)
 
 
 def _causal(lengths: np.ndarray) -> int:
@@ -97,73 +118,78 @@ def _causal(lengths: np.ndarray) -> int:
     return int((lengths * (lengths + 1) // 2).sum())
 
 
-def padded(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
-    """prompts (question, order): one batch for each question."""
-    parts = [batches.next_token_log_probs(model, own, labels, max_tokens=10**9) for own in prompts]
-    lengths = np.concatenate([np.full(len(own), max(map(len, own))) for own in prompts])
-    return Work(np.concatenate([p for p, _ in parts]), sum(n for _, n in parts), _causal(lengths), len(lengths))
+def _in_batches(model: PreTrainedModel, prompts: Sequence[list[int]], labels: Sequence[int], max_tokens: int) -> Work:
+    log_probs, tokens = batches.next_token_log_probs(model, prompts, labels, max_tokens)
+    lengths = np.array([len(p) for p in prompts])
+    passed = [np.full(len(b), lengths[b[0]]) for b in batches.by_length(lengths, max_tokens)]
+    return Work(log_probs, tokens, _causal(np.concatenate(passed)), len(prompts))
 
 
-def length_sorted(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
-    """prompts (question, order): batches of all prompts by length."""
-    flat = [prompt for own in prompts for prompt in own]
-    log_probs, tokens = batches.next_token_log_probs(model, flat, labels)
-    return Work(log_probs, tokens, _causal(np.array([len(p) for p in flat])), len(flat))
+def padded(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
+    """One batch for each question."""
+    return reduce(add, [_in_batches(model, own, labels, 10**9) for group in groups for own in group])
+
+
+def length_sorted(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
+    """Batches of all prompts by length."""
+    return _in_batches(model, [p for group in groups for own in group for p in own], labels, batches.MAX_TOKENS)
+
+
+def cached_prefix(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
+    """The common beginning of each group's prompts once, the rest in padded batches by length."""
+    return reduce(add, [_cached_prefix(model, [p for own in group for p in own], labels) for group in groups])
 
 
 @torch.inference_mode()
-def cached_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
-    """prompts (question, order), of one group: their common beginning once, the rest in padded batches by length."""
-    flat = [prompt for own in prompts for prompt in own]
-    first, last = min(flat), max(flat)
+def _cached_prefix(model: PreTrainedModel, prompts: Sequence[list[int]], labels: Sequence[int]) -> Work:
+    first, last = min(prompts), max(prompts)
     same = [a == b for a, b in zip(first, last, strict=False)]
-    shared = min(same.index(False) if False in same else len(same), min(map(len, flat)) - 1)
-    prefix = DynamicCache()
-    device = model.device
-    started = time.perf_counter()
+    shared = min(same.index(False) if False in same else len(same), min(map(len, prompts)) - 1)
+    started, prefix, device = time.perf_counter(), DynamicCache(), model.device
     model(torch.tensor([first[:shared]], device=device), past_key_values=prefix, use_cache=True, logits_to_keep=1)
     synchronise(device)
-    once = time.perf_counter() - started
-    lengths = np.array([len(p) - shared for p in flat])
-    result = np.empty((len(flat), len(labels)), dtype=np.float32)
-    tokens, pairs = shared, _causal(np.array([shared]))
+    once = (time.perf_counter() - started, shared, _causal(np.array([shared])))
+    lengths = np.array([len(p) - shared for p in prompts])
+    result = np.empty((len(prompts), len(labels)), dtype=np.float32)
+    tokens, pairs = once[1:]
     for batch in batches.by_length(lengths, batches.MAX_TOKENS):
         own = torch.from_numpy(lengths[batch])
         inside = torch.arange(int(own.max())) < own[:, None]
         ids = torch.zeros(inside.shape, dtype=torch.long)
-        ids[inside] = torch.tensor([t for i in batch for t in flat[i][shared:]])
+        ids[inside] = torch.tensor([t for i in batch for t in prompts[i][shared:]])
         cache = DynamicCache()
         layer: Any
         for number, layer in enumerate(prefix.layers):
             cache.update(layer.keys.expand(len(batch), -1, -1, -1), layer.values.expand(len(batch), -1, -1, -1), number)
-        ends, place = torch.unique(own - 1, return_inverse=True)
         mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), inside], dim=1).long()
-        logits = model(
-            ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True,
-            logits_to_keep=ends.to(device),
-        ).logits[torch.arange(len(batch)), place].float()  # fmt: skip
+        last_places = (own - 1)[:, None].to(device)
+        output = model(
+            ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, logits_to_keep=last_places
+        )
+        logits = output.logits[:, 0].float()
         result[batch] = (logits[:, list(labels)] - logits.logsumexp(-1, keepdim=True)).cpu().numpy()
         tokens += ids.numel()
         pairs += ids.numel() * shared + _causal(np.full(len(batch), ids.shape[1]))
-    return Work(result, tokens, pairs, len(flat), once)
+    return Work(result, tokens, pairs, len(prompts), once)
 
 
-def shared_trie(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
-    """prompts (question, order), of one group."""
-    flat = [prompt for own in prompts for prompt in own]
-    log_probs, tokens = trie.next_token_log_probs(model, flat, labels)
-    built = trie.build(flat)
-    return Work(log_probs, tokens, trie.attended(built), len(set(built.leaf.tolist())))
+def shared_trie(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
+    """Each group's trie."""
+    parts = []
+    for group in groups:
+        prompts = [p for own in group for p in own]
+        log_probs, tokens = trie.next_token_log_probs(model, prompts, labels)
+        built = trie.build(prompts)  # a second time, to count
+        parts.append(Work(log_probs, tokens, trie.attended(built), len(set(built.leaf.tolist()))))
+    return reduce(add, parts)
 
 
-def one_order(model: PreTrainedModel, prompts: Sequence[Sequence[list[int]]], labels: Sequence[int]) -> Work:
-    """prompts (question, order): the first order of each question, one at a time."""
-    parts = [batches.next_token_log_probs(model, own[:1], labels) for own in prompts]
-    lengths = np.array([len(own[0]) for own in prompts])
-    return Work(np.concatenate([p for p, _ in parts]), sum(n for _, n in parts), _causal(lengths), len(lengths))
+def one_order(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
+    """The first order of each question, one at a time."""
+    return reduce(add, [_in_batches(model, own[:1], labels, 1) for group in groups for own in group])
 
 
-ARMS: dict[str, Callable[..., Work]] = {
+ARMS: dict[str, Callable[[PreTrainedModel, Groups, Sequence[int]], Work]] = {
     "padded": padded,
     "sorted": length_sorted,
     "cached prefix": cached_prefix,
@@ -180,9 +206,8 @@ def flops(model: PreTrainedModel, work: Work) -> int:
     """Floating-point operations by formula: 2 per weight and token in linear layers, 4 x heads x head size per layer and
     attended pair (scores, and values weighted by them), 2 per weight of the output layer and row that it computes."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    linears = sum(
-        m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | PackedLinear) and m is not head
-    )
+    kinds = (torch.nn.Linear, PackedLinear, Conv1D)
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, kinds) and m is not head)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * size
     return 2 * linears * work.tokens + attention * work.pairs + 2 * head.weight.numel() * work.rows
@@ -190,15 +215,16 @@ def flops(model: PreTrainedModel, work: Work) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm on one group of one workload. ``apart``: total variation from the trie's probabilities, (mean, max)."""
+    """One arm in one round of one workload. ``apart``: total variation from the trie's probabilities. Of a sample of a
+    group, what the group takes once counts in proportion, in seconds, tokens and flops."""
 
     model: str
     dtype: str
     workload: str
-    group: int
+    round: int
     arm: str
     questions: int
-    seconds: float  # of a sample, what the group takes once counts in proportion
+    seconds: float
     tokens: int
     flops: int
     share_of_peak: float
@@ -208,46 +234,56 @@ class Row:
 
 
 def measure(teacher: CausalTeacher, workload: str, n: int, peak: float) -> list[Row]:
-    """Every arm on every one of ``n`` groups of a workload; the arms take turns, each time another one first."""
+    """Every arm in every one of ``n`` rounds of a workload; the arms take turns, in each round another one first."""
     template = TEMPLATES["summaries" if workload == "summaries" else "letters"]
-    rows = []
-    for number, group in enumerate(tqdm(groups(workload, teacher, n), desc=f"{teacher.name}, {workload}", unit="group")):
-        k = len(group[0].options)
-        labels = teacher.label_tokens(k, template)
-        encoded = [teacher.tokenize([q], all_orders(k), template) for q in group]  # outside the clock: the same for all arms
-        found: dict[str, tuple[Work, np.ndarray]] = {}
+    rows: list[Row] = []
+    for number, chosen in enumerate(tqdm(rounds(workload, teacher, n), desc=f"{teacher.name}, {workload}", unit="round")):
+        orders = all_orders(len(chosen[0][0].options))
+        labels = teacher.label_tokens(orders.shape[1], template)
+        # Outside the clock: the same for all arms.
+        prompts = [[teacher.tokenize([q], orders, template) for q in group] for group in chosen]
+        if number == 0:  # what is done once in a process belongs to no arm
+            for warm_up in ARMS.values():
+                warm_up(teacher.model, [prompts[0][:1]], labels)
+        found: dict[str, np.ndarray] = {}  # probabilities (question, order, label)
+        done: list[Row] = []
         arms = list(ARMS)
         for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
-            sample = len(group) if arm == "trie" else min(SAMPLE.get(arm, 6), len(group))
-            chosen = np.random.default_rng((SEED, number)).permutation(len(group))[:sample] if sample < len(group) else None
-            places = np.arange(len(group)) if chosen is None else chosen
+            places = [_sample(group, SAMPLE.get(arm)) for group in prompts]
+            part = sum(map(len, places)) / sum(map(len, prompts))
+            given = [[group[i] for i in own] for group, own in zip(prompts, places, strict=True)]
             with PeakMemory(teacher.model.device) as memory:
                 started = time.perf_counter()
-                work = ARMS[arm](teacher.model, [encoded[i] for i in places], labels)
+                work = ARMS[arm](teacher.model, given, labels)
                 synchronise(teacher.model.device)
                 seconds = time.perf_counter() - started
-            found[arm] = work, places
-            done = flops(teacher.model, work)
-            row = Row(
-                teacher.name, str(teacher.model.dtype).removeprefix("torch."), workload, number, arm, len(places),
-                seconds - work.once * (1 - len(places) / len(group)),
-                work.tokens, done, done / seconds / peak, memory.bytes, 0.0, 0.0,
+            values = np.exp(work.log_probs.astype(np.float64)).reshape(sum(map(len, places)), -1, len(labels))
+            found[arm] = np.full((sum(map(len, prompts)), len(orders), len(labels)), np.nan)
+            starts = np.cumsum([0, *map(len, prompts[:-1])])
+            flat = np.concatenate([start + np.array(own) for start, own in zip(starts, places, strict=True)])
+            found[arm][flat, : values.shape[1]] = values / values.sum(-1, keepdims=True)
+            seconds, tokens, pairs = (
+                whole - (1 - part) * once for whole, once in zip((seconds, work.tokens, work.pairs), work.once, strict=True)
+            )
+            operations = flops(teacher.model, replace(work, tokens=round(tokens), pairs=round(pairs)))
+            done.append(
+                Row(
+                    teacher.name, str(teacher.model.dtype).removeprefix("torch."), workload, number, arm, len(flat), seconds,
+                    round(tokens), operations, operations / seconds / peak, memory.bytes, 0.0, 0.0,
+                )
             )  # fmt: skip
-            rows.append(row)
-        rows[-len(arms) :] = [_compared(row, found) for row in rows[-len(arms) :]]
+        for row in done:
+            apart = np.abs(found[row.arm] - found["trie"]).sum(-1) / 2
+            rows.append(replace(row, apart_mean=float(np.nanmean(apart)), apart_max=float(np.nanmax(apart))))
     return rows
 
 
-def _compared(row: Row, found: dict[str, tuple[Work, np.ndarray]]) -> Row:
-    def p(arm: str, questions: int) -> np.ndarray:
-        values = np.exp(found[arm][0].log_probs.astype(np.float64))
-        return (values / values.sum(-1, keepdims=True)).reshape(questions, -1, values.shape[-1])
-
-    work, places = found[row.arm]
-    reference = p("trie", len(found["trie"][1]))[places]
-    own = p(row.arm, len(places))
-    apart = np.abs(own - reference[:, : own.shape[1]]).sum(-1) / 2
-    return Row(**asdict(row) | {"apart_mean": float(apart.mean()), "apart_max": float(apart.max())})
+def _sample(group: Sequence[Sequence[list[int]]], n: int | None) -> list[int]:
+    """Places of ``n`` questions of a group, evenly spaced by length; None: of all."""
+    if n is None or n >= len(group):
+        return list(range(len(group)))
+    by_length = np.argsort([len(own[0]) for own in group], kind="stable")
+    return by_length[((np.arange(n) + 0.5) * len(group) / n).astype(int)].tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -326,16 +362,16 @@ def read(path: str | Path = ROOT / "figures" / "bench.json") -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> pd.DataFrame:
-    """One row for each model, workload and arm: medians over groups; ``ratio`` is the arm's time over the trie's for the
-    same questions, with its smallest and largest value over the groups. ``share`` counts the arm's own FLOPs only."""
+    """One row for each model, workload and arm: medians over rounds; ``ratio`` is the arm's time over the trie's for the
+    same questions, with its smallest and largest value over the rounds. ``share`` counts the arm's own FLOPs only."""
     frame = pd.DataFrame(result["rows"])
     frame["each"] = frame.seconds / frame.questions
     rows = []
     for (model, dtype, workload), part in frame.groupby(["model", "dtype", "workload"], sort=False):
-        each = part.pivot(index="group", columns="arm", values="each")
+        each = part.pivot(index="round", columns="arm", values="each")
         for arm in ARMS:
             own, ratio = part[part.arm == arm], each[arm] / each["trie"]
-            row = {"model": model, "dtype": dtype, "workload": workload, "arm": arm, "groups": len(own)}
+            row = {"model": model, "dtype": dtype, "workload": workload, "arm": arm, "rounds": len(own)}
             row |= {"questions_per_s": 1 / own.each.median(), "tokens": (own.tokens / own.questions).median()}
             row |= {"gflop": (own.flops / own.questions).median() / 1e9, "share": own.share_of_peak.median()}
             row |= {"peak_mb": own.peak_bytes.max() / 1e6, "tv_max": own.apart_max.max()}
@@ -374,9 +410,9 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=[name for name, _ in MODELS], help="of those two, or others in bfloat16"
     )
-    parser.add_argument("--short", type=int, default=9, help="short questions")
-    parser.add_argument("--passages", type=int, default=3, help="questions behind a passage")
-    parser.add_argument("--documents", type=int, default=3, help="SummEval documents of 16 systems x 4 attributes")
+    parser.add_argument("--short", type=int, default=4, help="rounds of three short questions")
+    parser.add_argument("--passages", type=int, default=3, help="rounds of two questions behind a passage")
+    parser.add_argument("--documents", type=int, default=2, help="rounds of a document, 16 systems x 4 attributes")
     parser.add_argument("--exact", type=int, default=60, help="questions compared with one prompt at a time")
     args = parser.parse_args()
     n = dict(zip(WORKLOADS, (args.short, args.passages, args.documents), strict=True))

@@ -162,15 +162,20 @@ DTYPE = torch.bfloat16
 def model_key(name: str, dtype: torch.dtype = DTYPE) -> str:
     """Identifies a teacher's weights and number format: part of the content key of its scores.
 
-    ``name`` is one of :data:`TEACHERS`, a local folder with safetensors (its tokenizer and chat template count too), or a
-    repository of the model hub (by name: a repository that changes keeps its key).
+    ``name`` is one of :data:`TEACHERS`, a local folder with safetensors (its config, tokenizer and chat template count
+    too), or a repository of the model hub (by name: a repository that changes keeps its key). Raises ValueError for a
+    folder without safetensors, whose weights could not be told from others.
     """
     if f"{name}.gguf" in ASSETS:
         weights = f"sha256:{ASSETS[f'{name}.gguf'].sha256}"
+    elif Path(name).is_dir():
+        if not (files := sorted(Path(name).glob("*.safetensors"))):
+            raise ValueError(f"{name} has no *.safetensors: save the model there with save_pretrained")
+        for pattern in ("config.json", "tokenizer*", "chat_template*"):
+            files += sorted(Path(name).glob(pattern))
+        weights = "sha256:" + ",".join(sha256_of(f) for f in files)
     else:
-        patterns = ("*.safetensors", "tokenizer*.json", "chat_template*")
-        files = [f for pattern in patterns for f in sorted(Path(name).glob(pattern))] if Path(name).is_dir() else []
-        weights = "sha256:" + ",".join(sha256_of(f) for f in files) if files else f"hub:{name}"
+        weights = f"hub:{name}"
     return f"{weights} {str(dtype).removeprefix('torch.')}, float32 head"
 
 
@@ -183,7 +188,7 @@ def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int = trie.M
     """A teacher of the registry by name (:data:`TEACHERS`), a local folder, or a repository of the model hub."""
     folder = _dequantised(name) if f"{name}.gguf" in ASSETS else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a decorated method of torch
     model.eval()
     model = with_packed_linears(with_float32_head(model))

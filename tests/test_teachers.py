@@ -62,9 +62,18 @@ def test_model_key_follows_weights_tokenizer_and_number_format(tmp_path: Path):
     keys.append(model_key(str(tmp_path)))
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     keys.append(model_key(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"rope_theta": 1e6}')
+    keys.append(model_key(str(tmp_path)))
     keys += [model_key(name) for name in TEACHERS]
     assert len(set(keys)) == len(keys)
     assert str(tmp_path) not in " ".join(keys)
     assert model_key(TEACHERS[0]) == (
         "sha256:cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046 bfloat16, float32 head"
     )
+
+
+def test_folder_whose_weights_cannot_be_told_apart_is_refused(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"no \*.safetensors: save the model there with save_pretrained"):
+        model_key(str(tmp_path))

@@ -238,7 +238,7 @@ def test_no_prompts_give_no_rows(model):
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.4}
 REFUSED = {
     "window": (MistralConfig(**_SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, sliding_window=8),
-               "sliding_window = 8, shorter than a prompt of"),
+               "sliding_window 8 tokens, a prompt has"),
     "bloom": (BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4), "bloom"),
     "falcon-alibi": (FalconConfig(**_SMALL, num_attention_heads=4, alibi=True), "falcon"),
     "gpt_neo": (GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
@@ -261,10 +261,64 @@ def test_what_the_trie_cannot_do_is_refused_and_batches_do_it(name):
     assert expected.std(axis=0).min() > 0.01
 
 
+def rope_model(rope_type: str, **rest) -> PreTrainedModel:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, **rest}
+    return random_model(LlamaConfig(**_ROTARY | {"max_position_embeddings": 16}, rope_parameters=rope))
+
+
+def test_frequencies_that_follow_the_longest_prompt_of_a_pass():
+    """No slice of a longer trie, and no prompt padded to a longer one, may show it."""
+    model = rope_model("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=16)
+    prompts = ragged_prompts(1)
+    assert min(map(len, prompts)) <= 16 < max(map(len, prompts))
+    with pytest.raises(ValueError, match="beyond 16 tokens"):
+        trie.next_token_log_probs(model, prompts, LABELS)
+    expected = alone(model, prompts, LABELS)
+    found, _ = batches.next_token_log_probs(model, prompts, LABELS)
+    assert np.abs(found - expected).max() < 1e-4
+    short = [i for i, p in enumerate(prompts) if len(p) <= 16]
+    packed, _ = trie.next_token_log_probs(model, [prompts[i] for i in short], LABELS, 16)
+    assert np.abs(packed - expected[short]).max() < 1e-4
+
+
+def test_frequencies_that_follow_the_passes_before_are_refused():
+    model = rope_model("dynamic")
+    assert trie.obstacle(model, 16) is None
+    assert "beyond 16 tokens" in trie.obstacle(model, 17)
+    with pytest.raises(ValueError, match="17 tokens; beyond 16"):
+        batches.next_token_log_probs(model, [[1] * 17], LABELS)
+
+
+def test_model_in_training_mode_is_refused():
+    model = random_model(CONFIGS["llama"]).train()
+    with pytest.raises(ValueError, match="training mode"):
+        trie.next_token_log_probs(model, [[1, 2]], LABELS)
+
+
+def test_batches_serve_a_model_without_logits_to_keep():
+    model = random_model(CONFIGS["llama"])
+    expected = alone(model, ragged_prompts(1), LABELS)
+    forward = type(model).forward
+    model.forward = lambda input_ids, attention_mask=None, **rest: forward(model, input_ids, attention_mask)
+    found, _ = batches.next_token_log_probs(model, ragged_prompts(1), LABELS, 64)
+    assert np.abs(found - expected).max() < 1e-4
+    assert "logits_to_keep" in trie.obstacle(model)
+
+
+def test_encoder_decoder_that_begins_with_a_forced_token_is_refused():
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    model.generation_config.forced_bos_token_id = 1
+    with pytest.raises(ValueError, match="forced_bos_token_id 1"):
+        batches.next_token_log_probs(model, [[1, 2]], LABELS)
+
+
 def test_window_that_holds_every_prompt_is_no_obstacle():
     model = random_model(CONFIGS["mistral"])
     assert trie.obstacle(model, 32) is None
-    assert "33 tokens" in trie.obstacle(model, 33)
+    assert "sliding_window 32 tokens, a prompt has 33" in trie.obstacle(model, 33)
 
 
 def test_model_whose_code_ignores_the_mask_is_found_out():
