@@ -141,7 +141,7 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
                         linewidth=0.5,
                         label=NAMES[kind] + (suffix if kind == "student" else ""),
                     )
-        ax.set(title=_label(task), xlabel="permutation sensitivity (TV x 100)", ylabel="accuracy (%)", xlim=(-3, None))
+        ax.set(title=_label(task), xlabel="ps (TV x 100)", ylabel="accuracy (%)", xlim=(-3, None))
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure

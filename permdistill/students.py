@@ -213,7 +213,7 @@ class Student:
         questions: Sequence[Question],
         orders: np.ndarray,
         decisions: np.ndarray | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
         autocast: bool | None = None,
     ) -> np.ndarray:
         """P (item, order, option), float64, in option space.
