@@ -79,7 +79,7 @@ SCORED := $(wildcard scores/*/scores.parquet) $(BUILD)/audit.ok
 endif
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
-SCORING := $(addprefix permdistill/,assets.py batches.py data.py machine.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
+SCORING := $(addprefix permdistill/,assets.py attention.py batches.py data.py machine.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
 
 $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
@@ -136,7 +136,7 @@ scores: $(INSTALLED) ## make the committed scores (hours); continues where it wa
 	$(call score,"$(abspath scores)")
 
 .PHONY: bench
-bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (about 40 minutes), for notebook 5
+bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour), for notebook 5
 	$(PY) -m permdistill.bench --output figures/bench.json
 
 # ---------------------------------------------------------------------------------------------------------------------

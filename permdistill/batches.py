@@ -48,7 +48,7 @@ def positions_change_at(model: PreTrainedModel, kinds: Sequence[str] = ("dynamic
 
 @torch.inference_mode()
 def next_token_log_probs(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int = MAX_TOKENS
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int | None = None
 ) -> tuple[np.ndarray, int]:
     """As :func:`permdistill.trie.next_token_log_probs`; the number of tokens includes padding."""
     if any(len(p) == 0 for p in prompts):
@@ -62,7 +62,7 @@ def next_token_log_probs(
         )
     result = np.empty((len(prompts), len(tokens)), dtype=np.float32)
     forwarded = 0
-    for batch in by_length(lengths, max_tokens, equal=positions_change_at(model) is not None):
+    for batch in by_length(lengths, max_tokens or MAX_TOKENS, equal=positions_change_at(model) is not None):
         own = torch.from_numpy(lengths[batch])
         mask = (torch.arange(int(own.max())) < own[:, None]).long()  # (prompt, token)
         ids = torch.zeros_like(mask)

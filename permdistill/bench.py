@@ -319,8 +319,9 @@ def exactness(teacher: CausalTeacher, n: int, orders_each: int = 2) -> dict[str,
     }
 
 
-def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: int) -> dict[str, Any]:
-    """The whole benchmark. Returns what the JSON file holds: machine, peaks, exactness, rows."""
+def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: int, path: Path) -> dict[str, Any]:
+    """The whole benchmark. Returns what the JSON file ``path`` holds: machine, peaks, exactness, rows; each finished model
+    is on disk before the next starts."""
     result: dict[str, Any] = {
         "machine": {
             "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
@@ -340,6 +341,10 @@ def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: i
             matmul_peak(teacher.model.device, dtype),
         ]
         del teacher
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
     return result
 
 
@@ -410,18 +415,15 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=[name for name, _ in MODELS], help="of those two, or others in bfloat16"
     )
-    parser.add_argument("--short", type=int, default=4, help="rounds of three short questions")
-    parser.add_argument("--passages", type=int, default=3, help="rounds of two questions behind a passage")
+    parser.add_argument("--short", type=int, default=3, help="rounds of three short questions")
+    parser.add_argument("--passages", type=int, default=2, help="rounds of two questions behind a passage")
     parser.add_argument("--documents", type=int, default=2, help="rounds of a document, 16 systems x 4 attributes")
-    parser.add_argument("--exact", type=int, default=60, help="questions compared with one prompt at a time")
+    parser.add_argument("--exact", type=int, default=40, help="questions compared with one prompt at a time")
     args = parser.parse_args()
     n = dict(zip(WORKLOADS, (args.short, args.passages, args.documents), strict=True))
     known = dict(MODELS)
-    result = run([(name, known.get(name, torch.bfloat16)) for name in args.models], n, args.exact)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    part = args.output.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.replace(args.output)
+    models = [(name, known.get(name, torch.bfloat16)) for name in args.models]
+    result = run(models, n, args.exact, args.output)
     print(pretty(table(result)).to_string(index=False))
     print(agreement(result).to_string(index=False, float_format="%.2g"))
 

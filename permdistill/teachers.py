@@ -53,14 +53,14 @@ class CausalTeacher:
 
     name        short name, used in file names and tables
     model_key   e.g. "sha256:<of the weights> bfloat16"
-    max_tokens  tokens a forward pass, bounds the memory above the weights
+    max_tokens  tokens a forward pass, bounds the memory above the weights; None: what suits the machine
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     model_key: str
-    max_tokens: int = trie.MAX_TOKENS
+    max_tokens: int | None = None
     tokens_forwarded: int = 0
 
     def prompt(self, question: Question, order: Sequence[int], template: Template) -> str:
@@ -118,9 +118,8 @@ class CausalTeacher:
         prompts = self.tokenize(questions, orders, template)
         # What the trie cannot do exactly is done prompt by prompt, in batches.
         engine = trie if trie.obstacle(self.model, max(map(len, prompts), default=0)) is None else batches
-        by_position, forwarded = engine.next_token_log_probs(
-            self.model, prompts, self.label_tokens(k, template), self.max_tokens
-        )
+        labels = self.label_tokens(k, template)
+        by_position, forwarded = engine.next_token_log_probs(self.model, prompts, labels, self.max_tokens)
         self.tokens_forwarded += forwarded
         return to_options(by_position.reshape(len(questions), len(orders), k), orders)
 
@@ -184,7 +183,7 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if has_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
 
 
-def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int = trie.MAX_TOKENS) -> CausalTeacher:
+def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int | None = None) -> CausalTeacher:
     """A teacher of the registry by name (:data:`TEACHERS`), a local folder, or a repository of the model hub."""
     folder = _dequantised(name) if f"{name}.gguf" in ASSETS else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
