@@ -136,7 +136,7 @@ scores: $(INSTALLED) ## make the committed scores (hours); continues where it wa
 	$(call score,"$(abspath scores)")
 
 .PHONY: bench
-bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour), for notebook 5
+bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (about an hour)
 	$(PY) -m permdistill.bench --output figures/bench.json
 
 # ---------------------------------------------------------------------------------------------------------------------
