@@ -61,13 +61,21 @@ $(INSTALLED): requirements.lock pyproject.toml
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper
 
-# The committed scores come from these commands, one line a teacher. What a store holds already is not scored again.
+# The committed scores come from these commands: what profiles.PROFILES["full"] asks for. What a store holds already is not
+# scored again. The last lines put the same questions in other words.
 MULTIPLE_CHOICE := arc_easy arc_challenge openbookqa
+TEST_ONLY := csqa hellaswag mmlu socialiqa piqa
 SUMMEVAL := summeval_coherence summeval_consistency summeval_fluency summeval_relevance
+SCORE = $(PY) -m permdistill.cli score --scores $(1) --teacher
 define score
-$(PY) -m permdistill.cli score --teacher qwen2.5-coder-1.5b --tasks $(MULTIPLE_CHOICE) $(SUMMEVAL) --splits test train --scores $(1)
-$(PY) -m permdistill.cli score --teacher qwen2.5-coder-0.5b --tasks $(MULTIPLE_CHOICE) --splits test --scores $(1)
-$(PY) -m permdistill.cli score --teacher smollm2-135m --tasks $(MULTIPLE_CHOICE) --splits test --scores $(1)
+$(SCORE) qwen2.5-coder-1.5b
+for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
+    $(SCORE) $$teacher --splits test --tasks $(MULTIPLE_CHOICE) --limit 250 && \
+    $(SCORE) $$teacher --splits test --tasks $(TEST_ONLY) --limit 150 && \
+    $(SCORE) $$teacher --splits test --tasks $(SUMMEVAL) --limit 280 || exit; done
+for template in numbers brief; do \
+    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) --limit 100 --template $$template || exit; done
+$(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 140 --template summaries_letters
 endef
 
 ifeq ($(TEACHER),live)
@@ -89,8 +97,8 @@ $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 $(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
 	$(PY) -m permdistill.manifest "$(OUT)" --measure audit -- $(PY) -m permdistill.cli audit
-	$(PY) -m permdistill.cli audit --teacher qwen2.5-coder-0.5b --tasks $(MULTIPLE_CHOICE) --splits test
-	$(PY) -m permdistill.cli audit --teacher smollm2-135m --tasks $(MULTIPLE_CHOICE) --splits test
+	$(PY) -m permdistill.cli audit --teacher qwen2.5-coder-0.5b --splits test --limit 150
+	$(PY) -m permdistill.cli audit --teacher smollm2-135m --splits test --limit 150
 	@touch $@
 
 # Another PROFILE or TEACHER makes the notebooks out of date: this file changes only when they do.
@@ -136,8 +144,18 @@ scores: $(INSTALLED) ## make the committed scores (hours); continues where it wa
 	$(call score,"$(abspath scores)")
 
 .PHONY: bench
-bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (about an hour)
-	$(PY) -m permdistill.bench --output figures/bench.json
+bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 5
+	@mkdir -p $(BUILD)
+	$(PY) -m permdistill.bench --output $(BUILD)/bench.json
+	@cp $(BUILD)/bench.json figures/bench.json
+	$(MAKE) --no-print-directory performance
+
+# What `make bench` measured, into the notebook, the tables and the README.
+.PHONY: performance
+performance: $(INSTALLED)
+	TQDM_DISABLE=1 $(PY) -m nbconvert --to notebook --execute --inplace notebooks/05_shared_prefixes.ipynb
+	cp build/smoke/figures/P1_* build/smoke/tables/P1_* figures/
+	$(PY) -m permdistill.tables
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rest

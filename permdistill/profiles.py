@@ -6,22 +6,36 @@ audit and the tables always speak of the same questions. A :class:`Profile` says
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from permdistill.data import ATTRIBUTES, MULTIPLE_CHOICE, Question, load_multiple_choice, load_summeval_pairs, sample
+from permdistill.data import (
+    ATTRIBUTES,
+    MULTIPLE_CHOICE,
+    TEST_ONLY,
+    Question,
+    load_multiple_choice,
+    load_summeval_pairs,
+    sample,
+    stratified,
+)
 from permdistill.prompts import TEMPLATES, Template
 from permdistill.students import StudentConfig
 from permdistill.teachers import TEACHERS
 from permdistill.training import TrainingConfig
 
 SEED = 0
-TEST_QUESTIONS = 250  # per multiple-choice set
-TRAIN_QUESTIONS = 350  # per multiple-choice set
-TEST_DOCUMENTS = 25
-TRAIN_DOCUMENTS = 18
+TEST_QUESTIONS = 300  # per multiple-choice set
+TRAIN_QUESTIONS = 350  # per multiple-choice set that has training questions
+TEST_DOCUMENTS = (*range(25), *range(43, 58))  # places of SummEval's documents
+TRAIN_DOCUMENTS = tuple(range(25, 43))
 SYSTEMS = 8  # of SummEval's 16, per document
-TASKS = (*MULTIPLE_CHOICE, *(f"summeval_{attribute}" for attribute in ATTRIBUTES))
+SUMMEVAL = tuple(f"summeval_{attribute}" for attribute in ATTRIBUTES)
+TASKS = (*MULTIPLE_CHOICE, *TEST_ONLY, *SUMMEVAL)
+# Other ways to put the same questions; the first of each kind is the one that everything else uses.
+PROMPTS = {"letters": ("letters", "numbers", "brief"), "summaries": ("summaries", "summaries_letters")}
 
 
 @dataclass(frozen=True)
@@ -35,27 +49,41 @@ class Task:
     members: list[str]  # per question: the task it belongs to, for several tasks in one
     left_out: dict[str, int]
 
-    def first(self, n: int) -> Task:
-        """The first ``n`` questions only."""
+    def first(self, n: int | None) -> Task:
+        """The first ``n`` questions only; None: all."""
         return replace(self, questions=self.questions[:n], groups=self.groups[:n], members=self.members[:n])
 
+    @property
+    def k(self) -> int:
+        """Number of options."""
+        return len(self.questions[0].options)
 
-def load_task(name: str, split: str) -> Task:
-    """One of :data:`TASKS`; ``split`` is train or test. SummEval's splits have different documents."""
-    if name not in TASKS or split not in ("train", "test"):
-        raise ValueError(f"task {name!r}, split {split!r}: give one of {', '.join(TASKS)} and train or test")
-    if name in MULTIPLE_CHOICE:
-        whole = load_multiple_choice(name, split)
-        questions = sample(whole.questions, TEST_QUESTIONS if split == "test" else TRAIN_QUESTIONS, SEED)
-        return Task(
-            name, questions, TEMPLATES["letters"], [q.id for q in questions], [name] * len(questions), whole.left_out
+
+def splits(name: str) -> tuple[str, ...]:
+    """The splits of one of :data:`TASKS`."""
+    return ("test",) if name in TEST_ONLY else ("test", "train")
+
+
+def load_task(name: str, split: str, template: str = "") -> Task:
+    """One of :data:`TASKS`, with its usual template or another one. SummEval's splits have different documents."""
+    if name not in TASKS or split not in splits(name):
+        raise ValueError(
+            f"task {name!r}, split {split!r}: give one of {', '.join(TASKS)} and test, or train, which "
+            f"{', '.join(TEST_ONLY)} do not have here"
         )
+    if name not in SUMMEVAL:
+        whole = load_multiple_choice(name, split)
+        n = TEST_QUESTIONS if split == "test" else TRAIN_QUESTIONS
+        by_subject = partial(stratified, stratum=lambda question: question.id.split("/")[2])
+        questions = (by_subject if name == "mmlu" else sample)(whole.questions, n, SEED)
+        usual = TEMPLATES[template or "letters"]
+        return Task(name, questions, usual, [q.id for q in questions], [name] * len(questions), whole.left_out)
     documents = load_summeval_pairs(SYSTEMS, SEED, [name.removeprefix("summeval_")])
-    names = list(documents)
-    names = names[:TEST_DOCUMENTS] if split == "test" else names[TEST_DOCUMENTS : TEST_DOCUMENTS + TRAIN_DOCUMENTS]
+    every = list(documents)
+    names = [every[place] for place in (TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS)]
     questions = [q for n in names for q in documents[n]]
     groups = [n for n in names for _ in documents[n]]
-    return Task(name, questions, TEMPLATES["summaries"], groups, [name] * len(questions), {})
+    return Task(name, questions, TEMPLATES[template or "summaries"], groups, [name] * len(questions), {})
 
 
 @dataclass(frozen=True)
@@ -91,39 +119,57 @@ def _runs(encoder: str, k: int, joint: int, per_option: int, training: TrainingC
 class Profile:
     """How much a run does.
 
-    teachers         whose scores the teachers' table reports on multiple choice; the first also on SummEval, and it teaches
+    teachers         whose scores the teachers' tables report on; the first one teaches
+    tasks            what they report on
     n_test, n_train  questions per task, at most
+    n_others         test questions per task of the other teachers: sets with training questions, test only, SummEval
+    n_prompts        test questions per task that are put in several ways: multiple choice, SummEval
+    n_students       test questions per task that students answer: multiple choice, SummEval
     multiple_choice  students for multiple choice
     pairs            students for SummEval
     """
 
     teachers: tuple[str, ...]
+    tasks: tuple[str, ...]
     n_test: int
     n_train: int
+    n_others: tuple[int, int, int]
+    n_prompts: tuple[int, int]
+    n_students: tuple[int, int]
     multiple_choice: tuple[Run, ...]
     pairs: tuple[Run, ...]
 
-    def tasks(self, teacher: str) -> tuple[str, ...]:
-        """What the teachers' table reports on for ``teacher``."""
-        return TASKS if teacher == self.teachers[0] else MULTIPLE_CHOICE
+    def n_questions(self, teacher: str, task: str) -> int:
+        """How many test questions of ``task`` are asked of ``teacher``, at most."""
+        if teacher == self.teachers[0]:
+            return self.n_test
+        kinds: tuple[Collection[str], ...] = (MULTIPLE_CHOICE, TEST_ONLY, SUMMEVAL)
+        return next(n for n, kind in zip(self.n_others, kinds, strict=True) if task in kind)
 
 
-SUMMEVAL = tuple(task for task in TASKS if task not in MULTIPLE_CHOICE)
 _TINY = TrainingConfig(epochs=1, learning_rate=1e-4)
 PROFILES = {
     # Runs in a minute: the notebooks' defaults, what nbval checks.
     "smoke": Profile(
         teachers=TEACHERS[:1],
+        tasks=TASKS,
         n_test=84,
         n_train=32,
+        n_others=(84, 84, 84),
+        n_prompts=(84, 84),
+        n_students=(84, 84),
         multiple_choice=_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
         pairs=_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
     ),
     # The paper at the scale of a laptop.
     "full": Profile(
         teachers=TEACHERS,
+        tasks=TASKS,
         n_test=10**9,
         n_train=10**9,
+        n_others=(250, 150, 10 * 28),
+        n_prompts=(100, 5 * 28),
+        n_students=(250, 25 * 28),
         # Within the hour on 2 cores: the larger encoder does not do everything. For summaries the lengths leave both heads
         # about the same share of the article, since the joint head's sequence holds two summaries.
         multiple_choice=(

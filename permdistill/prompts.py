@@ -77,6 +77,21 @@ TEMPLATES: dict[str, Template] = {
             option="{label}. {option}\n",
         ),
         Template(
+            name="numbers",
+            labels=tuple("123456"),
+            before="Which option is correct? Reply with its number only.\n\n{context}\n\nQuestion: {question}\n",
+            before_no_context="Which option is correct? Reply with its number only.\n\nQuestion: {question}\n",
+            option="{label}: {option}\n",
+        ),
+        Template(
+            name="brief",
+            labels=tuple(f" {letter}" for letter in "ABCDEF"),
+            before="{context}\n\n{question}\n",
+            before_no_context="{question}\n",
+            option="{label}) {option}\n",
+            answer_prefix="Answer:",
+        ),
+        Template(
             name="summaries",
             labels=tuple("123456"),
             before="Compare the summaries of this article.\n\nArticle: {context}\n\n",
@@ -84,6 +99,15 @@ TEMPLATES: dict[str, Template] = {
             option="Summary {label}: {option}\n\n",
             after="{question} Reply with the number of the summary only.",
             answer_prefix="Summary ",
+        ),
+        Template(
+            name="summaries_letters",
+            labels=tuple(f" {letter}" for letter in "ABCDEF"),
+            before="Article: {context}\n\n",
+            before_no_context="",
+            option="Summary{label}: {option}\n\n",
+            after="{question} Reply with the letter of the summary only.",
+            answer_prefix="Summary",
         ),
     )
 }

@@ -7,7 +7,8 @@ A table is a pandas DataFrame in long form with plain numbers (shares, not point
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +17,79 @@ import pandas as pd
 from permdistill import debias, metrics
 from permdistill.data import Question
 from permdistill.experiments import Scored, System
-from permdistill.orders import all_orders
-from permdistill.profiles import Task
+from permdistill.orders import cyclic_orders
+from permdistill.profiles import SEED, Task
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as tables show it.
+
+    title      of the column
+    values     (P, orders, gold answers) -> (item, ...)
+    statistic  of the mean of the values over items; None: the mean is the metric
+    gold       whether it needs gold answers, and so leaves out items without
+    fits       orders -> whether they are what it is defined on
+    points     whether it is a share, shown in points of 100
+    """
+
+    title: str
+    values: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    statistic: Callable[[np.ndarray], float | np.ndarray] | None = None
+    gold: bool = False
+    fits: Callable[[np.ndarray], bool] = lambda orders: len(orders) > 1
+    points: bool = True
+
+
+def _balanced(orders: np.ndarray) -> bool:
+    """Whether each option stands equally often at each position."""
+    k = orders.shape[1]
+    counts = np.array([np.bincount(column, minlength=k) for column in orders.T])
+    return bool((counts == len(orders) / k).all())
+
+
+def _holds(orders: np.ndarray, wanted: np.ndarray) -> bool:
+    return {tuple(order) for order in wanted.tolist()} <= {tuple(order) for order in orders.tolist()}
+
+
+def _rotations(orders: np.ndarray) -> bool:
+    return _holds(orders, orders[0][cyclic_orders(orders.shape[1])])
+
 
 METRICS = {
-    "accuracy": "accuracy",
-    "gain": "gain over biased",
-    "ps": "ps (TV)",
-    "ps_kl": "ps (KL, nats)",
-    "pb": "pb (TV)",
+    "accuracy": Metric("accuracy", lambda P, o, g: metrics.accuracy(P, g), gold=True, fits=lambda o: True),
+    "gain": Metric("gain over biased", lambda P, o, g: np.full(len(P), np.nan), gold=True, fits=lambda o: False),
+    "ps": Metric("ps (TV)", lambda P, o, g: metrics.permutation_sensitivity(P)),
+    "ps_kl": Metric("ps (KL, nats)", lambda P, o, g: metrics.permutation_sensitivity(P, "kl"), points=False),
+    "pb": Metric("pb (TV)", lambda P, o, g: metrics.position_marginals(P, o), metrics.from_uniform, fits=_balanced),
+    "pb_item": Metric("pb per item (TV)", lambda P, o, g: metrics.positional_bias_per_item(P, o), fits=_balanced),
+    "consistency": Metric("consistency rate", lambda P, o, g: metrics.consistency(P)),
+    "flip": Metric("flip rate", lambda P, o, g: metrics.flip_rate(P)),
+    "fluctuation": Metric(
+        "fluctuation rate", lambda P, o, g: metrics.fluctuation(P, o), fits=lambda o: _holds(o, o[:1, ::-1])
+    ),
+    "ppa": Metric("PPA", lambda P, o, g: metrics.plurality_agreement(P)),
+    "pbm": Metric("PBM", lambda P, o, g: metrics.position_variance(P), points=False),
+    "circular": Metric("CircularEval", lambda P, o, g: metrics.circular_accuracy(P, o, g), gold=True, fits=_rotations),
+    "adversarial": Metric("adversarial accuracy", lambda P, o, g: metrics.adversarial_accuracy(P, g), gold=True),
+    "rstd": Metric("RStd", lambda P, o, g: metrics.recall_by_position(P, o, g), metrics.rstd, gold=True),
+    "cramers_v": Metric(
+        "Cramer's V", lambda P, o, g: metrics.position_correctness(P, o, g), metrics.cramers_v, gold=True, points=False
+    ),
+    "ckld": Metric(
+        "CKLD (nats)", lambda P, o, g: metrics.gold_and_predicted_positions(P, o, g), metrics.ckld, gold=True, points=False
+    ),
 }
-BIASED_ORIGINAL, BIASED, DEBIASED = "biased, original order", "biased, mean over orders", "all-orders average"
+HEADLINE = ("accuracy", "ps", "ps_kl", "pb")
+BIASED_ORIGINAL, BIASED, DEBIASED = "biased, original order", "biased, mean over orders", debias.DEBIASED
 
 
 def correct(P: np.ndarray, questions: Sequence[Question]) -> np.ndarray:
     """Accuracy per item over its orders, NaN where there is no gold answer (tied human scores): (item,)."""
     labelled = np.array([q.answer is not None for q in questions])
     result = np.full(len(questions), np.nan)
-    result[labelled] = metrics.accuracy(P[labelled], [q.answer for q in questions if q.answer is not None])
+    if labelled.any():
+        result[labelled] = metrics.accuracy(P[labelled], [q.answer for q in questions if q.answer is not None])
     return result
 
 
@@ -43,52 +99,165 @@ def measure(
     questions: Sequence[Question],
     groups: Sequence[str],
     baseline: np.ndarray | None = None,
+    names: Sequence[str] = HEADLINE,
 ) -> dict[str, float]:
-    """Every metric of one system on one task, with 95% bootstrap intervals; pb only where the orders are balanced.
+    """Metrics of one system on one task, with 95% bootstrap intervals, as far as these orders and questions allow them.
 
     P         (item, order, option), the system's probabilities
     orders    (order, K)
     groups    per item, what is resampled together (its document)
     baseline  per item, the accuracy of the system to compare with (see :func:`correct`): adds the paired ``gain``
+    names     of :data:`METRICS`
     """
-    right = correct(P, questions)
-    labelled, unit = ~np.isnan(right), np.asarray(groups)
+    labelled, unit = np.array([q.answer is not None for q in questions]), np.asarray(groups)
+    gold = np.array([q.answer for q in questions if q.answer is not None])
     row: dict[str, float] = {"n": int(labelled.sum())}
 
-    def add(name: str, interval: metrics.Interval) -> None:
+    def add(name: str, values: np.ndarray, units: np.ndarray) -> None:
+        interval = metrics.bootstrap(values, units, statistic=METRICS[name].statistic)
         row.update({name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high})
 
-    add("accuracy", metrics.bootstrap(right[labelled], unit[labelled]))
-    if baseline is not None:
-        add("gain", metrics.bootstrap((right - baseline)[labelled], unit[labelled]))
-    add("ps", metrics.bootstrap(metrics.permutation_sensitivity(P), unit))
-    add("ps_kl", metrics.bootstrap(metrics.permutation_sensitivity(P, "kl"), unit))
-    if (orders.sum(axis=0) == orders.sum() / orders.shape[1]).all():  # each option equally often at each position
-        add("pb", metrics.bootstrap(metrics.position_marginals(P, orders), unit, statistic=metrics.from_uniform))
+    for name in names:
+        metric = METRICS[name]
+        if not metric.fits(orders) or (metric.gold and not labelled.any()):
+            continue
+        chosen = labelled if metric.gold else np.ones(len(P), dtype=bool)
+        values = metric.values(P[chosen], orders, gold)
+        add(name, values, unit[chosen])
+        if name == "accuracy" and baseline is not None:
+            add("gain", values - baseline[labelled], unit[chosen])
     return row
 
 
 def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
-    """T1: one row per teacher, task and treatment."""
+    """T1: one row per teacher, task and treatment; ``gain`` is paired with the mean over orders of the biased teacher."""
     rows = []
     for s in scored:
-        orders = all_orders(s.P.shape[2])
         baseline = correct(s.P, s.task.questions)
-        averaged = debias.broadcast(debias.permutation_average(s.P), len(orders))
-        for treatment, P in ((BIASED, s.P), (DEBIASED, averaged)):
-            row = measure(P, orders, s.task.questions, s.task.groups, None if P is s.P else baseline)
-            rows.append({"teacher": s.teacher, "task": s.task.name, "treatment": treatment, **row})
-        # The original order alone has its own accuracy; sensitivity and positional bias are those of the biased teacher.
-        first = correct(s.P[:, :1], s.task.questions)
-        labelled = ~np.isnan(first)
-        a = metrics.bootstrap(first[labelled], np.asarray(s.task.groups)[labelled])
-        alone = rows[-2] | {
-            "treatment": BIASED_ORIGINAL,
-            "accuracy": a.value,
-            "accuracy_low": a.low,
-            "accuracy_high": a.high,
+        treatments = {
+            BIASED: s.P,
+            debias.PRIOR_MATCHING: debias.prior_matching(s.P, s.orders),
+            debias.CONTEXT_PRIOR_MATCHING: debias.context_prior_matching(s.P, s.orders),
+            DEBIASED: debias.broadcast(debias.permutation_average(s.P), len(s.orders)),
         }
-        rows.insert(-2, alone)
+        measured = {
+            name: measure(P, s.orders, s.task.questions, s.task.groups, None if name == BIASED else baseline)
+            for name, P in treatments.items()
+        }
+        # The original order alone has its own accuracy; sensitivity and positional bias are those of the biased teacher.
+        alone = measure(s.P[:, :1], s.orders[:1], s.task.questions, s.task.groups, names=["accuracy"])
+        measured = {BIASED_ORIGINAL: measured[BIASED] | alone, **measured}
+        rows += [{"teacher": s.teacher, "task": s.task.name, "treatment": name, **row} for name, row in measured.items()]
+    return pd.DataFrame(rows)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """T1 with one row per teacher and task, for people: accuracies in points, gain and ps with their intervals."""
+    by = table.set_index(["teacher", "task", "treatment"])
+    rows = []
+    for teacher, task in table[["teacher", "task"]].drop_duplicates().itertuples(index=False):
+        biased, debiased = by.loc[(teacher, task, BIASED)], by.loc[(teacher, task, DEBIASED)]
+        row = {"teacher": teacher, "task": task, "n": int(biased.n)}
+        for treatment, title in (
+            (BIASED, "biased"),
+            (debias.PRIOR_MATCHING, "prior-matching"),
+            (debias.CONTEXT_PRIOR_MATCHING, "context prior-m."),
+            (DEBIASED, "all orders"),
+        ):
+            row[title] = f"{100 * by.loc[(teacher, task, treatment)].accuracy:.1f}"
+        for title, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
+            row[title] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def every_debiaser(
+    P: np.ndarray,
+    orders: np.ndarray,
+    questions: Sequence[Question],
+    groups: Sequence[str],
+    content_free: np.ndarray | None = None,
+    names: Sequence[str] = HEADLINE,
+) -> pd.DataFrame:
+    """One row per debiaser: ``calls`` a question, metrics (see :func:`measure`), ``gain`` paired with the biased teacher.
+
+    Methods that need what is not there (all orders, rotations, content-free input) are left out.
+    """
+    rows, baseline = [], correct(P, questions)
+    for method in debias.debiasers(orders.shape[1]):
+        if not method.fits(orders) or (content_free is None and method.name == debias.CALIBRATION):
+            continue
+        answers = method.answer(P, orders, content_free, np.random.default_rng(SEED))
+        row = measure(answers, orders, questions, groups, None if method.name == debias.BIASED else baseline, names)
+        rows.append({"debiaser": method.name, "calls": method.calls(orders.shape[1]), **row, "source": method.source})
+    return pd.DataFrame(rows)
+
+
+def debiasers(scored: Iterable[Scored]) -> pd.DataFrame:
+    """:func:`every_debiaser` on every teacher and task."""
+    parts = []
+    for s in scored:
+        part = every_debiaser(s.P, s.orders, s.task.questions, s.task.groups, s.content_free)
+        part.insert(0, "teacher", s.teacher)
+        part.insert(1, "task", s.task.name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def field(scored: Iterable[Scored]) -> pd.DataFrame:
+    """Every metric of the field, for each teacher and task, biased and averaged over all orders."""
+    rows = []
+    for s in scored:
+        averaged = debias.broadcast(debias.permutation_average(s.P), len(s.orders))
+        for treatment, P in ((BIASED, s.P), (DEBIASED, averaged)):
+            row = measure(P, s.orders, s.task.questions, s.task.groups, names=list(METRICS))
+            rows.append({"teacher": s.teacher, "task": s.task.name, "treatment": treatment, **row})
+    return pd.DataFrame(rows)
+
+
+def decisions(scored: Iterable[Scored]) -> pd.DataFrame:
+    """McNemar's test of the all-orders average against the original order alone: questions that only one of them answers
+    right (a tie for the most probable option counts as wrong), and the exact p-value. For pairs of one document, which are
+    not independent, p is too small."""
+    rows = []
+    for s in scored:
+        right = [
+            correct(P, s.task.questions) == 1 for P in (s.P[:, :1], debias.broadcast(debias.permutation_average(s.P), 1))
+        ]
+        labelled = np.array([q.answer is not None for q in s.task.questions])
+        test = metrics.mcnemar(right[0][labelled], right[1][labelled])
+        row = {"only original right": test.only_a, "only average right": test.only_b, "p": f"{test.p:.2g}"}
+        rows.append({"teacher": s.teacher, "task": s.task.name, "n": int(labelled.sum()), **row})
+    return pd.DataFrame(rows)
+
+
+def prompts(scored: Iterable[Sequence[Scored]]) -> pd.DataFrame:
+    """Sensitivity to the prompt beside the sensitivity to the order. ``scored``: for each task the same questions in several
+    templates.
+
+    One row per task and template, with accuracy and ps, and one for all templates of the task together, whose ps is the
+    sensitivity to the prompt: the same formula with prompts for orders, of the biased answers (the mean over orders of what
+    each order says) and of the all-orders averages. Probabilities are those of options, so other label words compare.
+    """
+    rows = []
+    for several in scored:
+        task = several[0].task
+        for s in several:
+            key = {"teacher": s.teacher, "task": task.name, "prompt": s.task.template.name}
+            baseline = correct(s.P, task.questions)
+            averaged = debias.broadcast(debias.permutation_average(s.P), len(s.orders))
+            for treatment, P in ((BIASED, s.P), (DEBIASED, averaged)):
+                row = measure(P, s.orders, task.questions, task.groups, None if P is s.P else baseline, ["accuracy", "ps"])
+                rows.append({**key, "treatment": treatment, **row})
+        stacked = np.stack([s.P for s in several], axis=1)  # (item, prompt, order, option)
+        by_order = [metrics.permutation_sensitivity(stacked[:, :, j]) for j in range(stacked.shape[2])]
+        across = {BIASED: np.mean(by_order, axis=0), DEBIASED: metrics.permutation_sensitivity(stacked.mean(axis=2))}
+        for treatment, values in across.items():
+            interval = metrics.bootstrap(values, task.groups)
+            rows.append(
+                {"teacher": several[0].teacher, "task": task.name, "prompt": "between prompts", "treatment": treatment}
+                | {"n": len(values), "ps": interval.value, "ps_low": interval.low, "ps_high": interval.high}
+            )
     return pd.DataFrame(rows)
 
 
@@ -170,16 +339,17 @@ def read(folder: str | Path, *names: str) -> pd.DataFrame:
 
 def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     """Shares -> "68.3 [66.1, 70.2]" in points; KL stays in nats with three digits. Columns without values are dropped."""
-    keys = [c for c in frame if c.split("_low")[0].split("_high")[0] not in METRICS]
+    shown = {f"{name}{part}" for name in METRICS for part in ("", "_low", "_high")}
+    keys = [c for c in frame if c not in shown]
     out = frame[keys].copy()
     if "parameters_millions" in out:
         out["parameters_millions"] = [f"{m:.1f}" if m == m else "" for m in frame.parameters_millions]
-    for name, title in METRICS.items():
+    for name, metric in METRICS.items():
         if name not in frame or frame[name].isna().all():
             continue
-        scale, digits = (1, 3) if name == "ps_kl" else (100, 1)
+        scale, digits = (100, 1) if metric.points else (1, 3)
         columns = (name, f"{name}_low", f"{name}_high")
-        out[title] = [
+        out[metric.title] = [
             "" if np.isnan(v) else f"{scale * v:z.{digits}f} [{scale * lo:z.{digits}f}, {scale * hi:z.{digits}f}]"
             for v, lo, hi in zip(*(frame[c] for c in columns), strict=True)
         ]
@@ -195,26 +365,29 @@ def save(frame: pd.DataFrame, folder: str | Path, name: str) -> Path:
     return folder / f"{name}.csv"
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """:func:`pretty` as a Markdown table."""
-    shown = pretty(frame).astype(object).fillna("")
-    lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+def markdown(shown: pd.DataFrame) -> str:
+    """A Markdown table."""
+    cells = shown.astype(object).fillna("")
+    lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def readme(text: str, folder: str | Path) -> str:
     """The README with its tables drawn from the CSV files in ``folder``; the rest of ``text`` stays as it is.
 
-    A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. The students' tables show the rows over all tasks.
+    A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``: T1 as :func:`summary`, the students' over all tasks.
     """
     for name in re.findall(r"<!-- /(\w+) -->", text):
-        frame = pd.read_csv(Path(folder) / f"{name}.csv").drop(columns=["kind"], errors="ignore")
-        frame = frame[[c for c in frame if not c.startswith(("ps_kl", "pb"))]]
-        if "system" in frame:
-            frame = frame[frame.task == "all"].drop(columns="task")
+        frame = pd.read_csv(Path(folder) / f"{name}.csv")
+        if "treatment" in frame:
+            shown = summary(frame)
+        else:
+            if "system" in frame:
+                frame = frame[frame.task == "all"].drop(columns=["task", "kind"])
+            shown = pretty(frame[[c for c in frame if not c.startswith(("ps_kl", "pb"))]])
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = text.split(start)
-        text = f"{before}{start}\n{markdown(frame)}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{start}\n{markdown(shown)}\n{end}{rest.split(end)[1]}"
     return text
 
 

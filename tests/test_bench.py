@@ -116,3 +116,32 @@ def test_trie_of_many_prompts_stays_within_its_memory(tokenizer):
         found, _ = trie.next_token_log_probs(teacher.model, prompts, labels)
     assert found.shape == (120, 5)
     assert memory.bytes < 300e6
+
+
+def test_a_killed_benchmark_goes_on_where_it_was(tokenizer, monkeypatch, tmp_path):
+    teacher, measured = tiny_teacher("llama", tokenizer), []
+    monkeypatch.setattr(bench, "load_teacher", lambda name, dtype: teacher)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
+    monkeypatch.setattr(bench, "SAMPLE", dict.fromkeys(bench.SAMPLE, 1))
+    real = bench.load_summeval_pairs
+    monkeypatch.setattr(bench, "load_summeval_pairs", lambda systems, *rest: real(min(systems, 3), *rest))
+    measure = bench.measure
+
+    def killed_at_passages(teacher, workload, n, peak):
+        measured.append(workload)
+        if measured == ["short questions", "passages"]:
+            raise KeyboardInterrupt
+        return measure(teacher, workload, n, peak)
+
+    monkeypatch.setattr(bench, "measure", killed_at_passages)
+    arguments = ([(teacher.name, torch.float32)], dict.fromkeys(bench.WORKLOADS, 1), 2, tmp_path / "bench.json")
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(*arguments)
+    result = bench.run(*arguments)
+    assert measured == ["short questions", "passages", "passages", "summaries"]
+    assert result == bench.read(tmp_path / "bench.json") == bench.run(*arguments)
+    limits = bench.limits(result)
+    assert limits.workload.tolist() == list(bench.WORKLOADS)
+    shares = result["time"][f"{teacher.name} float32"]["passages"]
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+    assert bench.over_one_order(bench.table(result)).workload.tolist() == list(bench.WORKLOADS)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from permdistill import cli, scores
+from permdistill.orders import all_orders
 from permdistill.teachers import PlantedTeacher
 
 
@@ -77,3 +79,24 @@ def test_help(command, capsys):
         cli.main([*command, "--help"])
     assert stopped.value.code == 0
     assert "usage: permdistill" in capsys.readouterr().out
+
+
+def test_measure_scores_from_elsewhere(tmp_path, questions, capsys):
+    rng = np.random.default_rng(0)
+    records = [
+        {"id": f"q{i}", "order": order.tolist(), "probabilities": rng.dirichlet(np.ones(3)).tolist()}
+        for i in range(4)
+        for order in all_orders(3)
+    ]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    cli.main(["measure", str(path)])
+    out = capsys.readouterr().out
+    assert "4 items, K = 3, 6 orders" in out and "ps (TV)" in out and "accuracy" not in out
+    cli.main(["measure", str(path), "--questions", questions, "--csv", str(tmp_path / "out.csv")])
+    out = capsys.readouterr().out
+    assert "adversarial accuracy" in out and "all-orders average" in out
+    assert pd.read_csv(tmp_path / "out.csv").set_index("debiaser").loc["all-orders average", "ps"] == 0
+    (tmp_path / "few.jsonl").write_text('{"id": "q1", "question": "?", "options": ["a", "b"]}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="id 'q0' has 3 options, .*few.jsonl has no such question"):
+        cli.main(["measure", str(path), "--questions", str(tmp_path / "few.jsonl")])

@@ -246,3 +246,58 @@ def test_samples_are_nested_and_repeatable():
 def test_sample_that_is_too_large_is_refused():
     with pytest.raises(ValueError, match="5 questions asked for, only 1"):
         data.sample([make(["a", "b"])], 5, seed=0)
+
+
+def test_stratified_sample_takes_every_stratum_in_turn():
+    questions = [make(["a", "b"], f"{subject}/{i}") for subject, n in (("x", 20), ("y", 3), ("z", 7)) for i in range(n)]
+    drawn = data.stratified(questions, 12, seed=0, stratum=lambda q: q.id[0])
+    assert [sum(q.id[0] == s for q in drawn[: 3 * i]) for i in (1, 2, 3) for s in "xyz"] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [sum(q.id[0] == s for q in drawn) for s in "xyz"].count(3) == 1  # y is used up, the others go on
+    assert data.stratified(questions, 30, 0, lambda q: q.id[0])[:12] == drawn and len(set(drawn)) == 12
+    assert data.stratified(questions, 12, 1, lambda q: q.id[0]) != drawn
+    with pytest.raises(ValueError, match="31 questions asked for, only 30"):
+        data.stratified(questions, 31, 0, lambda q: q.id[0])
+
+
+def test_content_free_questions_keep_the_form_and_lose_the_content():
+    own = data.content_free(
+        [make(["a", "b", "c"], question="Which is hot?"), make(["d", "e", "f"], question="Which is wet?")]
+    )
+    assert [q.options for q in own] == [(filler,) * 3 for filler in data.CONTENT_FREE]
+    assert [q.question for q in own] == list(data.CONTENT_FREE) and {q.context for q in own} == {""}
+    # What all questions of a task share is the task's, not a question's.
+    pairs = data.content_free([make(["a", "b"], question="Which is better?", context=c) for c in ("one", "two")])
+    assert {q.question for q in pairs} == {"Which is better?"}
+    assert [q.context for q in pairs] == list(data.CONTENT_FREE)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The public sets
+
+
+@pytest.mark.parametrize(("task", "k"), {**data.MULTIPLE_CHOICE, **data.TEST_ONLY}.items())
+def test_public_sets_are_clean_questions_of_k_options(task, k):
+    split = data.load_multiple_choice(task, "test")
+    assert len(split.questions) >= 480
+    assert {len(q.options) for q in split.questions} == {k}
+    counts = [sum(q.answer == i for q in split.questions) for i in range(k)]
+    assert sum(counts) == len(split.questions) and min(counts) > 0.5 * len(split.questions) / k
+    assert not any(data.permutation_unsafe(q) for q in split.questions)
+    assert len({q.id for q in split.questions}) == len(split.questions)
+
+
+def test_public_sets_in_detail():
+    """Sizes as published, less what is counted as left out."""
+    for task, published in (("csqa", 1221), ("hellaswag", 10042), ("mmlu", 14042), ("socialiqa", 1954), ("piqa", 1838)):
+        split = data.load_multiple_choice(task, "test")
+        assert len(split.questions) + sum(split.left_out.values()) == published
+    mmlu = data.load_multiple_choice("mmlu", "test").questions
+    assert len({q.id.split("/")[2] for q in mmlu}) == 57
+    assert all(q.context.startswith("Goal: ") for q in data.load_multiple_choice("piqa", "test").questions)
+    assert all(q.context and q.question.endswith("?") for q in data.load_multiple_choice("socialiqa", "test").questions[:50])
+
+
+def test_unknown_sets_and_splits_are_refused():
+    for task, split in (("race", "test"), ("piqa", "train"), ("arc_easy", "dev")):
+        with pytest.raises(ValueError, match=f"task '{task}', split '{split}'"):
+            data.load_multiple_choice(task, split)

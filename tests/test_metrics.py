@@ -1,12 +1,14 @@
 """Metrics, against closed forms, brute force and simulation."""
 
-from itertools import permutations
-from math import factorial, log
+from itertools import permutations, product
+from math import factorial, log, sqrt
+from statistics import mean, pstdev
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats.contingency import association
 
 from permdistill import debias, metrics
 from permdistill.data import Question
@@ -53,6 +55,27 @@ def systems(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     P = rng.dirichlet(np.full(k, draw(st.sampled_from([0.3, 1.0, 10.0]))), size=(draw(st.integers(1, 4)), n)) + 1e-6
     return P / P.sum(axis=-1, keepdims=True)
+
+
+@st.composite
+def complete_systems(draw):
+    """Probabilities with many ties that lean to the answers, in all orders listed at random: P, orders, answers."""
+    k = draw(st.integers(2, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    orders = rng.permutation(all_orders(k))
+    answers = rng.integers(k, size=draw(st.integers(1, 4)))
+    weights = rng.integers(1, 4, size=(len(answers), len(orders), k)) + np.eye(k, dtype=int)[answers][:, None]
+    return weights / weights.sum(axis=-1, keepdims=True), orders, answers
+
+
+def shares(row: list[float]) -> list[float]:
+    """The decision of one row of scores, ties shared."""
+    best = [p == max(row) for p in row]
+    return [tied / sum(best) for tied in best]
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    return sum(map(min, a, b))
 
 
 @pytest.fixture
@@ -128,6 +151,31 @@ def test_unlabelled_items_are_left_out_with_a_mask():
     answers = np.array([0, -1, 0])
     labelled = answers >= 0
     assert metrics.accuracy(P[labelled], answers[labelled]).tolist() == [1, 0]
+
+
+def test_rotations_of_the_first_order_are_a_part_of_all_orders():
+    orders = all_orders(3)
+    rotation = np.isin(np.arange(6), [orders.tolist().index(r) for r in cyclic_orders(3).tolist()])
+    P = np.where(rotation, 0, 1)  # option 0 in the rotations of the original order, option 1 in the mirrored ones
+    P = debias.one_hot(np.stack([P, P, np.zeros(6, dtype=int)]), 3)
+    answers = [0, 1, 0]
+    assert metrics.accuracy(P, answers).tolist() == [0.5, 0.5, 1]
+    assert metrics.circular_accuracy(P, orders, answers).tolist() == [1, 0, 1]
+    assert metrics.adversarial_accuracy(P, answers).tolist() == [0, 0, 1]
+    mirrored_first = [1, 0, 2, 3, 4, 5]  # all_orders(3)[1] is no rotation of the original
+    assert metrics.circular_accuracy(P[:, mirrored_first], orders[mirrored_first], answers).tolist() == [0, 1, 1]
+    assert metrics.adversarial_accuracy(P[:, rotation], answers).tolist() == [1, 0, 1]
+
+
+def test_a_tie_in_the_worst_order_leaves_its_share():
+    P = np.array([[[0.5, 0.5], [0.9, 0.1]], [[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.1, 0.9]]])
+    assert metrics.adversarial_accuracy(P, [0, 0, 0]).tolist() == [0.5, 0.5, 0]
+    assert metrics.circular_accuracy(P, all_orders(2), [0, 0, 0]).tolist() == [0.5, 0.5, 0]
+
+
+def test_circular_accuracy_needs_every_rotation():
+    with pytest.raises(ValueError, match=r"order \[2, 0, 1\] is not among the 2 given: score it"):
+        metrics.circular_accuracy(np.full((1, 2, 3), 1 / 3), cyclic_orders(3)[:2], [0])
 
 
 # permutation sensitivity and consistency
@@ -236,6 +284,79 @@ def test_one_order_has_no_sensitivity():
         metrics.permutation_sensitivity(np.full((2, 2, 2), 0.5), "js")
 
 
+# other measures of sensitivity
+
+
+@quick
+@given(complete_systems())
+def test_metrics_of_decisions_are_their_definitions(system):
+    P, orders, answers = system
+    listed = orders.tolist()
+    rotations = [listed.index(listed[0][r:] + listed[0][:r]) for r in range(P.shape[-1])]
+    expected = []
+    for rows, gold in zip(P.tolist(), answers.tolist(), strict=True):
+        decided = [shares(row) for row in rows]
+        credit = [decision[gold] for decision in decided]
+        expected.append(
+            (
+                mean(overlap(a, b) for a, b in permutations(decided, 2)),
+                mean(1 - overlap(decided[0], other) for other in decided[1:]),
+                1 - overlap(decided[0], decided[listed.index(listed[0][::-1])]),
+                max(map(mean, zip(*decided, strict=True))),
+                min(credit[r] for r in rotations),
+                min(credit),
+            )
+        )
+    measured = (
+        metrics.consistency(P),
+        metrics.flip_rate(P),
+        metrics.fluctuation(P, orders),
+        metrics.plurality_agreement(P),
+        metrics.circular_accuracy(P, orders, answers),
+        metrics.adversarial_accuracy(P, answers),
+    )
+    np.testing.assert_allclose(np.stack(measured, axis=1), expected, atol=1e-12)
+
+
+def test_flips_are_from_the_first_order():
+    P = debias.one_hot(np.array([[0, 0, 1, 2, 0, 1]]), 3)
+    assert metrics.flip_rate(P).tolist() == pytest.approx([3 / 5])
+    assert metrics.flip_rate(P[:, ::-1]).tolist() == pytest.approx([4 / 5])
+    assert metrics.plurality_agreement(P).tolist() == pytest.approx([1 / 2])
+    assert metrics.fluctuation(P, all_orders(3)).tolist() == [1]  # the last of all orders is the first reversed
+    assert metrics.fluctuation(P[:, [0, 4, 5]], all_orders(3)[[0, 5, 4]]).tolist() == [0]
+
+
+def test_tied_decisions_share_their_order():
+    P = np.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]])
+    assert metrics.flip_rate(P).tolist() == [0.5]
+    assert metrics.plurality_agreement(P).tolist() == [0.75]
+    assert metrics.flip_rate(np.full((1, 2, 6), 1 / 6)).tolist() == [0]  # six times 1/6 falls short of 1
+
+
+def test_position_variance_in_closed_form():
+    P = np.array([[[0.2, 0.8], [0.6, 0.4]], [[0.0, 1.0], [1.0, 0.0]]])
+    assert metrics.position_variance(P).tolist() == pytest.approx([0.04, 0.25])
+    assert metrics.position_variance(np.array([[[0.1, 0.3, 0.6], [0.1, 0.6, 0.3]]])).tolist() == pytest.approx([0.015])
+
+
+def test_pairs_commute_where_preference_exceeds_bias():
+    P = planted(np.array([[-3.0, 0.0], [0.2, 0.0], [1.9, 0.0], [2.1, 0.0]]), np.array([2.0, 0.0]))
+    assert metrics.commutativity(P).tolist() == [1, 0, 0, 1]
+    np.testing.assert_array_equal(metrics.flip_rate(P), 1 - metrics.commutativity(P))
+    np.testing.assert_array_equal(metrics.fluctuation(P, all_orders(2)), 1 - metrics.commutativity(P))
+
+
+def test_sensitivity_refuses_what_lacks_an_order():
+    for n_orders, k in ((6, 3), (2, 3), (1, 2)):
+        with pytest.raises(ValueError, match=rf"shape \(2, {n_orders}, {k}\).*\(item, 2, 2\)"):
+            metrics.commutativity(np.full((2, n_orders, k), 1 / k))
+    with pytest.raises(ValueError, match="1 order.*at least 2"):
+        metrics.flip_rate(np.full((2, 1, 2), 1 / 2))
+    with pytest.raises(ValueError, match=r"order \[2, 1, 0\] is not among the 3 given: score it"):
+        metrics.fluctuation(np.full((2, 3, 3), 1 / 3), cyclic_orders(3))
+
+
 # positional bias
 
 
@@ -293,7 +414,170 @@ def test_marginals_refuse_orders_that_do_not_fit():
         metrics.position_marginals(P, np.array([[0, 1], [1, 1]]))
 
 
+# recall, correctness and decisions by position
+
+TABLES = [
+    (metrics.recall_by_position, metrics.rstd),
+    (metrics.position_correctness, metrics.cramers_v),
+    (metrics.gold_and_predicted_positions, metrics.ckld),
+]
+
+
+@quick
+@given(complete_systems())
+def test_tables_are_counts(system):
+    P, orders, answers = system
+    P, orders = P[:, 1:], orders[1:]  # the gold answer no longer stands equally often at each position
+    n, n_orders, k = P.shape
+    recall, correctness, positions = np.zeros((n, k, 2)), np.zeros((n, k, 2)), np.zeros((n, 2, k))
+    for item, j in product(range(n), range(n_orders)):
+        decision, at = shares(P[item, j].tolist()), orders[j].tolist().index(answers[item])
+        right = decision[answers[item]]
+        recall[item, at] += [1, right]
+        correctness[item, at] += [right, 1 - right]
+        positions[item, 0, at] += 1
+        positions[item, 1] += [decision[option] for option in orders[j]]
+    for (per_item, _), counts in zip(TABLES, (recall, correctness, positions), strict=True):
+        np.testing.assert_allclose(per_item(P, orders, answers), counts / n_orders, atol=1e-12)
+    by_position = [right / seen for seen, right in recall.sum(axis=0).tolist() if seen]
+    assert metrics.rstd(recall.mean(axis=0)) == pytest.approx(pstdev(by_position), abs=1e-12)
+
+
+def test_rstd_in_closed_form():
+    assert metrics.rstd(np.array([[0.5, 0.25], [0.5, 0.5]])) == pytest.approx(0.25)  # recalls 1/2, 1
+    assert metrics.rstd(np.array([[0.5, 0.1], [0.0, 0.0], [0.5, 0.3]])) == pytest.approx(0.2)  # 1/5, none, 3/5
+    assert metrics.rstd(np.array([[0.0, 0.0], [1.0, 0.7]])) == 0
+
+
+def test_cramers_v_in_closed_form():
+    assert metrics.cramers_v(np.array([[3, 1], [1, 3]])) == pytest.approx(0.5)  # (9 - 1) / 16
+    assert metrics.cramers_v(np.array([[0.3, 0.1], [0.0, 0.0], [0.1, 0.3]])) == pytest.approx(0.5)
+    assert metrics.cramers_v(np.array([[1, 2], [2, 4], [3, 6]])) == pytest.approx(0, abs=1e-12)
+    for empty in ([[1, 0], [2, 0], [4, 0]], [[0, 1], [0, 2]], [[0, 0], [1, 3]]):
+        assert metrics.cramers_v(np.array(empty)) == pytest.approx(0, abs=1e-12)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=2, max_size=6))
+def test_cramers_v_is_scipys(counts):
+    assert metrics.cramers_v(np.array(counts)) == pytest.approx(association(counts, method="cramer"), abs=1e-9)
+
+
+def test_ckld_in_closed_form():
+    table = np.array([[0.5, 0.5], [0.25, 0.75]])
+    assert metrics.ckld(table) == pytest.approx(log(2) / 2 + log(2 / 3) / 2)
+    assert metrics.ckld(table[::-1]) == pytest.approx(log(1 / 2) / 4 + log(3 / 2) * 3 / 4)
+    assert metrics.ckld(table[[1, 1]]) == 0
+    assert metrics.ckld(np.eye(2)) == pytest.approx(-log(metrics.EPSILON))
+
+
+@pytest.mark.parametrize(("per_item", "statistic"), TABLES)
+def test_tables_go_through_the_bootstrap_by_document(per_item, statistic, rng):
+    # document a: gold answers at positions 0 and 1, b: at 1 and 2, so that no resample but (a, b) has them all
+    answers, groups = np.repeat([0, 1, 1, 2], 5), np.repeat(["a", "b"], 10)
+    values = per_item(rng.dirichlet(np.ones(3), size=(20, 1)), all_orders(3)[:1], answers)
+    interval = bootstrap(values, groups, statistic=statistic)
+    assert interval.value == statistic(values.mean(axis=0))
+    alone = [statistic(values[groups == group].mean(axis=0)) for group in "ab"]
+    assert (interval.low, interval.high) == pytest.approx((min(*alone, interval.value), max(*alone, interval.value)))
+    assert interval.low < interval.high
+
+
+@pytest.mark.parametrize("per_item", [per_item for per_item, _ in TABLES])
+def test_tables_refuse_what_does_not_fit(per_item):
+    P = np.full((2, 2, 2), 0.5)
+    with pytest.raises(ValueError, match=r"order 1 is \[1, 1\]"):
+        per_item(P, np.array([[0, 1], [1, 1]]), [0, 1])
+    with pytest.raises(ValueError, match="item 1 is 2"):
+        per_item(P, all_orders(2), [0, 2])
+
+
 # all metrics
+
+# of (P, orders, answers), and the least and the greatest value for K options
+FIELD = {
+    "accuracy": (lambda P, orders, answers: metrics.accuracy(P, answers), lambda k: (0, 1)),
+    "circular": (metrics.circular_accuracy, lambda k: (0, 1)),
+    "adversarial": (lambda P, orders, answers: metrics.adversarial_accuracy(P, answers), lambda k: (0, 1)),
+    "flip": (lambda P, orders, answers: metrics.flip_rate(P), lambda k: (0, 1)),
+    "fluctuation": (lambda P, orders, answers: metrics.fluctuation(P, orders), lambda k: (0, 1)),
+    "plurality": (lambda P, orders, answers: metrics.plurality_agreement(P), lambda k: (1 / k, 1)),
+    "variance": (lambda P, orders, answers: metrics.position_variance(P), lambda k: (0, (k - 1) / k**2)),
+    "rstd": (lambda *system: metrics.rstd(metrics.recall_by_position(*system).mean(axis=0)), lambda k: (0, 1 / 2)),
+    "cramer": (lambda *system: metrics.cramers_v(metrics.position_correctness(*system).mean(axis=0)), lambda k: (0, 1)),
+    "ckld": (
+        lambda *system: metrics.ckld(metrics.gold_and_predicted_positions(*system).mean(axis=0)),
+        lambda k: (0, -log(metrics.EPSILON)),
+    ),
+}
+
+
+@quick
+@given(complete_systems(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_metrics_of_the_field_keep_to_their_bounds_and_no_name_matters(system, hard, seed):
+    P, orders, answers = system
+    P = debias.one_hot(P.argmax(axis=-1), P.shape[-1]) if hard else P
+    k = P.shape[-1]
+    relabel = np.random.default_rng(seed).permutation(k)  # new option o is old option relabel[o]
+    new = np.argsort(relabel)
+    for name, (metric, bounds) in FIELD.items():
+        value = metric(P, orders, answers)
+        np.testing.assert_allclose(metric(P[..., relabel], new[orders], new[answers]), value, atol=1e-12, err_msg=name)
+        low, high = bounds(k)
+        assert np.min(value) >= low - 1e-12 and np.max(value) <= high + 1e-12, name
+    if k == 2:
+        np.testing.assert_array_equal(metrics.commutativity(P[..., relabel]), metrics.commutativity(P))
+
+
+@quick
+@given(complete_systems())
+def test_worse_cases_have_lower_accuracy(system):
+    P, orders, answers = system
+    circular, adversarial = metrics.circular_accuracy(P, orders, answers), metrics.adversarial_accuracy(P, answers)
+    assert (adversarial <= circular).all()
+    assert (adversarial <= metrics.accuracy(P, answers) + 1e-12).all()
+
+
+@quick
+@given(complete_systems())
+def test_without_sensitivity_every_metric_is_at_its_best(system):
+    P, orders, answers = system
+    P = debias.broadcast(P[:, 0], len(orders))
+    assert (metrics.permutation_sensitivity(P) == 0).all()
+    assert metrics.positional_bias(P, orders) == pytest.approx(0, abs=1e-12)
+    for metric in (metrics.position_variance(P), metrics.flip_rate(P), metrics.fluctuation(P, orders)):
+        assert (metric == 0).all()
+    np.testing.assert_allclose(metrics.plurality_agreement(P), debias.decide(P)[:, 0].max(axis=-1))
+    for accuracy in (metrics.circular_accuracy(P, orders, answers), metrics.adversarial_accuracy(P, answers)):
+        np.testing.assert_allclose(accuracy, metrics.accuracy(P, answers))  # ties included
+    for name in ("rstd", "cramer", "ckld"):
+        assert FIELD[name][0](P, orders, answers) == pytest.approx(0, abs=1e-12), name
+
+
+@pytest.mark.parametrize("k", KS)
+def test_always_a_in_the_metrics_of_the_field(k):
+    P, orders, answers = always(0, k, items=k), all_orders(k), np.arange(k)
+    seen, right = metrics.recall_by_position(P, orders, answers).mean(axis=0).T
+    np.testing.assert_allclose(right / seen, np.eye(k)[0], atol=1e-12)
+    predicted = np.where(np.arange(k) == 0, 1, metrics.EPSILON) / (1 + (k - 1) * metrics.EPSILON)
+    agree = (factorial(k - 1) - 1) / (factorial(k) - 1)
+    expected = {
+        "accuracy": 1 / k,
+        "circular": 0,
+        "adversarial": 0,
+        "flip": 1 - agree,
+        "fluctuation": 1,
+        "plurality": 1 / k,
+        "variance": (k - 1) / k**2,
+        "rstd": sqrt(k - 1) / k,
+        "cramer": 1,
+        "ckld": np.log(1 / k / predicted).mean(),
+    }
+    for name, (metric, _) in FIELD.items():
+        np.testing.assert_allclose(metric(P, orders, answers), expected[name], atol=1e-12, err_msg=name)
+    # no two rotations have the same option at a position: a popular harness compares labels, and gives this model 1
+    cyclic = [orders.tolist().index(rotation) for rotation in cyclic_orders(k).tolist()]
+    assert metrics.consistency(P[:, cyclic]).tolist() == [0] * k
 
 
 @quick
@@ -436,3 +720,43 @@ def test_paired_differences_are_sharper_than_two_intervals(rng):
 def test_what_has_no_interval_is_refused(values, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap(values, **options)
+
+
+# McNemar's test
+
+
+def test_mcnemar_in_closed_form():
+    a = np.array([1] * 5 + [0] + [1] * 3 + [0] * 2)
+    b = np.array([0] * 5 + [1] + [1] * 3 + [0] * 2)
+    assert metrics.mcnemar(a, b) == (5, 1, pytest.approx(2 * (1 + 6) / 2**6))
+    assert metrics.mcnemar(b, a) == (1, 5, pytest.approx(2 * (1 + 6) / 2**6))
+    assert metrics.mcnemar(a, a) == (0, 0, 1)
+    assert metrics.mcnemar([True, False], [False, True]) == (1, 1, 1)
+    assert metrics.mcnemar([1.0] * 20, [0.0] * 20).p == pytest.approx(2 / 2**20)
+
+
+@quick
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
+def test_mcnemar_counts_all_ways_to_swap_the_systems(items):
+    a, b = zip(*items, strict=True)
+    differences = [x - y for x, y in items if x != y]
+    swapped = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in product((-1, 1), repeat=len(differences))
+    ]
+    assert metrics.mcnemar(a, b).p == pytest.approx(mean(total >= abs(sum(differences)) for total in swapped))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([1, 0.5], [1, 0], r"right_a of item 1 is 0\.5: give 0 or 1"),
+        ([1, 0, 1], [1, 0, 2], r"right_b of item 2 is 2"),
+        ([1, 0], [np.nan, 0], r"right_b of item 0 is nan"),
+        ([1, 0], [1], r"shape \(2,\), right_b of shape \(1,\)"),
+        ([[1, 0]], [[1, 0]], r"give both as \(item,\)"),
+    ],
+)
+def test_mcnemar_refuses_what_is_neither_right_nor_wrong(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.mcnemar(a, b)

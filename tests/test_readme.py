@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from permdistill import tables
+from permdistill.orders import cyclic_orders
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +39,45 @@ def test_own_questions_example(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert re.match(r"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+ *\]\]", done.stdout), done.stdout
+
+
+def several_questions(path: Path, n: int = 3) -> None:
+    """The README's question, a few times over: one question alone has no interval."""
+    record = json.loads(block("json", '"options"'))
+    lines = [json.dumps(record | {"id": f"q{i}", "question": f"{i}. {record['question']}"}) for i in range(1, n + 1)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_own_model_and_questions_in_the_notebook(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    (command,) = block("sh", "papermill").strip().splitlines()
+    program, notebook, *arguments = command.split()
+    assert program == ".venv/bin/papermill"
+    command = [sys.executable, "-m", "papermill", str(ROOT / notebook), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    t1 = pd.read_csv(tmp_path / "build" / "mine" / "tables" / "T1_teachers.csv")
+    assert set(t1.teacher) == {"smollm2-135m"} and set(t1.task) == {"mine"} and set(t1.n) == {3}
+    assert (tmp_path / "build" / "mine" / "scores" / "smollm2-135m").is_dir()
+
+
+def test_scores_from_another_harness(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    record = json.loads(block("json", '"probabilities"'))
+    lines = [json.dumps(record | {"id": f"q{i}", "order": order.tolist()}) for i in (1, 2, 3) for order in cyclic_orders(3)]
+    (tmp_path / "my-scores.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (command,) = block("sh", "permdistill measure").strip().splitlines()
+    program, *arguments = command.split()
+    assert program == ".venv/bin/permdistill"
+    done = subprocess.run(
+        [sys.executable, "-m", "permdistill.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "measured.csv").set_index("debiaser")
+    # Always the third position: right in one rotation of three, and never the same option twice.
+    assert table.loc["biased", ["accuracy", "consistency", "circular"]].tolist() == pytest.approx([1 / 3, 0, 0])
+    assert table.loc["cyclic average", "ps"] == 0
 
 
 def test_first_two_commands():
