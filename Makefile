@@ -74,7 +74,7 @@ for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
     $(SCORE) $$teacher --splits test --tasks $(TEST_ONLY) --limit 150 && \
     $(SCORE) $$teacher --splits test --tasks $(SUMMEVAL) --limit 280 || exit; done
 for template in numbers brief; do \
-    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) --limit 100 --template $$template || exit; done
+    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --limit 100 --template $$template || exit; done
 $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 140 --template summaries_letters
 endef
 

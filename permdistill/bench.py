@@ -341,7 +341,7 @@ def exactness(teacher: CausalTeacher, n: int, orders_each: int = 2) -> dict[str,
 
 @torch.inference_mode()
 def breakdown(teacher: CausalTeacher, workload: str) -> dict[str, float]:
-    """Where the trie's time goes on the first round of a workload, as shares: linear layers, output layer, attention, rest."""
+    """Where the trie's time goes in the first round of a workload: shares of linear and output layers, attention, rest."""
     template = TEMPLATES["summaries" if workload == "summaries" else "letters"]
     [groups] = rounds(workload, teacher, 1)
     orders = all_orders(len(groups[0][0].options))

@@ -21,7 +21,7 @@ import pandas as pd
 from permdistill import debias, scores
 from permdistill.data import Question, content_free, from_jsonl, unlabelled
 from permdistill.orders import all_orders, cyclic_orders, to_positions
-from permdistill.profiles import MULTIPLE_CHOICE, PROMPTS, SEED, SUMMEVAL, Profile, Run, Task, load_task
+from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, SUMMEVAL, Profile, Run, Task, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
@@ -106,10 +106,10 @@ def _live(name: str) -> CausalTeacher:
 
 
 def in_several_prompts(teacher: str, settings: Profile, folder: str = "") -> list[list[Scored]]:
-    """For each task of :data:`permdistill.profiles.PROMPTS`' kinds: the same test questions in each of its templates."""
+    """For each task of :data:`permdistill.profiles.PUT_DIFFERENTLY`: the same test questions in each of its templates."""
     return [
         [read_scores(teacher, task, "test", folder, n, template) for template in PROMPTS[kind]]
-        for kind, tasks, n in zip(PROMPTS, (MULTIPLE_CHOICE, SUMMEVAL), settings.n_prompts, strict=True)
+        for (kind, tasks), n in zip(PUT_DIFFERENTLY.items(), settings.n_prompts, strict=True)
         for task in tasks
     ]
 

@@ -34,8 +34,9 @@ TRAIN_DOCUMENTS = tuple(range(25, 43))
 SYSTEMS = 8  # of SummEval's 16, per document
 SUMMEVAL = tuple(f"summeval_{attribute}" for attribute in ATTRIBUTES)
 TASKS = (*MULTIPLE_CHOICE, *TEST_ONLY, *SUMMEVAL)
-# Other ways to put the same questions; the first of each kind is the one that everything else uses.
+# Other ways to put the questions of some tasks; the first of each kind is the one that everything else uses.
 PROMPTS = {"letters": ("letters", "numbers", "brief"), "summaries": ("summaries", "summaries_letters")}
+PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "mmlu", "socialiqa", "piqa"), "summaries": SUMMEVAL}
 
 
 @dataclass(frozen=True)
