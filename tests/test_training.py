@@ -19,9 +19,9 @@ from test_students import WORDS, make_encoder
 
 from permdistill import training as training_module
 from permdistill.data import Question
-from permdistill.orders import all_orders
-from permdistill.students import Student, StudentConfig
-from permdistill.training import TrainingConfig, batches, kl_loss, pieces, rate, read_log, train
+from permdistill.orders import all_orders, to_options
+from permdistill.students import Student, StudentConfig, build
+from permdistill.training import TrainingConfig, batches, fit_correction, kl_loss, pieces, rate, read_log, train
 
 K = 3
 FAST = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=8, save_every=3)
@@ -164,6 +164,61 @@ def test_error_correction_can_copy_the_decision(encoder, tmp_path, head):
     decisions = np.random.default_rng(5).integers(K, size=(60, 6))
     p = student.predict(questions[:60], all_orders(K), decisions, autocast=False)
     assert (p.argmax(-1) == decisions).mean() > 0.9
+
+
+def planted_scores(preferences: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """P (item, order, option) of a teacher with these option logits (item, option) and position logits (position,)."""
+    orders = all_orders(len(bias))
+    logits = preferences[:, None] + to_options(np.broadcast_to(bias, orders.shape), orders)
+    return np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+
+
+def test_correction_takes_a_planted_bias_and_temperature_away():
+    rng = np.random.default_rng(0)
+    preferences, bias = rng.normal(size=(50, K)), np.array([1.5, -0.5, -1.0])
+    targets = np.exp(0.5 * preferences) / np.exp(0.5 * preferences).sum(-1, keepdims=True)
+    correction = fit_correction(planted_scores(preferences, bias), all_orders(K), targets)
+    assert correction.scale == pytest.approx(0.5, abs=1e-3)
+    assert correction.position == pytest.approx(-0.5 * bias, abs=1e-3)
+    corrected = correction.logits(planted_scores(preferences, bias), np.broadcast_to(all_orders(K), (50, 6, K)))
+    corrected -= corrected.mean(axis=-1, keepdims=True)  # a constant changes no probability
+    assert corrected == pytest.approx(np.broadcast_to(corrected[:, :1], corrected.shape), abs=1e-4)  # in every order
+
+
+@HEADS
+def test_white_box_error_correction_starts_from_the_teacher_and_survives_saving(encoder, tmp_path, head):
+    questions, right = toy(48, 0)
+    P = planted_scores(1.5 * np.eye(K)[right], np.array([2.0, 0.0, 0.0]))  # knows, but prefers the first position
+    config = StudentConfig(encoder, head, "distribution", K, 64)
+    student = train(config, FAST, questions, P.mean(axis=1), tmp_path, decision_probs=P)
+    orders = all_orders(K)
+    answers = student.predict(questions, orders, distributions=P)
+    assert (P.argmax(-1) == right[:, None]).mean() < 0.7  # the teacher in single orders
+    assert (answers.argmax(-1) == right[:, None]).all()
+    again = Student.from_pretrained(tmp_path)
+    assert again.correction == student.correction
+    assert again.predict(questions, orders, distributions=P) == pytest.approx(answers, abs=1e-6)
+    # The encoder's part alone: what is left when the teacher says nothing in any order.
+    nothing = np.full_like(P, 1 / K)
+    assert not np.allclose(again.predict(questions, orders, distributions=nothing), answers, atol=0.05)
+
+
+def test_distributions_must_fit_the_inputs(encoder, tmp_path):
+    questions, right = toy(4, 0)
+    P = planted_scores(np.eye(K)[right], np.zeros(K))
+    orders = all_orders(K)
+    plain = build(StudentConfig(encoder, "per_option", "plain", K, 64), 0)
+    with pytest.raises(ValueError, match="inputs='plain' and distributions given"):
+        plain.predict(questions, orders, distributions=P)
+    student = build(StudentConfig(encoder, "per_option", "distribution", K, 64), 0)
+    with pytest.raises(ValueError, match="distributions missing"):
+        student.predict(questions, orders)
+    with pytest.raises(ValueError, match="no correction yet"):
+        student.predict(questions, orders, distributions=P)
+    with pytest.raises(ValueError, match=r"distributions of shape \(4, 2, 3\)"):
+        student.predict(questions, orders, distributions=P[:, :2])
+    with pytest.raises(ValueError, match="'distribution' and decision_probs missing"):
+        train(student.config, FAST, questions, P.mean(1), tmp_path)
 
 
 @HEADS
