@@ -209,18 +209,18 @@ def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     Writes ``folder``/students/<run.name> (an ordinary transformers checkpoint) and ``folder``/predictions/<run.name>.parquet
     (id, order, probabilities by option). No gold answer enters: both sets of questions are stripped of theirs.
     """
-    error_correction = run.student.inputs == "prediction"
     student = train(
         run.student,
         run.training,
         unlabelled(train_on.task.questions),
         debias.permutation_average(train_on.P),
         folder / "students" / run.name,
-        decision_probs=train_on.P if error_correction else None,
+        decision_probs=None if run.student.inputs == "plain" else train_on.P,
     )
     orders = cyclic_orders(run.student.k)
-    decisions = black_box_decisions(test) if error_correction else None
-    P = student.predict(unlabelled(test.task.questions), orders, decisions)
+    decisions = black_box_decisions(test) if run.student.inputs == "prediction" else None
+    distributions = in_cyclic_orders(test.P) if run.student.inputs == "distribution" else None
+    P = student.predict_batch(unlabelled(test.task.questions), orders, decisions, distributions)
     parameters = sum(p.numel() for p in student.model.parameters())
     _save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P)
     return System(run.title, "student", P, orders, parameters)

@@ -103,7 +103,8 @@ class Run:
     @property
     def title(self) -> str:
         """For tables, e.g. "all-MiniLM-L6-v2, joint, distillation"."""
-        method = {"plain": "distillation", "prediction": "error correction"}[self.student.inputs]
+        methods = {"plain": "distillation", "prediction": "error correction", "distribution": "white-box error correction"}
+        method = methods[self.student.inputs]
         return f"{Path(self.student.encoder).name}, {self.student.head.replace('_', '-')} head, {method}"
 
 

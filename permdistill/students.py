@@ -252,6 +252,24 @@ class Student:
 
     def predict(
         self,
+        question: str,
+        options: Sequence[str],
+        context: str = "",
+        decision: int | None = None,
+        distribution: Sequence[float] | None = None,
+    ) -> np.ndarray:
+        """Probabilities of the K options of one question, (K,), in the order in which they are given.
+
+        decision      index of the option that the teacher chose in this order, for inputs="prediction"
+        distribution  (K,) the teacher's probabilities in this order, for inputs="distribution"
+        """
+        decisions = None if decision is None else np.array([[decision]])
+        distributions = None if distribution is None else np.array([[distribution]])
+        one = Question("question", context, question, tuple(options))
+        return self.predict_batch([one], np.arange(len(options))[None], decisions, distributions)[0, 0]
+
+    def predict_batch(
+        self,
         questions: Sequence[Question],
         orders: np.ndarray,
         decisions: np.ndarray | None = None,
@@ -275,7 +293,7 @@ class Student:
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
         logits = torch.empty(len(rows), k if self.config.head == "joint" else 1)
         self.model.eval()
-        bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}")
+        bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}", delay=1)
         with bar, torch.inference_mode(), mixed_precision(self.model.device, autocast):
             for batch in by_length(lengths, batch_tokens):
                 logits[batch] = self.logits([rows[i] for i in batch]).cpu()

@@ -146,7 +146,7 @@ def test_training_learns_the_planted_option(encoder, tmp_path, head):
     steps = replace(FAST, epochs=5 if head == "joint" else 2, learning_rate=3e-3, batch_size=16, save_every=100)
     student = train(StudentConfig(encoder, head, k=K), steps, questions, soft(right), tmp_path, autocast=False)
     unseen, truth = toy(100, 1)
-    p = student.predict(unseen, all_orders(K), autocast=False)
+    p = student.predict_batch(unseen, all_orders(K), autocast=False)
     assert (p.argmax(-1) == truth[:, None]).mean() > 0.9
     losses = read_log(tmp_path)["losses"]
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
@@ -162,7 +162,7 @@ def test_error_correction_can_copy_the_decision(encoder, tmp_path, head):
     config = StudentConfig(encoder, head, "prediction", K)
     student = train(config, steps, questions, soft(right), tmp_path, probs, autocast=False)
     decisions = np.random.default_rng(5).integers(K, size=(60, 6))
-    p = student.predict(questions[:60], all_orders(K), decisions, autocast=False)
+    p = student.predict_batch(questions[:60], all_orders(K), decisions, autocast=False)
     assert (p.argmax(-1) == decisions).mean() > 0.9
 
 
@@ -192,15 +192,15 @@ def test_white_box_error_correction_starts_from_the_teacher_and_survives_saving(
     config = StudentConfig(encoder, head, "distribution", K, 64)
     student = train(config, FAST, questions, P.mean(axis=1), tmp_path, decision_probs=P)
     orders = all_orders(K)
-    answers = student.predict(questions, orders, distributions=P)
+    answers = student.predict_batch(questions, orders, distributions=P)
     assert (P.argmax(-1) == right[:, None]).mean() < 0.7  # the teacher in single orders
     assert (answers.argmax(-1) == right[:, None]).all()
     again = Student.from_pretrained(tmp_path)
     assert again.correction == student.correction
-    assert again.predict(questions, orders, distributions=P) == pytest.approx(answers, abs=1e-6)
+    assert again.predict_batch(questions, orders, distributions=P) == pytest.approx(answers, abs=1e-6)
     # The encoder's part alone: what is left when the teacher says nothing in any order.
     nothing = np.full_like(P, 1 / K)
-    assert not np.allclose(again.predict(questions, orders, distributions=nothing), answers, atol=0.05)
+    assert not np.allclose(again.predict_batch(questions, orders, distributions=nothing), answers, atol=0.05)
 
 
 def test_distributions_must_fit_the_inputs(encoder, tmp_path):
@@ -209,14 +209,14 @@ def test_distributions_must_fit_the_inputs(encoder, tmp_path):
     orders = all_orders(K)
     plain = build(StudentConfig(encoder, "per_option", "plain", K, 64), 0)
     with pytest.raises(ValueError, match="inputs='plain' and distributions given"):
-        plain.predict(questions, orders, distributions=P)
+        plain.predict_batch(questions, orders, distributions=P)
     student = build(StudentConfig(encoder, "per_option", "distribution", K, 64), 0)
     with pytest.raises(ValueError, match="distributions missing"):
-        student.predict(questions, orders)
+        student.predict_batch(questions, orders)
     with pytest.raises(ValueError, match="no correction yet"):
-        student.predict(questions, orders, distributions=P)
+        student.predict_batch(questions, orders, distributions=P)
     with pytest.raises(ValueError, match=r"distributions of shape \(4, 2, 3\)"):
-        student.predict(questions, orders, distributions=P[:, :2])
+        student.predict_batch(questions, orders, distributions=P[:, :2])
     with pytest.raises(ValueError, match="'distribution' and decision_probs missing"):
         train(student.config, FAST, questions, P.mean(1), tmp_path)
 
@@ -391,7 +391,7 @@ def test_one_step_in_pieces_is_the_same_step(encoder, tmp_path, head):
     losses = [read_log(tmp_path / name)["losses"] for name in ("1000000", "60")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     # AdamW's first steps are near lr * sign(gradient): compare what the students say, not single weights.
-    p, q = (r.predict(questions, all_orders(K), autocast=False) for r in results)
+    p, q = (r.predict_batch(questions, all_orders(K), autocast=False) for r in results)
     assert np.abs(p - q).max() < 1e-3
 
 
