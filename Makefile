@@ -150,9 +150,8 @@ bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half
 	@cp $(BUILD)/bench.json figures/bench.json
 	$(MAKE) --no-print-directory performance
 
-# What `make bench` measured, into the notebook, the tables and the README.
 .PHONY: performance
-performance: $(INSTALLED)
+performance: $(INSTALLED) ## what `make bench` measured, into notebook 5, figures/ and the README
 	TQDM_DISABLE=1 $(PY) -m nbconvert --to notebook --execute --inplace notebooks/05_shared_prefixes.ipynb
 	cp build/smoke/figures/P1_* build/smoke/tables/P1_* figures/
 	$(PY) -m permdistill.tables

@@ -182,9 +182,11 @@ def in_cyclic_orders(P: np.ndarray) -> np.ndarray:
     return P[:, [every.index(order) for order in cyclic_orders(P.shape[2]).tolist()]]
 
 
-def black_box_decisions(test: Scored) -> np.ndarray:
-    """The teacher's one sampled decision for each item and cyclic order, (item, order), as error correction sees it."""
-    return debias.sampled_decisions(in_cyclic_orders(test.P), np.random.default_rng(SEED))
+def black_box_decisions(test: Scored, greedy: bool = False) -> np.ndarray:
+    """The teacher's one decision for each item and cyclic order, (item, order), as error correction sees it: sampled, or
+    (``greedy``) the most probable one, a tie being broken at random."""
+    P = in_cyclic_orders(test.P)
+    return debias.sampled_decisions(debias.decide(P) if greedy else P, np.random.default_rng(SEED))
 
 
 def baselines(test: Scored) -> list[System]:
@@ -213,12 +215,12 @@ def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
         run.student,
         run.training,
         unlabelled(train_on.task.questions),
-        debias.permutation_average(train_on.P),
+        debias.sharpen(debias.permutation_average(train_on.P), run.power),
         folder / "students" / run.name,
-        decision_probs=None if run.student.inputs == "plain" else train_on.P,
+        decision_probs=None if run.student.inputs == "plain" else debias.decide(train_on.P) if run.greedy else train_on.P,
     )
     orders = cyclic_orders(run.student.k)
-    decisions = black_box_decisions(test) if run.student.inputs == "prediction" else None
+    decisions = black_box_decisions(test, run.greedy) if run.student.inputs == "prediction" else None
     distributions = in_cyclic_orders(test.P) if run.student.inputs == "distribution" else None
     P = student.predict_batch(unlabelled(test.task.questions), orders, decisions, distributions)
     parameters = sum(p.numel() for p in student.model.parameters())

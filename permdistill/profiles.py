@@ -89,23 +89,36 @@ def load_task(name: str, split: str, template: str = "") -> Task:
 
 @dataclass(frozen=True)
 class Run:
-    """One student to train: what it is and how it is trained."""
+    """One student to train: what it is, how it is trained, and on what.
+
+    greedy  whether the decision that error correction sees is the teacher's most probable one, instead of a sampled one
+    power   targets are the debiased probabilities to this power, renormalised: 1 / temperature
+    """
 
     student: StudentConfig
     training: TrainingConfig
+    greedy: bool = False
+    power: float = 1.0
 
     @property
     def name(self) -> str:
-        """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4"."""
+        """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4"; what is not the default is added."""
         s = self.student
-        return f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}"
+        name = f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}"
+        extra = {
+            "greedy": self.greedy,
+            f"power{self.power:g}": self.power != 1,
+            f"seed{self.training.seed}": self.training.seed,
+        }
+        return "-".join([name, *(word for word, wanted in extra.items() if wanted)])
 
     @property
     def title(self) -> str:
-        """For tables, e.g. "all-MiniLM-L6-v2, joint, distillation"."""
+        """For tables, e.g. "all-MiniLM-L6-v2, joint, distillation"; the same for all seeds."""
         methods = {"plain": "distillation", "prediction": "error correction", "distribution": "white-box error correction"}
-        method = methods[self.student.inputs]
-        return f"{Path(self.student.encoder).name}, {self.student.head.replace('_', '-')} head, {method}"
+        method = methods[self.student.inputs] + (" (greedy)" if self.greedy else "")
+        power = f", targets to the power {self.power:g}" if self.power != 1 else ""
+        return f"{Path(self.student.encoder).name}, {self.student.head.replace('_', '-')} head, {method}{power}"
 
 
 def _runs(encoder: str, k: int, joint: int, per_option: int, training: TrainingConfig) -> tuple[Run, ...]:

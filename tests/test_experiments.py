@@ -289,3 +289,24 @@ def test_mcnemar_table_counts_the_questions_that_change():
     row = tables.decisions([planted("one")]).iloc[0]
     original = (planted("one").P[:, 0].argmax(-1) == [q.answer for q in planted("one").task.questions]).sum()
     assert row["only original right"] == 0 and row["only average right"] == 40 - original
+
+
+def test_seeds_of_a_student_share_a_row_of_their_mean():
+    s = planted("one")
+    biased, averaged, copied = experiments.baselines(s)
+    seeds = [replace(averaged, name="student", kind="student"), replace(copied, name="student", kind="student")]
+    table = tables.students(s, [biased, *seeds]).set_index(["task", "system"])
+    row = table.loc[("all", "student")]
+    alone = tables.students(s, [biased, averaged, copied]).set_index(["task", "system"]).loc["all"]
+    assert row.seeds == 2 and row.accuracy == pytest.approx(alone.loc[[averaged.name, copied.name]].accuracy.mean())
+    assert row.ps == pytest.approx(alone.loc[[averaged.name, copied.name]].ps.mean())
+    run = profiles.PROFILES["smoke"].multiple_choice[0]
+    other = replace(run, training=replace(run.training, seed=1))
+    assert other.title == run.title and other.name == f"{run.name}-seed1"
+    assert replace(run, greedy=True, power=4.0).name == f"{run.name}-greedy-power4"
+
+
+def test_greedy_decisions_are_the_most_probable():
+    s = planted("one", bias=0.5)
+    assert (experiments.black_box_decisions(s, greedy=True) == experiments.in_cyclic_orders(s.P).argmax(-1)).all()
+    assert (experiments.black_box_decisions(s) != experiments.in_cyclic_orders(s.P).argmax(-1)).any()
