@@ -11,7 +11,7 @@ of it is plain arrays and files: look at them, replace one with your own, and ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from permdistill import debias, scores
-from permdistill.data import Question, content_free, from_jsonl, unlabelled
+from permdistill.data import Question, content_free, from_jsonl, to_dataset, unlabelled
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, SUMMEVAL, Profile, Run, Task, load_task
 from permdistill.prompts import TEMPLATES
@@ -103,6 +103,34 @@ def teachers_scores(
 @lru_cache(maxsize=1)
 def _live(name: str) -> CausalTeacher:
     return load_teacher(name)
+
+
+def example_questions(folder: Path, n: int = 48) -> str:
+    """Write the first ``n`` training questions of ARC-Easy as JSONL into ``folder``, to stand in for your own; its path."""
+    path = folder / "example_questions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_dataset(load_task("arc_easy", "train").questions[:n]).to_json(path, force_ascii=False)
+    return str(path)
+
+
+def split(scored: Scored, share: float = 0.75, seed: int = SEED) -> tuple[Scored, Scored]:
+    """A random ``share`` of the items to train on, and the rest to test on; items of one group stay together.
+
+    Raises ValueError when one side would be empty.
+    """
+    groups = list(dict.fromkeys(scored.task.groups))
+    cut = round(share * len(groups))
+    if not 0 < cut < len(groups):
+        raise ValueError(f"share = {share} of {len(groups)} groups leaves nothing on one side: give more questions")
+    chosen = {groups[i] for i in np.random.default_rng(seed).permutation(len(groups))[:cut]}
+    inside = np.array([group in chosen for group in scored.task.groups])
+    return _part(scored, inside), _part(scored, ~inside)
+
+
+def _part(scored: Scored, chosen: np.ndarray) -> Scored:
+    task, places = scored.task, np.flatnonzero(chosen)
+    questions, groups, members = ([whole[i] for i in places] for whole in (task.questions, task.groups, task.members))
+    return replace(scored, task=replace(task, questions=questions, groups=groups, members=members), P=scored.P[chosen])
 
 
 def in_several_prompts(teacher: str, settings: Profile, folder: str = "") -> list[list[Scored]]:

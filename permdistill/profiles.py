@@ -162,6 +162,11 @@ class Profile:
         return next(n for n, kind in zip(self.n_others, kinds, strict=True) if task in kind)
 
 
+def own_student(k: int) -> Run:
+    """A student to begin with, for questions of ``k`` options: exactly order-invariant, 23M parameters."""
+    return Run(StudentConfig("all-MiniLM-L6-v2", "per_option", "plain", k, 256), TrainingConfig(learning_rate=1e-4))
+
+
 _TINY = TrainingConfig(epochs=1, learning_rate=1e-4)
 PROFILES = {
     # Runs in a minute: the notebooks' defaults, what nbval checks.

@@ -154,7 +154,8 @@ def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """T1 with one row per teacher and task, for people: accuracies in points, gain and ps with their intervals."""
+    """T1 with one row per teacher and task, for people: accuracies in points, gain and ps with their intervals; without gold
+    answers ps alone."""
     by = table.set_index(["teacher", "task", "treatment"])
     rows = []
     for teacher, task in table[["teacher", "task"]].drop_duplicates().itertuples(index=False):
@@ -166,9 +167,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             (debias.CONTEXT_PRIOR_MATCHING, "context prior-m."),
             (DEBIASED, "all orders"),
         ):
-            row[title] = f"{100 * by.loc[(teacher, task, treatment)].accuracy:.1f}"
+            if "accuracy" in table:
+                row[title] = f"{100 * by.loc[(teacher, task, treatment)].accuracy:.1f}"
         for title, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
-            row[title] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
+            if name in table:
+                row[title] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -279,7 +282,8 @@ def left_out(tasks: Iterable[Task]) -> pd.DataFrame:
 
 def losses(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of T1 in which debiasing does *not* raise accuracy: what a reader must not miss."""
-    return table[(table.treatment == DEBIASED) & ~(table.gain > 0)]
+    gain = table.get("gain", pd.Series(np.nan, index=table.index))
+    return table[(table.treatment == DEBIASED) & ~(gain > 0)]
 
 
 def students(test: Scored, systems: Sequence[System]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from permdistill import debias, experiments, figures, metrics, profiles, scores, tables
 from permdistill.assets import fetch_folder
-from permdistill.data import CONTENT_FREE, Question, unlabelled
+from permdistill.data import CONTENT_FREE, Question, from_jsonl, unlabelled
 from permdistill.experiments import Scored
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
@@ -310,3 +310,32 @@ def test_greedy_decisions_are_the_most_probable():
     s = planted("one", bias=0.5)
     assert (experiments.black_box_decisions(s, greedy=True) == experiments.in_cyclic_orders(s.P).argmax(-1)).all()
     assert (experiments.black_box_decisions(s) != experiments.in_cyclic_orders(s.P).argmax(-1)).any()
+
+
+def test_own_questions_without_answers_still_get_their_tables(tmp_path):
+    s = planted("one")
+    bare = replace(s, task=replace(s.task, questions=unlabelled(s.task.questions)))
+    t1 = tables.teachers([bare])
+    assert "accuracy" not in t1 and list(tables.summary(t1)) == ["teacher", "task", "n", "ps (TV), biased"]
+    assert len(tables.losses(t1)) == 1 and "ps (TV)" in tables.pretty(t1)
+    figures.save(figures.sensitivity_and_gain(t1), tmp_path, "T1")
+    assert "accuracy" not in tables.students(bare, experiments.baselines(bare))
+
+
+def test_split_keeps_groups_together_and_loses_nothing():
+    s = planted("one")
+    grouped = replace(s, task=replace(s.task, groups=[str(i // 4) for i in range(40)]))
+    train, test = experiments.split(grouped, 0.7)
+    assert (len(train.P), len(test.P)) == (28, 12)
+    assert not set(train.task.groups) & set(test.task.groups)
+    ids = [q.id for q in s.task.questions]
+    for part in (train, test):
+        places = [ids.index(q.id) for q in part.task.questions]
+        assert (part.P == s.P[places]).all() and len(part.task.members) == len(places)
+    with pytest.raises(ValueError, match="leaves nothing on one side"):
+        experiments.split(grouped, 0.99)
+
+
+def test_example_questions_can_be_read_back(tmp_path):
+    path = experiments.example_questions(tmp_path, 5)
+    assert len(from_jsonl(path)) == 5
