@@ -129,8 +129,13 @@ def split(scored: Scored, share: float = 0.75, seed: int = SEED) -> tuple[Scored
 
 def _part(scored: Scored, chosen: np.ndarray) -> Scored:
     task, places = scored.task, np.flatnonzero(chosen)
-    questions, groups, members = ([whole[i] for i in places] for whole in (task.questions, task.groups, task.members))
-    return replace(scored, task=replace(task, questions=questions, groups=groups, members=members), P=scored.P[chosen])
+    part = replace(
+        task,
+        questions=[task.questions[i] for i in places],
+        groups=[task.groups[i] for i in places],
+        members=[task.members[i] for i in places],
+    )
+    return replace(scored, task=part, P=scored.P[chosen])
 
 
 def in_several_prompts(teacher: str, settings: Profile, folder: str = "") -> list[list[Scored]]:
