@@ -71,11 +71,11 @@ define score
 $(SCORE) qwen2.5-coder-1.5b
 for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
     $(SCORE) $$teacher --splits test --tasks $(MULTIPLE_CHOICE) --limit 250 && \
-    $(SCORE) $$teacher --splits test --tasks $(TEST_ONLY) --limit 150 && \
+    $(SCORE) $$teacher --splits test --tasks $(TEST_ONLY) --limit 100 && \
     $(SCORE) $$teacher --splits test --tasks $(SUMMEVAL) --limit 280 || exit; done
 for template in numbers brief; do \
-    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --limit 100 --template $$template || exit; done
-$(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 140 --template summaries_letters
+    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) socialiqa piqa --limit 40 --template $$template || exit; done
+$(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 56 --template summaries_letters
 endef
 
 ifeq ($(TEACHER),live)
@@ -97,8 +97,8 @@ $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 $(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
 	$(PY) -m permdistill.manifest "$(OUT)" --measure audit -- $(PY) -m permdistill.cli audit
-	$(PY) -m permdistill.cli audit --teacher qwen2.5-coder-0.5b --splits test --limit 150
-	$(PY) -m permdistill.cli audit --teacher smollm2-135m --splits test --limit 150
+	$(PY) -m permdistill.cli audit --teacher qwen2.5-coder-0.5b --splits test --limit 100
+	$(PY) -m permdistill.cli audit --teacher smollm2-135m --splits test --limit 100
 	@touch $@
 
 # Another PROFILE or TEACHER makes the notebooks out of date: this file changes only when they do.
