@@ -88,7 +88,7 @@ def teachers_scores(
     result = []
     for name in [teacher] if teacher else settings.teachers[: 1 if questions else None]:
         n = {t: settings.n_test if own else settings.n_questions(name, t) for t in settings.tasks}
-        for task in _own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in settings.tasks]:
+        for task in _own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in n if n[t]]:
             try:
                 result.append(_read(name, task, Path(committed or COMMITTED)))
             except scores.MissingScores:

@@ -138,7 +138,7 @@ class Profile:
     teachers         whose scores the teachers' tables report on; the first one teaches
     tasks            what they report on
     n_test, n_train  questions per task, at most
-    n_others         test questions per task of the other teachers: sets with training questions, test only, SummEval
+    n_others         the same for other teachers: sets with training questions, test only, SummEval; 0: left out
     n_prompts        test questions per task that are put in several ways: multiple choice, SummEval
     n_students       test questions per task that students answer: multiple choice, SummEval
     multiple_choice  students for multiple choice
@@ -188,7 +188,7 @@ PROFILES = {
         tasks=TASKS,
         n_test=10**9,
         n_train=10**9,
-        n_others=(250, 100, 10 * 28),
+        n_others=(250, 0, 0),
         n_prompts=(40, 2 * 28),
         n_students=(250, 25 * 28),
         # Within the hour on 2 cores: the larger encoder does not do everything. For summaries the lengths leave both heads
