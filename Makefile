@@ -72,7 +72,7 @@ for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
     $(SCORE) $$teacher --splits test --tasks $(MULTIPLE_CHOICE) --limit 250 || exit; done
 for template in numbers brief; do \
     $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) socialiqa piqa --limit 40 --template $$template || exit; done
-$(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 56 --template summaries_letters
+$(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 140 --template summaries_letters
 endef
 
 ifeq ($(TEACHER),live)

@@ -177,7 +177,7 @@ PROFILES = {
         n_test=84,
         n_train=32,
         n_others=(84, 84, 84),
-        n_prompts=(40, 56),
+        n_prompts=(40, 140),
         n_students=(84, 84),
         multiple_choice=_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
         pairs=_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
@@ -189,7 +189,7 @@ PROFILES = {
         n_test=10**9,
         n_train=10**9,
         n_others=(250, 0, 0),
-        n_prompts=(40, 2 * 28),
+        n_prompts=(40, 5 * 28),
         n_students=(250, 25 * 28),
         # Within the hour on 2 cores: the larger encoder does not do everything. For summaries the lengths leave both heads
         # about the same share of the article, since the joint head's sequence holds two summaries.
