@@ -58,6 +58,13 @@ def _pooled(scored: Sequence[Scored], first: np.ndarray, second: np.ndarray) -> 
     return metrics.bootstrap((first - second)[labelled] * weights, groups[labelled])
 
 
+def _difference(a: Interval, b: Interval) -> Interval:
+    """a - b of two independent estimates: their intervals' halves, squared and added (Newcombe, Stat. Med. 1998)."""
+    value = a.value - b.value
+    low = value - np.hypot(a.value - a.low, b.high - b.value)
+    return Interval(value, float(low), value + float(np.hypot(a.high - a.value, b.value - b.low)))
+
+
 def prior_matching(scored: Sequence[Scored]) -> list[Verdict]:
     """(b) and (c), per teacher, all tasks together. (b): the paired intervals of prior-matching over biased and of debiased
     over prior-matching both lie above 0. (c): the paired interval of context prior-matching against the debiased teacher
@@ -98,10 +105,8 @@ def task_specific(scored: Sequence[Scored]) -> list[Verdict]:
             result.append(Verdict(claim, teacher, NOT_TESTABLE, "no scores of both kinds of task with K = 2"))
             continue
         ps = np.concatenate([metrics.permutation_sensitivity(s.P) for s in own])
-        columns = np.stack([ps * pairs, pairs, ps * ~pairs, ~pairs], axis=1).astype(np.float64)
-        difference = metrics.bootstrap(
-            columns, np.concatenate([s.task.groups for s in own]), lambda mean: mean[0] / mean[1] - mean[2] / mean[3]
-        )
+        groups = np.concatenate([s.task.groups for s in own])
+        difference = _difference(*(metrics.bootstrap(ps[kind], groups[kind]) for kind in (pairs, ~pairs)))
         evidence = f"ps on SummEval - ps on PIQA: {difference.percent()} points (no base model: tuning's part is not tested)"
         result.append(_verdict(claim, teacher, difference.low > 0 or difference.high < 0, evidence))
     return result

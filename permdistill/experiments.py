@@ -10,8 +10,9 @@ of it is plain arrays and files: look at them, replace one with your own, and ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from permdistill import debias, scores
-from permdistill.data import Question, content_free, from_jsonl, to_dataset, unlabelled
+from permdistill.data import Question, content_free, from_jsonl, unlabelled
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, SUMMEVAL, Profile, Run, Task, load_task
 from permdistill.prompts import TEMPLATES
@@ -109,7 +110,8 @@ def example_questions(folder: Path, n: int = 48) -> str:
     """Write the first ``n`` training questions of ARC-Easy as JSONL into ``folder``, to stand in for your own; its path."""
     path = folder / "example_questions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_dataset(load_task("arc_easy", "train").questions[:n]).to_json(path, force_ascii=False)
+    lines = [json.dumps(asdict(question), ensure_ascii=False) for question in load_task("arc_easy", "train").questions[:n]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
 

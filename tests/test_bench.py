@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def test_result_makes_a_table_with_the_spread(tokenizer):
 def test_peak_memory_sees_what_was_taken_and_given_back():
     with PeakMemory(CPU) as memory:
         block = torch.ones(50_000_000)
+        time.sleep(0.2)  # it looks every few milliseconds, on a loaded machine later
         del block
     assert 190e6 < memory.bytes < 300e6
     with PeakMemory(CPU) as idle:

@@ -8,6 +8,7 @@ from test_experiments import planted
 
 from permdistill import claims, tables
 from permdistill.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE
+from permdistill.metrics import Interval
 
 
 def by_claim(verdicts: list[claims.Verdict]) -> dict[str, str]:
@@ -83,3 +84,8 @@ def test_the_targets_file_holds_the_papers_numbers_and_ours():
     assert set(claims.targets("laptop").table) == {"T1_teachers"}
     with pytest.raises(ValueError, match="source 'mine'"):
         claims.targets("mine")
+
+
+def test_difference_of_independent_intervals():
+    difference = claims._difference(Interval(0.5, 0.47, 0.54), Interval(0.2, 0.16, 0.23))
+    assert difference == pytest.approx((0.3, 0.3 - 0.03 * 2**0.5, 0.3 + 0.04 * 2**0.5))
