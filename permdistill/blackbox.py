@@ -151,6 +151,17 @@ class Job:
                 return None, None  # the next reply would list the same
         return None, None
 
+    def record(self, store: Replies, call: Call) -> dict[str, Any] | None:
+        """An answered call as a record: id, order, draw, and decision (the option's index) or probabilities (by position, as
+        :func:`permdistill.scores.from_records` reads them; a label that is not listed has 0). None without an answer."""
+        row, _ = self.found(store, call)
+        if row is None:
+            return None
+        record = {"id": call.question.id, "order": list(call.order), "draw": call.draw}
+        if self.mode == "decisions":
+            return record | {"decision": call.order[row["position"]]}
+        return record | {"probabilities": [0.0 if v is None else math.exp(v) for v in row["log_probs"]]}
+
     def failure(self, store: Replies, call: Call) -> str:
         """Why a call failed for good, according to the store."""
         rows = [row for key in self.keys(call) if (row := store.get(key)) is not None]
@@ -318,38 +329,48 @@ class _Run:
     async def run(self, concurrency: int) -> Report:
         spent, started = self.store.spent, time.monotonic()
         before = (spent.calls, spent.prompt_tokens, spent.completion_tokens)
-        todo = _todo(self.job, self.store)
-        waiting = iter(todo.items())
-        n = len(self.job.calls)
+        n, todo = len(self.job.calls), _todo(self.job, self.store)
         async with self.job.endpoint.open(self.budget, concurrency) as connection:
             self.report.faults = connection.faults
             with tqdm(total=n, initial=n - len(todo), unit="call", desc=f"ask {self.job.endpoint.model}") as bar:
-                workers = [
-                    asyncio.create_task(self._work(connection, waiting, bar)) for _ in range(min(concurrency, len(todo)))
-                ]
-                try:
-                    while not self.budget.stopped and not all(worker.done() for worker in workers):
-                        await asyncio.wait(workers, timeout=0.2, return_when=asyncio.FIRST_EXCEPTION)
-                        if any(worker.done() and worker.exception() for worker in workers):
-                            break
-                finally:
-                    # Whatever ends the run: no request leaves any more, what is under way is paid and so is waited for,
-                    # what only waits for its next attempt is not.
-                    self.budget.stop("the run was stopped")
-                    await self.budget.settled()
-                    for worker in workers:
-                        worker.cancel()
-                    outcomes = await asyncio.gather(*workers, return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):  # not the cancellations
-                raise outcome
+                # Once, as a rule: what is then still to do had answers that turned out to be in doubt.
+                while todo and not self.budget.stopped:
+                    await self._round(connection, list(todo.values()), concurrency, bar)
+                    todo = {key: call for key, call in _todo(self.job, self.store).items() if not self._failed(call)}
         self._sum_up(before, time.monotonic() - started)
         if self.fatal is not None:
             raise self.fatal
         return self.report
 
-    async def _work(self, connection: Connection, waiting: Iterator[tuple[str, Call]], bar: tqdm) -> None:
-        for _, call in waiting:
+    def _failed(self, call: Call) -> str | None:
+        return self.failures.get(self.job.identity(call))
+
+    async def _round(self, connection: Connection, todo: list[Call], concurrency: int, bar: tqdm) -> None:
+        """Ask the calls once each."""
+        waiting = iter(todo)
+        workers = [asyncio.create_task(self._work(connection, waiting, bar)) for _ in range(min(concurrency, len(todo)))]
+        outcomes: list[Any] = []
+        try:
+            running: set[asyncio.Task] = set(workers)
+            while running and not self.budget.stopped:
+                done, running = await asyncio.wait(running, timeout=0.2, return_when=asyncio.FIRST_EXCEPTION)
+                if any(worker.exception() for worker in done):
+                    break
+        finally:
+            # If the run ends early, by a limit, an error or Ctrl-C: no request leaves any more; what is under way is paid
+            # and so is waited for, what only waits for its next attempt is not.
+            if not all(worker.done() for worker in workers):
+                self.budget.stop("the run was stopped")
+                await self.budget.settled()
+            for worker in workers:
+                worker.cancel()
+            outcomes = await asyncio.gather(*workers, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):  # not the cancellations
+                raise outcome
+
+    async def _work(self, connection: Connection, waiting: Iterator[Call], bar: tqdm) -> None:
+        for call in waiting:
             try:
                 await self._answer(connection, call)
             except Stopped:
@@ -408,7 +429,7 @@ class _Run:
             elif key is None:
                 state = self.job.failure(self.store, call)
             else:
-                state = self.failures.get(self.job.identity(call), "unasked")
+                state = self._failed(call) or "unasked"
             states.setdefault(call.question.id, set()).add(state)
         report.items = len(states)
         for name, found in states.items():

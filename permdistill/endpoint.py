@@ -359,7 +359,7 @@ class _Wire(httpx2.AsyncClient):
         self.budget = budget
         self.total_timeout = total_timeout
         self.faults: Counter[str] = Counter()
-        self._seen: set[str] = set()  # hashed ids of replies
+        self._arrived: dict[str, float] = {}  # hashed id of a reply -> when it came
         self._not_before = 0.0
 
     async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
@@ -367,7 +367,7 @@ class _Wire(httpx2.AsyncClient):
         while (wait := self._not_before - time.monotonic()) > 0 and not self.budget.stopped:
             await asyncio.sleep(min(wait, 1.0))
         attempt = await self.budget.enter(len(request.content))
-        reply = None
+        reply, started = None, time.monotonic()
         try:
             # The client's own time-out is for each piece of the body: a server that sends a byte a minute never meets it.
             async with asyncio.timeout(self.total_timeout):
@@ -379,7 +379,14 @@ class _Wire(httpx2.AsyncClient):
                     self._not_before = max(self._not_before, time.monotonic() + pause)
                 self.budget.free(attempt, str(response.status_code))
                 return response
-            reply = response.extensions["reply"] = self._checked(attempt, request, response)
+            try:
+                reply = response.extensions["reply"] = self._checked(attempt, started, request, response)
+            except _NoReply:
+                # Where one reply came twice, the next one on this connection would be the one after that: a wrong answer
+                # that looks like any other. Closed, it is not used again.
+                if stream := response.extensions.get("network_stream"):
+                    await stream.aclose()
+                raise
         except TimeoutError:
             self._count("time-out")
             raise httpx2.ReadTimeout("no reply in time", request=request) from None
@@ -401,7 +408,7 @@ class _Wire(httpx2.AsyncClient):
     def _count(self, word: str) -> None:
         self.faults[word] += 1
 
-    def _checked(self, attempt: str, request: httpx2.Request, response: httpx2.Response) -> Reply:
+    def _checked(self, attempt: str, started: float, request: httpx2.Request, response: httpx2.Response) -> Reply:
         """The reply in a response. Raises _NoReply."""
         try:
             body = response.json()
@@ -411,11 +418,15 @@ class _Wire(httpx2.AsyncClient):
             raise _NoReply("broken reply", request) from None
         name = body.get("id")
         hashed = hashlib.sha256(name.encode()).hexdigest()[:16] if isinstance(name, str) and name else ""
-        # The same reply twice is no second draw, and may be another question's: a proxy or a cache is in the way.
         if hashed:
-            if hashed in self._seen or self.budget.store.has_reply_id(hashed):
+            # The same reply twice is no second draw, and may be another question's: a proxy or a cache is in the way. (A
+            # copy is not recognised when its original never arrived, because the run that it was for was killed.)
+            if hashed in self._arrived or self.budget.store.has_reply_id(hashed):
+                if self._arrived.get(hashed, -math.inf) > started:
+                    self._count("reply in doubt")  # the first of the two may be the wrong one just as well
+                    self.budget.store.append({"attempt": attempt, "void": hashed})
                 raise _NoReply("reply of another call", request)
-            self._seen.add(hashed)
+            self._arrived[hashed] = time.monotonic()
         usage = body.get("usage")
         try:
             tokens = (int(usage["prompt_tokens"]), int(usage["completion_tokens"]))

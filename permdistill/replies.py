@@ -1,12 +1,13 @@
 """The store of an API's replies, and the book of what they cost: what was paid for once is never paid for again.
 
-A store is a folder with one file, ``replies.jsonl``, to which lines are only ever appended. There are three kinds::
+A store is a folder with one file, ``replies.jsonl``, to which lines are only ever appended. There are four kinds::
 
     {"attempt": a, "bound": [prompt, completion]}    a request is about to leave; it costs at most so many tokens
     {"attempt": a, "free": reason}                   the server refused it, or was never reached: nothing to pay
     {"key": ..., "attempt": a, "tokens": [prompt, completion] or null, ...}    a reply; null where the server did not count
+    {"attempt": a, "void": r}                        this attempt brought the reply r too, so whose it is nobody knows
 
-An attempt with neither of the last two (a time-out, a broken reply, a kill) may have been charged, so it counts with its
+An attempt with neither of the middle two (a time-out, a broken reply, a kill) may have been charged, so it counts with its
 bound. Lines hold ids, numbers and hashes: no dataset text, no reply text (it may quote the dataset), no key.
 """
 
@@ -79,7 +80,8 @@ class Replies:
         with self._lock:
             self._rows: dict[str, dict[str, Any]] = {}
             self._attempts: dict[str, tuple[int, int]] = {}
-            self._ids: set[str] = set()
+            self._ids: dict[str, str] = {}  # (hashed) id of a reply -> key
+            self._void: set[str] = set()
             self.spent = Spent()
             whole = self.path.read_bytes().rpartition(b"\n")[0] if self.path.exists() else b""
             for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
@@ -101,15 +103,20 @@ class Replies:
             spent.prompt_tokens += prompt
             spent.completion_tokens += completion
             return
+        if "void" in line:
+            self._void.add(line["void"])
+            self._rows.pop(self._ids.get(line["void"], ""), None)
+            return
         paid = line.get("tokens") if "key" in line else (0, 0)
         if attempt in self._attempts and paid is not None:  # else the bound stands
             bound = self._attempts.pop(attempt)
             spent.prompt_tokens += paid[0] - bound[0]
             spent.completion_tokens += paid[1] - bound[1]
         if "key" in line:
-            self._rows.setdefault(line["key"], line)  # the first reply to a question is the one that was used
-            if line.get("reply"):
-                self._ids.add(line["reply"])
+            if line["reply"]:
+                self._ids[line["reply"]] = line["key"]
+            if line["reply"] not in self._void:
+                self._rows.setdefault(line["key"], line)  # the first reply to a question is the one that was used
 
     def append(self, *lines: Mapping[str, Any]) -> None:
         """Add lines; replies are on disk, complete, before this returns. A reply to a key that is there changes nothing."""

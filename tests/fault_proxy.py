@@ -1,8 +1,8 @@
 """A proxy that breaks things: it stands before an OpenAI-compatible server and, by chance and seed, does what networks,
 gateways and rate limiters do.
 
-Each request is either passed on and answered whole, or meets one fault of :data:`FAULTS`. ``delivered`` holds the id of every
-reply that left whole: what the client must have, no less and no more.
+Each request is either passed on and answered whole, or meets one fault of :data:`FAULTS`. ``delivered`` holds the id of
+every reply that left whole: what the client must have, no less and no more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FAULTS = (
     "no logprobs",  # whole, but without them
 )
 WHOLE = ("late", "prose", "no logprobs", "twice")  # the client gets the reply to its request
-RETRY_AFTER = 0.2
+RETRY_AFTER = 0.05
 
 
 class Proxy:
@@ -52,6 +52,7 @@ class Proxy:
         self.delivered: list[str] = []
         self.keys: set[str] = set()  # Authorization headers
         self.last = b""
+        self.poisoned: set[asyncio.StreamWriter] = set()  # connections on which a reply came twice: now one behind
         self.url = ""
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
@@ -78,6 +79,7 @@ class Proxy:
         finally:
             writer.close()
             self.connections.discard(task)
+            self.poisoned.discard(writer)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request. Returns whether the connection lives on."""
@@ -110,9 +112,11 @@ class Proxy:
             body = _changed(body, fault)
         response = _response(status, body)
         await _write(writer, response + response if fault == "twice" else response)
-        if status.startswith("200"):
+        if status.startswith("200") and writer not in self.poisoned:
             self.last = body
             self.delivered.append(json.loads(body)["id"])
+        if fault == "twice":
+            self.poisoned.add(writer)
         return True
 
     async def _upstream(self, request: bytes) -> tuple[str, bytes]:
@@ -142,7 +146,10 @@ async def _message(reader: asyncio.StreamReader) -> bytes:
 
 
 def _response(status: str, body: bytes, headers: str = "") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
 
 
 async def _write(writer: asyncio.StreamWriter, data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""A small server that speaks the OpenAI chat protocol, for one token at a time: a teacher of permdistill's, or a planted one.
+"""A small server that speaks the OpenAI chat protocol, one token at a time, for a teacher of permdistill or a planted one.
 
     python tests/openai_server.py --teacher smollm2-135m --port 8000
 
@@ -23,14 +23,31 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 
 Chat = list[dict[str, str]]
-# Chat -> tokens as text, their log-probabilities, number of prompt tokens. Tokens may be a function of the index.
-Backend = Callable[[Chat], tuple[Callable[[int], str], np.ndarray, int]]
+
+
+@dataclass
+class Next:
+    """What may come next: a token's text by its index, all tokens' log-probabilities, the number of prompt tokens."""
+
+    text: Callable[[int], str]
+    log_probs: np.ndarray
+    n_prompt: int
+
+    @cached_property
+    def cumulative(self) -> np.ndarray:
+        """To draw from."""
+        return np.exp(self.log_probs).cumsum()
+
+
+Backend = Callable[[Chat], Next]
 
 
 def planted(chat: Chat, other: float = 0.1, certain: bool = False) -> dict[str, float]:
@@ -48,9 +65,9 @@ def planted(chat: Chat, other: float = 0.1, certain: bool = False) -> dict[str, 
 def planted_backend(**settings: Any) -> Backend:
     """Answers :func:`planted` distributions."""
 
-    def answer(chat: Chat) -> tuple[Callable[[int], str], np.ndarray, int]:
+    def answer(chat: Chat) -> Next:
         p = planted(chat, **settings)
-        return list(p).__getitem__, np.log(list(p.values())), len(chat[0]["content"]) // 4
+        return Next(list(p).__getitem__, np.log(list(p.values())), len(chat[0]["content"]) // 4)
 
     return answer
 
@@ -60,9 +77,9 @@ def teacher_backend(teacher: Any, keep: int = 256) -> Backend:
     from permdistill import batches
 
     lock = threading.Lock()
-    known: OrderedDict[str, tuple[np.ndarray, int]] = OrderedDict()
+    known: OrderedDict[str, Next] = OrderedDict()
 
-    def answer(chat: Chat) -> tuple[Callable[[int], str], np.ndarray, int]:
+    def answer(chat: Chat) -> Next:
         # The start of an answer is gone on from, as llama.cpp's server does.
         prefix = chat[-1]["content"] if chat[-1]["role"] == "assistant" else ""
         turns = chat[:-1] if prefix else chat
@@ -72,11 +89,10 @@ def teacher_backend(teacher: Any, keep: int = 256) -> Backend:
                 ids = teacher.tokenizer.encode(text, add_special_tokens=False)
                 vocabulary = range(teacher.model.get_output_embeddings().weight.shape[0])
                 log_probs, _ = batches.next_token_log_probs(teacher.model, [ids], vocabulary)
-                known[text] = (log_probs[0].astype(np.float64), len(ids))
+                known[text] = Next(lambda token: teacher.tokenizer.decode([token]), log_probs[0], len(ids))
                 if len(known) > keep:
                     known.popitem(last=False)
-            log_probs, n = known[text]
-        return lambda token: teacher.tokenizer.decode([token]), log_probs, n
+            return known[text]
 
     return answer
 
@@ -101,7 +117,8 @@ class Server(ThreadingHTTPServer):
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         """A chat completion of one token."""
         chat, top = body["messages"], body.get("top_logprobs", 0)
-        token, log_probs, n_prompt = self.backend(chat)
+        following = self.backend(chat)
+        token, log_probs = following.text, following.log_probs
         text = chat[0]["content"]
         with self.lock:
             self.answered[text] += 1
@@ -113,8 +130,8 @@ class Server(ThreadingHTTPServer):
         if body.get("temperature", 1.0) == 0:
             chosen = int(log_probs.argmax())
         else:
-            cumulative = np.exp(log_probs).cumsum()
-            chosen = int((draw * cumulative[-1] >= cumulative).sum())
+            cumulative = following.cumulative
+            chosen = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
         choice: dict[str, Any] = {
             "index": 0,
             "finish_reason": "length",
@@ -131,7 +148,7 @@ class Server(ThreadingHTTPServer):
             "created": int(time.time()),
             "model": body["model"],
             "choices": [choice],
-            "usage": {"prompt_tokens": n_prompt, "completion_tokens": 1, "total_tokens": n_prompt + 1},
+            "usage": {"prompt_tokens": following.n_prompt, "completion_tokens": 1, "total_tokens": following.n_prompt + 1},
         }
 
 
