@@ -79,8 +79,9 @@ def drawn_calls(questions: Sequence[Question], n: int, seed: int = 0) -> list[Ca
     if n < 1:
         raise ValueError(f"n = {n} draws: give at least 1")
     calls = []
+    every = {k: all_orders(k) for k in {len(question.options) for question in questions}}
     for question in questions:
-        orders = all_orders(len(question.options))
+        orders = every[len(question.options)]
         texts = json.dumps([question.context, question.question, list(question.options), seed])
         own_seed = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:16], "big")
         # One generator a question: its stream's first n numbers do not depend on n.

@@ -112,7 +112,7 @@ def _ask(args: argparse.Namespace) -> None:
         print(f"{args.model}, template {job.template.name}, {args.mode}: {plan}")
     spent = store.spent
     total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
-    print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits {limits}")
+    print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
     if args.dry_run:
         return
     reports = []
@@ -206,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)"
     )
-    _add_questions(command)
+    _add_questions(command, None)
     command.add_argument("--mode", choices=MODES, default="decisions", help="sampled tokens, or top_logprobs (%(default)s)")
     orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
     command.add_argument("--orders", choices=("drawn", "cyclic", "all"), help=orders)
@@ -239,11 +239,13 @@ def _json_object(text: str) -> dict:
     return value
 
 
-def _add_questions(command: argparse.ArgumentParser) -> None:
+def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None = profiles.TASKS) -> None:
+    """Which questions. ``tasks`` is the default; None: there is none, where a forgotten option would cost money."""
+    where = command if tasks else command.add_mutually_exclusive_group(required=True)
     names = ", ".join(profiles.TASKS)
-    command.add_argument("--tasks", nargs="+", choices=profiles.TASKS, default=profiles.TASKS, metavar="TASK", help=names)
+    where.add_argument("--tasks", nargs="+", choices=profiles.TASKS, default=tasks, metavar="TASK", help=names)
+    where.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
     command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
-    command.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
     command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
     command.add_argument("--limit", type=int, help="only the first so many questions of each task and split")
 

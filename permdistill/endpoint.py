@@ -72,6 +72,10 @@ class Limits:
             if value is not None and not value >= 0:
                 raise ValueError(f"limit {name} = {value}: give a number of at least 0, or None")
 
+    def __str__(self) -> str:
+        named = (("calls", self.calls), ("tokens", self.tokens), ("cost", self.cost))
+        return ", ".join(f"{name} {value:,}" for name, value in named if value is not None) or "none"
+
 
 FREE, UNLIMITED = Prices(), Limits()
 
@@ -224,7 +228,8 @@ class Endpoint:
             chat.append({"role": "assistant", "content": template.answer_prefix})
         return chat
 
-    def _key(self) -> str:
+    def key(self) -> str:
+        """The key, "" if there is none. It is never kept: what holds it could print it, a traceback with variables too."""
         key = os.environ.get(self.key_name, "")
         if not key and self.key_name != "OPENAI_API_KEY":
             raise ValueError(f"environment variable {self.key_name} is not set: put the key there")
@@ -233,7 +238,6 @@ class Endpoint:
     @asynccontextmanager
     async def open(self, budget: Budget, concurrency: int) -> AsyncIterator[Connection]:
         """A connection for the time of a ``with`` block."""
-        key = self._key()
         wire = _Wire(
             budget,
             self.timeout,
@@ -242,9 +246,9 @@ class Endpoint:
             limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
         async with openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=key or "none", max_retries=self.max_retries, http_client=wire
+            base_url=self.base_url, api_key=self.key() or "none", max_retries=self.max_retries, http_client=wire
         ) as client:
-            yield Connection(self, client, wire, key)
+            yield Connection(self, client, wire)
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,6 @@ class Connection:
     endpoint: Endpoint
     client: openai.AsyncOpenAI
     wire: _Wire
-    key: str = field(repr=False)
 
     @property
     def faults(self) -> Counter[str]:
@@ -301,7 +304,7 @@ class Connection:
 
     def redacted(self, text: str) -> str:
         """The text without the key, which some servers quote."""
-        return text.replace(self.key, f"[{self.endpoint.key_name}]") if self.key else text
+        return text.replace(self.endpoint.key() or "\0", f"[{self.endpoint.key_name}]")
 
 
 def _refusal(error: openai.APIStatusError) -> str:

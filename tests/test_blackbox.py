@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -452,6 +453,21 @@ CLIENT = """
 """
 
 
+def test_interrupted_run_waits_for_what_is_under_way(tmp_path):
+    with serving(planted_backend(other=0.0), latency=0.5) as server:
+        script = textwrap.dedent(CLIENT).format(tests=str(TESTS), url=server.url, folder=str(tmp_path))
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while server.answered.total() < 40:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        _, err = process.communicate()
+    assert "KeyboardInterrupt" in err
+    store = Replies(tmp_path)
+    assert 40 <= len(store) == store.spent.calls == server.answered.total() <= 60
+
+
 @pytest.mark.slow
 def test_killed_five_times_the_store_is_the_same(tmp_path, hasty):
     with serving(planted_backend(certain=True), latency=0.05) as server:
@@ -517,6 +533,10 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capsys, caplog):
         texts.append(str(stopped.value))
         assert "Incorrect API key provided: [MY_KEY]" in texts[0]
         endpoint = Endpoint(server.url, "local", key_name="MY_KEY")
+        with pytest.raises(EndpointError) as refused:
+            ask(Job(endpoint, LETTERS, drawn_calls(make_questions(2), 2)), Replies(tmp_path / "more"))
+        # As debuggers and notebooks print it, with every variable on the way.
+        texts += traceback.TracebackException.from_exception(refused.value, capture_locals=True).format()
         script = (
             f"import sys; sys.path.insert(0, {str(TESTS)!r}); from test_blackbox import *; "
             f"job = Job(Endpoint({server.url!r}, 'local', key_name='MY_KEY'), LETTERS, drawn_calls(make_questions(2), 2)); "
