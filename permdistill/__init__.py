@@ -1,0 +1,12 @@
+"""Permutation debiasing of language models, and its distillation into compact students. The modules are the interface;
+:class:`permdistill.students.Student` is at hand as ``permdistill.Student``."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Student":  # loaded when asked for: torch takes seconds
+        from permdistill.students import Student
+
+        return Student
+    raise AttributeError(f"module 'permdistill' has no attribute {name!r}")

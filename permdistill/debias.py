@@ -88,6 +88,17 @@ def majority_vote(P: np.ndarray) -> np.ndarray:
     return decide(P).mean(axis=1)
 
 
+def sharpen(Q: np.ndarray, power: float) -> np.ndarray:
+    """Q to ``power``, renormalised over the last axis: 1 changes nothing, more sharpens, less flattens (power = 1 /
+    temperature). Averages over orders of a biased teacher are nearly uniform; this makes their preference visible.
+
+    Raises ValueError unless ``power`` is positive.
+    """
+    if not power > 0:
+        raise ValueError(f"power = {power}: give a number above 0")
+    return np.asarray(Q, dtype=np.float64) if power == 1 else _softmax(power * _log(np.asarray(Q, dtype=np.float64)))
+
+
 def sampled_decisions(P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One black-box teacher call for each item and order: option indices (item, order), drawn from P(.|x, order).
 

@@ -11,7 +11,7 @@ of it is plain arrays and files: look at them, replace one with your own, and ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from permdistill import debias, scores
-from permdistill.data import Question, content_free, from_jsonl, unlabelled
+from permdistill.data import Question, content_free, from_jsonl, to_dataset, unlabelled
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, SUMMEVAL, Profile, Run, Task, load_task
 from permdistill.prompts import TEMPLATES
@@ -88,7 +88,7 @@ def teachers_scores(
     result = []
     for name in [teacher] if teacher else settings.teachers[: 1 if questions else None]:
         n = {t: settings.n_test if own else settings.n_questions(name, t) for t in settings.tasks}
-        for task in _own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in settings.tasks]:
+        for task in _own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in n if n[t]]:
             try:
                 result.append(_read(name, task, Path(committed or COMMITTED)))
             except scores.MissingScores:
@@ -103,6 +103,39 @@ def teachers_scores(
 @lru_cache(maxsize=1)
 def _live(name: str) -> CausalTeacher:
     return load_teacher(name)
+
+
+def example_questions(folder: Path, n: int = 48) -> str:
+    """Write the first ``n`` training questions of ARC-Easy as JSONL into ``folder``, to stand in for your own; its path."""
+    path = folder / "example_questions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_dataset(load_task("arc_easy", "train").questions[:n]).to_json(path, force_ascii=False)
+    return str(path)
+
+
+def split(scored: Scored, share: float = 0.75, seed: int = SEED) -> tuple[Scored, Scored]:
+    """A random ``share`` of the items to train on, and the rest to test on; items of one group stay together.
+
+    Raises ValueError when one side would be empty.
+    """
+    groups = list(dict.fromkeys(scored.task.groups))
+    cut = round(share * len(groups))
+    if not 0 < cut < len(groups):
+        raise ValueError(f"share = {share} of {len(groups)} groups leaves nothing on one side: give more questions")
+    chosen = {groups[i] for i in np.random.default_rng(seed).permutation(len(groups))[:cut]}
+    inside = np.array([group in chosen for group in scored.task.groups])
+    return _part(scored, inside), _part(scored, ~inside)
+
+
+def _part(scored: Scored, chosen: np.ndarray) -> Scored:
+    task, places = scored.task, np.flatnonzero(chosen)
+    part = replace(
+        task,
+        questions=[task.questions[i] for i in places],
+        groups=[task.groups[i] for i in places],
+        members=[task.members[i] for i in places],
+    )
+    return replace(scored, task=part, P=scored.P[chosen])
 
 
 def in_several_prompts(teacher: str, settings: Profile, folder: str = "") -> list[list[Scored]]:
@@ -182,9 +215,11 @@ def in_cyclic_orders(P: np.ndarray) -> np.ndarray:
     return P[:, [every.index(order) for order in cyclic_orders(P.shape[2]).tolist()]]
 
 
-def black_box_decisions(test: Scored) -> np.ndarray:
-    """The teacher's one sampled decision for each item and cyclic order, (item, order), as error correction sees it."""
-    return debias.sampled_decisions(in_cyclic_orders(test.P), np.random.default_rng(SEED))
+def black_box_decisions(test: Scored, greedy: bool = False) -> np.ndarray:
+    """The teacher's one decision for each item and cyclic order, (item, order), as error correction sees it: sampled, or
+    (``greedy``) the most probable one, a tie being broken at random."""
+    P = in_cyclic_orders(test.P)
+    return debias.sampled_decisions(debias.decide(P) if greedy else P, np.random.default_rng(SEED))
 
 
 def baselines(test: Scored) -> list[System]:
@@ -209,18 +244,18 @@ def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     Writes ``folder``/students/<run.name> (an ordinary transformers checkpoint) and ``folder``/predictions/<run.name>.parquet
     (id, order, probabilities by option). No gold answer enters: both sets of questions are stripped of theirs.
     """
-    error_correction = run.student.inputs == "prediction"
     student = train(
         run.student,
         run.training,
         unlabelled(train_on.task.questions),
-        debias.permutation_average(train_on.P),
+        debias.sharpen(debias.permutation_average(train_on.P), run.power),
         folder / "students" / run.name,
-        decision_probs=train_on.P if error_correction else None,
+        decision_probs=None if run.student.inputs == "plain" else debias.decide(train_on.P) if run.greedy else train_on.P,
     )
     orders = cyclic_orders(run.student.k)
-    decisions = black_box_decisions(test) if error_correction else None
-    P = student.predict(unlabelled(test.task.questions), orders, decisions)
+    decisions = black_box_decisions(test, run.greedy) if run.student.inputs == "prediction" else None
+    distributions = in_cyclic_orders(test.P) if run.student.inputs == "distribution" else None
+    P = student.predict_batch(unlabelled(test.task.questions), orders, decisions, distributions)
     parameters = sum(p.numel() for p in student.model.parameters())
     _save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P)
     return System(run.title, "student", P, orders, parameters)

@@ -51,30 +51,34 @@ def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: 
 
 
 def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
-    """T1 as a picture, a column a teacher. Above: permutation sensitivity by task. Below: accuracy, biased and debiased."""
+    """T1 as a picture, a column a teacher. Above: permutation sensitivity by task. Below, where there are gold answers:
+    accuracy, biased and debiased."""
     _style()
     teachers, tasks = list(dict.fromkeys(table.teacher)), list(dict.fromkeys(table.task))
+    n_rows = 2 if "accuracy" in table else 1
     figure, axes = plt.subplots(
-        2,
+        n_rows,
         len(teachers),
-        figsize=(2.2 + 2.6 * len(teachers), 1 + 0.46 * len(tasks)),
+        figsize=(2.2 + 2.6 * len(teachers), 1 + 0.23 * n_rows * len(tasks)),
         sharey=True,
         sharex="row",
         squeeze=False,
         layout="constrained",
     )
     y = np.arange(len(tasks))[::-1]
-    for (above, below), teacher in zip(axes.T, teachers, strict=True):
+    for (above, *below), teacher in zip(axes.T, teachers, strict=True):
         by = table[table.teacher == teacher].set_index(["treatment", "task"])
         biased, debiased = (by.loc[treatment].reindex(tasks) for treatment in (BIASED, DEBIASED))
         _interval(above, biased, "ps", y, color=COLOURS["teacher"])
         above.set(title=teacher, xlabel="permutation sensitivity (TV x 100)", xlim=(0, None))
-        _interval(below, biased, "accuracy", y + 0.15, color=COLOURS["teacher"], label="biased, mean over orders")
-        _interval(below, debiased, "accuracy", y - 0.15, color=COLOURS["debiased"], label="all-orders average")
-        below.set(xlabel="accuracy (%)")
+        for ax in below:
+            _interval(ax, biased, "accuracy", y + 0.15, color=COLOURS["teacher"], label="biased, mean over orders")
+            _interval(ax, debiased, "accuracy", y - 0.15, color=COLOURS["debiased"], label="all-orders average")
+            ax.set(xlabel="accuracy (%)")
     for ax in axes[:, 0]:
         ax.set_yticks(y, [_label(task) for task in tasks])
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    if n_rows == 2:
+        figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -28,6 +28,7 @@ from permdistill.training import TrainingConfig
 
 SEED = 0
 TEST_QUESTIONS = 300  # per multiple-choice set
+FEWER = {"csqa": 100, "hellaswag": 100}  # whose orders take the 1.5B teacher 5 s a question; more extend the sample
 TRAIN_QUESTIONS = 350  # per multiple-choice set that has training questions
 TEST_DOCUMENTS = (*range(25), *range(43, 58))  # places of SummEval's documents
 TRAIN_DOCUMENTS = tuple(range(25, 43))
@@ -36,7 +37,7 @@ SUMMEVAL = tuple(f"summeval_{attribute}" for attribute in ATTRIBUTES)
 TASKS = (*MULTIPLE_CHOICE, *TEST_ONLY, *SUMMEVAL)
 # Other ways to put the questions of some tasks; the first of each kind is the one that everything else uses.
 PROMPTS = {"letters": ("letters", "numbers", "brief"), "summaries": ("summaries", "summaries_letters")}
-PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "mmlu", "socialiqa", "piqa"), "summaries": SUMMEVAL}
+PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "socialiqa", "piqa"), "summaries": SUMMEVAL}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def load_task(name: str, split: str, template: str = "") -> Task:
         )
     if name not in SUMMEVAL:
         whole = load_multiple_choice(name, split)
-        n = TEST_QUESTIONS if split == "test" else TRAIN_QUESTIONS
+        n = FEWER.get(name, TEST_QUESTIONS) if split == "test" else TRAIN_QUESTIONS
         by_subject = partial(stratified, stratum=lambda question: question.id.split("/")[2])
         questions = (by_subject if name == "mmlu" else sample)(whole.questions, n, SEED)
         usual = TEMPLATES[template or "letters"]
@@ -89,22 +90,36 @@ def load_task(name: str, split: str, template: str = "") -> Task:
 
 @dataclass(frozen=True)
 class Run:
-    """One student to train: what it is and how it is trained."""
+    """One student to train: what it is, how it is trained, and on what.
+
+    greedy  whether the decision that error correction sees is the teacher's most probable one, instead of a sampled one
+    power   targets are the debiased probabilities to this power, renormalised: 1 / temperature
+    """
 
     student: StudentConfig
     training: TrainingConfig
+    greedy: bool = False
+    power: float = 1.0
 
     @property
     def name(self) -> str:
-        """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4"."""
+        """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4"; what is not the default is added."""
         s = self.student
-        return f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}"
+        name = f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}"
+        extra = {
+            "greedy": self.greedy,
+            f"power{self.power:g}": self.power != 1,
+            f"seed{self.training.seed}": self.training.seed,
+        }
+        return "-".join([name, *(word for word, wanted in extra.items() if wanted)])
 
     @property
     def title(self) -> str:
-        """For tables, e.g. "all-MiniLM-L6-v2, joint, distillation"."""
-        method = {"plain": "distillation", "prediction": "error correction"}[self.student.inputs]
-        return f"{Path(self.student.encoder).name}, {self.student.head.replace('_', '-')} head, {method}"
+        """For tables, e.g. "all-MiniLM-L6-v2, joint, distillation"; the same for all seeds."""
+        methods = {"plain": "distillation", "prediction": "error correction", "distribution": "white-box error correction"}
+        method = methods[self.student.inputs] + (" (greedy)" if self.greedy else "")
+        power = f", targets to the power {self.power:g}" if self.power != 1 else ""
+        return f"{Path(self.student.encoder).name}, {self.student.head.replace('_', '-')} head, {method}{power}"
 
 
 def _runs(encoder: str, k: int, joint: int, per_option: int, training: TrainingConfig) -> tuple[Run, ...]:
@@ -123,7 +138,7 @@ class Profile:
     teachers         whose scores the teachers' tables report on; the first one teaches
     tasks            what they report on
     n_test, n_train  questions per task, at most
-    n_others         test questions per task of the other teachers: sets with training questions, test only, SummEval
+    n_others         the same for other teachers: sets with training questions, test only, SummEval; 0: left out
     n_prompts        test questions per task that are put in several ways: multiple choice, SummEval
     n_students       test questions per task that students answer: multiple choice, SummEval
     multiple_choice  students for multiple choice
@@ -148,6 +163,11 @@ class Profile:
         return next(n for n, kind in zip(self.n_others, kinds, strict=True) if task in kind)
 
 
+def own_student(k: int) -> Run:
+    """A student to begin with, for questions of ``k`` options: exactly order-invariant, 23M parameters."""
+    return Run(StudentConfig("all-MiniLM-L6-v2", "per_option", "plain", k, 256), TrainingConfig(learning_rate=1e-4))
+
+
 _TINY = TrainingConfig(epochs=1, learning_rate=1e-4)
 PROFILES = {
     # Runs in a minute: the notebooks' defaults, what nbval checks.
@@ -157,7 +177,7 @@ PROFILES = {
         n_test=84,
         n_train=32,
         n_others=(84, 84, 84),
-        n_prompts=(84, 84),
+        n_prompts=(40, 56),
         n_students=(84, 84),
         multiple_choice=_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
         pairs=_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
@@ -168,8 +188,8 @@ PROFILES = {
         tasks=TASKS,
         n_test=10**9,
         n_train=10**9,
-        n_others=(250, 150, 10 * 28),
-        n_prompts=(100, 5 * 28),
+        n_others=(250, 0, 0),
+        n_prompts=(40, 2 * 28),
         n_students=(250, 25 * 28),
         # Within the hour on 2 cores: the larger encoder does not do everything. For summaries the lengths leave both heads
         # about the same share of the article, since the joint head's sequence holds two summaries.

@@ -11,6 +11,8 @@ Inputs
     plain       context, question and options: pure distillation
     prediction  also the teacher's one decision for that order: error correction. joint appends "Prediction: A", per_option
                 marks each option "(chosen)" or "(not chosen)".
+    distribution  the text of plain; the teacher's probabilities for that one order, calibrated by a :class:`Correction`,
+                are added to the logits: white-box error correction, of which the encoder learns what is left.
 
 Saved students are ordinary transformers checkpoints plus ``permdistill.json``, the :class:`StudentConfig`.
 Source: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; the per-option head is ours).
@@ -46,10 +48,11 @@ from permdistill.assets import ASSETS, fetch_folder, sha256_of
 from permdistill.batches import by_length
 from permdistill.data import Question
 from permdistill.machine import has_bfloat16
-from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, to_options
+from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, to_options, to_positions
 
-HEADS, INPUTS = ("joint", "per_option"), ("plain", "prediction")
+HEADS, INPUTS = ("joint", "per_option"), ("plain", "prediction", "distribution")
 LABELS = "ABCDEF"
+EPSILON = 1e-12  # probabilities of 0 count as that much in a logarithm
 CONFIG_FILE = "permdistill.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 
@@ -60,7 +63,7 @@ class StudentConfig:
 
     encoder     a name in :data:`permdistill.assets.ASSETS` ("all-MiniLM-L6-v2"), a local folder, or a hub repository
     head        joint | per_option
-    inputs      plain | prediction
+    inputs      plain | prediction | distribution
     k           number of options, 2..6
     max_length  tokens a sequence; only context and question are ever cut, see :meth:`Student.encode`
     """
@@ -113,13 +116,34 @@ def texts(config: StudentConfig, question: Question, order: Sequence[int], decis
     return [Text(question.context, question.question, o + m) for o, m in zip(question.options, marks, strict=True)]
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What the teacher's probabilities in one order are turned into: logits scale * log P(position) + position[position].
+
+    scale     1 / temperature
+    position  (K,) what takes the preference for positions away
+    """
+
+    scale: float
+    position: tuple[float, ...]
+
+    def logits(self, distributions: np.ndarray, orders: np.ndarray) -> np.ndarray:
+        """P (..., order, option) and orders (..., order, K) -> logits by option (..., order, option)."""
+        by_position = np.log(np.maximum(to_positions(np.asarray(distributions, dtype=np.float64), orders), EPSILON))
+        return to_options(self.scale * by_position + np.array(self.position), orders)
+
+
 @dataclass
 class Student:
-    """A model and its tokenizer under a :class:`StudentConfig`. Make one with :func:`build` or :meth:`from_pretrained`."""
+    """A model and its tokenizer under a :class:`StudentConfig`. Make one with :func:`build` or :meth:`from_pretrained`.
+
+    ``correction`` belongs to inputs="distribution": training fits it, before the encoder learns anything.
+    """
 
     config: StudentConfig
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    correction: Correction | None = None
 
     def encode(
         self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None = None
@@ -154,7 +178,7 @@ class Student:
             raise ValueError(f"orders of shape {orders.shape[1:]}: give (order, {k}) permutations of 0..{k - 1}")
         if (decisions is not None) != (self.config.inputs == "prediction"):
             state = "missing" if decisions is None else "given"
-            fix = "'prediction' needs the teacher's option indices (item, order), 'plain' takes none"
+            fix = "'prediction' needs the teacher's option indices (item, order), the others take none"
             raise ValueError(f"inputs={self.config.inputs!r} and decisions {state}: {fix}")
         if decisions is None:
             return
@@ -208,11 +232,48 @@ class Student:
         places = torch.from_numpy(index)
         return logits[places] if self.config.head == "joint" else logits[:, 0][places]
 
+    def offsets(self, distributions: np.ndarray | None, orders: np.ndarray) -> np.ndarray | float:
+        """What the teacher's probabilities (item, order, option) in ``orders`` (item, order, K) add to the logits, in the
+        axes of :meth:`gather`; 0 for other inputs. Raises ValueError when they are missing, or given where none belong."""
+        if (distributions is not None) != (self.config.inputs == "distribution"):
+            state = "missing" if distributions is None else "given"
+            fix = "'distribution' needs the teacher's probabilities (item, order, option), the others take none"
+            raise ValueError(f"inputs={self.config.inputs!r} and distributions {state}: {fix}")
+        if distributions is None:
+            return 0.0
+        if np.shape(distributions) != orders.shape:
+            raise ValueError(
+                f"distributions of shape {np.shape(distributions)}: give (item, order, option) = {orders.shape}"
+            )
+        if self.correction is None:
+            raise ValueError("this student has no correction yet: train it, or load a trained one")
+        logits = self.correction.logits(distributions, orders)
+        return to_positions(logits, orders) if self.config.head == "joint" else logits
+
     def predict(
+        self,
+        question: str,
+        options: Sequence[str],
+        context: str = "",
+        decision: int | None = None,
+        distribution: Sequence[float] | None = None,
+    ) -> np.ndarray:
+        """Probabilities of the K options of one question, (K,), in the order in which they are given.
+
+        decision      index of the option that the teacher chose in this order, for inputs="prediction"
+        distribution  (K,) the teacher's probabilities in this order, for inputs="distribution"
+        """
+        decisions = None if decision is None else np.array([[decision]])
+        distributions = None if distribution is None else np.array([[distribution]])
+        one = Question("question", context, question, tuple(options))
+        return self.predict_batch([one], np.arange(len(options))[None], decisions, distributions)[0, 0]
+
+    def predict_batch(
         self,
         questions: Sequence[Question],
         orders: np.ndarray,
         decisions: np.ndarray | None = None,
+        distributions: np.ndarray | None = None,
         batch_tokens: int = 4096,
         autocast: bool | None = None,
     ) -> np.ndarray:
@@ -220,22 +281,25 @@ class Student:
 
         orders        (order, K)
         decisions     (item, order) option indices, the teacher's; required for inputs="prediction", else refused
+        distributions (item, order, option) the teacher's probabilities; required for inputs="distribution", else refused
         batch_tokens  tokens a forward pass, padding included; bounds the memory above the weights
         autocast      bfloat16 matrix products; None: where the machine has units for them
         """
         orders, k = np.asarray(orders), self.config.k
+        offsets = self.offsets(distributions, np.broadcast_to(orders, (len(questions), *orders.shape)))
         same = self.config.head == "per_option" and decisions is None  # nothing depends on the order: compute it once
         used = orders[:1] if same else orders
         rows, index = self.encode(questions, np.broadcast_to(used, (len(questions), *used.shape)), decisions)
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
         logits = torch.empty(len(rows), k if self.config.head == "joint" else 1)
         self.model.eval()
-        bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}")
+        bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}", delay=1)
         with bar, torch.inference_mode(), mixed_precision(self.model.device, autocast):
             for batch in by_length(lengths, batch_tokens):
                 logits[batch] = self.logits([rows[i] for i in batch]).cpu()
                 bar.update(len(batch))
-        p = self.gather(logits.double(), index).softmax(-1).numpy()
+        gathered = self.gather(logits.double(), index).numpy() + offsets
+        p = np.exp(gathered - np.logaddexp.reduce(gathered, axis=-1, keepdims=True))
         if self.config.head == "joint":
             p = to_options(p, orders)
         return np.broadcast_to(p, (len(questions), len(orders), k)).copy()
@@ -249,7 +313,8 @@ class Student:
         with _quiet():
             self.model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
-        (part / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        settings = asdict(self.config) | ({"correction": asdict(self.correction)} if self.correction else {})
+        (part / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (path / CONFIG_FILE).unlink(missing_ok=True)  # without it the folder is no student; it comes back last
         for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG_FILE):
             os.replace(file, path / file.name)
@@ -261,7 +326,12 @@ class Student:
         file = Path(path) / CONFIG_FILE
         if not file.exists():
             raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: give a folder that Student.save finished")
-        return _load(StudentConfig(**json.loads(file.read_text(encoding="utf-8"))), str(path))
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        correction = settings.pop("correction", None)
+        student = _load(StudentConfig(**settings), str(path))
+        if correction:
+            student.correction = Correction(correction["scale"], tuple(correction["position"]))
+        return student
 
 
 def build(config: StudentConfig, seed: int) -> Student:

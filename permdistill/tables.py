@@ -94,7 +94,7 @@ def correct(P: np.ndarray, questions: Sequence[Question]) -> np.ndarray:
 
 
 def measure(
-    P: np.ndarray,
+    P: np.ndarray | Sequence[np.ndarray],
     orders: np.ndarray,
     questions: Sequence[Question],
     groups: Sequence[str],
@@ -103,12 +103,14 @@ def measure(
 ) -> dict[str, float]:
     """Metrics of one system on one task, with 95% bootstrap intervals, as far as these orders and questions allow them.
 
-    P         (item, order, option), the system's probabilities
+    P         (item, order, option), the system's probabilities; several of them (a student's seeds) count as their mean,
+              item by item, so that the interval is of the mean over these seeds
     orders    (order, K)
     groups    per item, what is resampled together (its document)
     baseline  per item, the accuracy of the system to compare with (see :func:`correct`): adds the paired ``gain``
     names     of :data:`METRICS`
     """
+    seeds = [P] if isinstance(P, np.ndarray) else list(P)
     labelled, unit = np.array([q.answer is not None for q in questions]), np.asarray(groups)
     gold = np.array([q.answer for q in questions if q.answer is not None])
     row: dict[str, float] = {"n": int(labelled.sum())}
@@ -121,8 +123,8 @@ def measure(
         metric = METRICS[name]
         if not metric.fits(orders) or (metric.gold and not labelled.any()):
             continue
-        chosen = labelled if metric.gold else np.ones(len(P), dtype=bool)
-        values = metric.values(P[chosen], orders, gold)
+        chosen = labelled if metric.gold else np.ones(len(labelled), dtype=bool)
+        values = np.mean([metric.values(one[chosen], orders, gold) for one in seeds], axis=0)
         add(name, values, unit[chosen])
         if name == "accuracy" and baseline is not None:
             add("gain", values - baseline[labelled], unit[chosen])
@@ -152,7 +154,8 @@ def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """T1 with one row per teacher and task, for people: accuracies in points, gain and ps with their intervals."""
+    """T1 with one row per teacher and task, for people: accuracies in points, gain and ps with their intervals; without gold
+    answers ps alone."""
     by = table.set_index(["teacher", "task", "treatment"])
     rows = []
     for teacher, task in table[["teacher", "task"]].drop_duplicates().itertuples(index=False):
@@ -164,9 +167,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             (debias.CONTEXT_PRIOR_MATCHING, "context prior-m."),
             (DEBIASED, "all orders"),
         ):
-            row[title] = f"{100 * by.loc[(teacher, task, treatment)].accuracy:.1f}"
+            if "accuracy" in table:
+                row[title] = f"{100 * by.loc[(teacher, task, treatment)].accuracy:.1f}"
         for title, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
-            row[title] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
+            if name in table:
+                row[title] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -277,24 +282,29 @@ def left_out(tasks: Iterable[Task]) -> pd.DataFrame:
 
 def losses(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of T1 in which debiasing does *not* raise accuracy: what a reader must not miss."""
-    return table[(table.treatment == DEBIASED) & ~(table.gain > 0)]
+    gain = table.get("gain", pd.Series(np.nan, index=table.index))
+    return table[(table.treatment == DEBIASED) & ~(gain > 0)]
 
 
 def students(test: Scored, systems: Sequence[System]) -> pd.DataFrame:
     """T2 and T3: one row per system and task, and per system over all tasks together. ``gain`` is paired with the biased
-    teacher, the first of ``systems``."""
+    teacher, the first of ``systems``. Systems of the same name are seeds of one student, and share a row."""
     rows = []
+    by_name: dict[str, list[System]] = {}
+    for system in systems:
+        by_name.setdefault(system.name, []).append(system)
     members = np.array(test.task.members)
     baseline = correct(systems[0].P, test.task.questions)
     for name in dict.fromkeys([*test.task.members, "all"]):
         chosen = np.flatnonzero(members == name) if name != "all" else np.arange(len(members))
         questions = [test.task.questions[i] for i in chosen]
         groups = [test.task.groups[i] for i in chosen]
-        for system in systems:
+        for system, seeds in ((own[0], own) for own in by_name.values()):
             compared = None if system is systems[0] else baseline[chosen]
-            row = measure(system.P[chosen], system.orders, questions, groups, compared)
+            row = measure([s.P[chosen] for s in seeds], system.orders, questions, groups, compared)
             millions = np.nan if system.parameters is None else system.parameters / 1e6
-            rows.append({"task": name, "system": system.name, "kind": system.kind, "parameters_millions": millions, **row})
+            key = {"task": name, "system": system.name, "kind": system.kind, "parameters_millions": millions}
+            rows.append({**key, "seeds": len(seeds) if system.kind == "student" else np.nan, **row})
     return pd.DataFrame(rows)
 
 
@@ -344,6 +354,8 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     out = frame[keys].copy()
     if "parameters_millions" in out:
         out["parameters_millions"] = [f"{m:.1f}" if m == m else "" for m in frame.parameters_millions]
+    if "seeds" in out:
+        out["seeds"] = [f"{n:.0f}" if n == n else "" for n in frame.seeds]
     for name, metric in METRICS.items():
         if name not in frame or frame[name].isna().all():
             continue

@@ -1,8 +1,9 @@
 """Training a student: minimise KL(debiased teacher || student) on questions without gold answers. A short explicit loop.
 
 Every epoch shows each question once, in a new uniformly random order; for error correction one decision is drawn from the
-teacher's probabilities in that order. All randomness is derived from (seed, epoch) and (seed, step), so a run that was
-killed goes on from its checkpoint to the same weights, and a finished one is loaded instead of repeated.
+teacher's probabilities in that order, or the student sees the probabilities themselves. All randomness is derived from
+(seed, epoch) and (seed, step), so a run that was killed goes on from its checkpoint to the same weights, and a finished
+one is loaded instead of repeated.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from tqdm import tqdm
 
 from permdistill.assets import locked
 from permdistill.data import Question
 from permdistill.orders import all_orders, to_positions
-from permdistill.students import Row, Student, StudentConfig, build, encoder_key, mixed_precision
+from permdistill.students import EPSILON, Correction, Row, Student, StudentConfig, build, encoder_key, mixed_precision
 
 RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
 SAVE_SECONDS = 30.0  # at most so much training is lost to a kill
@@ -71,6 +73,29 @@ def kl_loss(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Both (item, K), with the same meaning of the last axis. Source: arXiv 2403.13590.
     """
     return torch.nn.functional.kl_div(log_probs, targets, reduction="batchmean")
+
+
+def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Correction:
+    """The scale and position logits that bring the teacher's answers in single orders closest to the targets.
+
+    P (item, order, option) over ``orders`` (order, K), targets (item, option). Minimises the mean over items and orders of
+    KL(target || softmax(scale log P + position logits)), which is convex. Like prior-matching it reads no gold answer;
+    unlike it, it takes the teacher's answers over the other orders of the same questions as its goal.
+    """
+    k = P.shape[2]
+    log_p = np.log(np.maximum(to_positions(np.asarray(P, dtype=np.float64), orders), EPSILON)).reshape(-1, k)
+    goals = to_positions(np.broadcast_to(targets[:, None], P.shape), orders).reshape(-1, k)
+
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = x[0] * log_p + x[1:]
+        log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        slope = (np.exp(log_q) - goals) / len(goals)
+        # The mean of the position logits changes nothing: the square picks 0.
+        value = -(goals * log_q).sum() / len(goals) + x[1:].mean() ** 2 / 2
+        return value, np.concatenate([[(slope * log_p).sum()], slope.sum(axis=0) + x[1:].mean() / k])
+
+    found = minimize(value_and_gradient, np.r_[1.0, np.zeros(k)], jac=True, method="BFGS", options={"gtol": 1e-6})
+    return Correction(float(found.x[0]), tuple(float(v) for v in found.x[1:] - found.x[1:].mean()))
 
 
 def rate(step: int, total: int, warmup: float) -> float:
@@ -167,7 +192,7 @@ def train(
 
     questions       without gold answers, as :func:`permdistill.data.unlabelled` gives them
     targets         (item, option) probabilities, the debiased teacher's
-    decision_probs  (item, order, option) the teacher's, over ``orders``; required for inputs="prediction" (or ``drawn``)
+    decision_probs  (item, order, option) the teacher's, over ``orders``; refused for inputs="plain", else required
     orders          (order, K) to draw from; None: all K!
     autocast        bfloat16 matrix products, see :func:`permdistill.students.mixed_precision`
     on_step         called after each step with its number (from 1) and its loss
@@ -187,17 +212,18 @@ def train(
     if not n:
         raise ValueError("0 questions: give at least 1")
     targets = _checked("targets", targets, (n, config.k))
-    if decision_probs is not None and drawn is not None:
-        raise ValueError("decision_probs and drawn given: give one of them")
-    if (decision_probs is not None or drawn is not None) != (config.inputs == "prediction"):
-        found = (
-            "decision_probs missing" if config.inputs == "prediction" else "drawn given" if drawn else "decision_probs given"
-        )
-        raise ValueError(f"inputs={config.inputs!r} and {found}: 'prediction' needs them (or drawn), 'plain' takes none")
+    if drawn is not None:
+        if config.inputs != "prediction" or decision_probs is not None:
+            more = "" if decision_probs is None else " and decision_probs"
+            raise ValueError(
+                f"inputs={config.inputs!r}, drawn{more} given: drawn goes with inputs='prediction', instead of them"
+            )
+        drawn = _checked_draws(*drawn, n, config.k)
+    elif (decision_probs is not None) != (config.inputs != "plain"):
+        found = "missing" if decision_probs is None else "given"
+        raise ValueError(f"inputs={config.inputs!r} and decision_probs {found}: 'plain' takes none, the others need them")
     if decision_probs is not None:
         decision_probs = _checked("decision_probs", decision_probs, (n, *orders.shape))
-    if drawn is not None:
-        drawn = _checked_draws(*drawn, n, config.k)
     key = _key(
         [RECIPE, asdict(config), encoder_key(config.encoder), asdict(training), autocast],
         questions,
@@ -229,6 +255,9 @@ def _run(
     """:func:`train` from the last checkpoint, or from the start."""
     n = len(questions)
     student = build(config, training.seed)
+    if config.inputs == "distribution":
+        assert decision_probs is not None
+        student.correction = fit_correction(decision_probs, orders, targets)
     optimiser = torch.optim.AdamW(_parameter_groups(student, training), lr=training.learning_rate, fused=True)
     per_epoch = -(-n // training.batch_size)
     total, seconds = training.epochs * per_epoch, 0.0
@@ -293,6 +322,7 @@ class _Epoch:
     lengths: np.ndarray  # (sequence,)
     index: np.ndarray
     goals: torch.Tensor
+    offsets: torch.Tensor  # (item, K), added to the logits
     plan: list[np.ndarray]
 
 
@@ -308,20 +338,25 @@ def _epoch(
 ) -> _Epoch:
     """Draw orders, decisions and batches. Depends on the seed and the epoch's number only, so it can be drawn again."""
     rng, n, joint = np.random.default_rng((training.seed, number)), len(questions), student.config.head == "joint"
+    offsets = np.zeros((n, student.config.k))
     if draws is not None:
         place = _one_of_the_decided(draws[1], rng)
         shown, decisions = draws[0][np.arange(n), place][:, None], draws[1][np.arange(n), place][:, None]
     else:
         drawn = rng.integers(len(orders), size=n)
         shown = orders[drawn][:, None]  # (item, order = 1, K)
-        decisions = None if decision_probs is None else _sampled(decision_probs[np.arange(n), drawn], rng)[:, None]
+        seen = None if decision_probs is None else decision_probs[np.arange(n), drawn]  # (item, option)
+        decisions = _sampled(seen, rng)[:, None] if seen is not None and student.config.inputs == "prediction" else None
+        if seen is not None and student.config.inputs == "distribution":
+            offsets = np.asarray(student.offsets(seen[:, None], shown))[:, 0]
     rows, index = student.encode(questions, shown, decisions)
     lengths = np.array([len(row["input_ids"]) for row in rows])
     goals = to_positions(targets[:, None], shown) if joint else targets[:, None]
     # Questions of one context and wording share sequences when each option stands in its own.
     groups = range(n) if joint else [(q.context, q.question) for q in questions]
     plan = batches(groups, lengths[index.reshape(n, -1)].max(-1), training.batch_size, rng)
-    return _Epoch(rows, lengths, index, torch.tensor(goals[:, 0], dtype=torch.float32), plan)
+    as_tensor = partial(torch.tensor, dtype=torch.float32)
+    return _Epoch(rows, lengths, index, as_tensor(goals[:, 0]), as_tensor(offsets), plan)
 
 
 def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None) -> float:
@@ -331,7 +366,8 @@ def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: 
         used, local = np.unique(epoch.index[piece], return_inverse=True)
         with mixed_precision(student.model.device, autocast):
             logits = student.logits([epoch.rows[s] for s in used])
-        log_probs = student.gather(logits, local.reshape(epoch.index[piece].shape))[:, 0].log_softmax(-1)
+        logits = student.gather(logits, local.reshape(epoch.index[piece].shape))[:, 0]
+        log_probs = (logits + epoch.offsets[piece].to(logits.device)).log_softmax(-1)
         loss = kl_loss(log_probs, epoch.goals[piece].to(log_probs.device)) * (len(piece) / len(batch))
         loss.backward()
         total += loss.item()

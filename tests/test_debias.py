@@ -698,3 +698,12 @@ def test_what_no_weights_can_make_uniform_is_refused(rng):
     P = np.concatenate([rng.dirichlet(np.ones(4), size=(1, 24)), always_a(4)])
     with pytest.raises(ValueError, match="item 1: position 1 has probability 0 in all 24 rows"):
         debias.context_prior_matching(P, all_orders(4))
+
+
+def test_sharpen_in_closed_form():
+    Q = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
+    assert debias.sharpen(Q, 1).tolist() == Q.tolist()
+    assert debias.sharpen(Q, 2) == pytest.approx(np.array([[2 / 3, 1 / 6, 1 / 6], [1, 0, 0]]))
+    assert debias.sharpen(Q[:1], 0.5)[0, 0] == pytest.approx(np.sqrt(0.5) / (np.sqrt(0.5) + 1))
+    with pytest.raises(ValueError, match="power = 0"):
+        debias.sharpen(Q, 0)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from permdistill.profiles import PROMPTS
+from permdistill.teachers import TEACHERS
+
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -44,5 +47,8 @@ def test_notebooks_run_one_after_the_other_in_the_order_of_their_numbers(tmp_pat
 def test_live_scores_take_the_place_of_the_committed_ones(tmp_path):
     planned = make("-n", "paper", "TEACHER=live", f"BUILD={tmp_path}/build").stdout
     assert "permdistill.cli audit" not in planned
-    assert planned.count("permdistill.cli score") == 3
+    for teacher in TEACHERS:
+        assert re.search(rf"permdistill\.cli score .*{teacher}|for teacher in .*{teacher}", planned), teacher
+    for templates in PROMPTS.values():
+        assert all(name in planned for name in templates[1:])
     assert f'-r scores "{tmp_path}/build/scores"' in planned

@@ -18,7 +18,7 @@ def tagged(notebook, tag: str) -> list:
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -26,8 +26,11 @@ class TestNotebook:
     def test_parameters_are_what_make_paper_sets(self, path):
         (cell,) = tagged(nbformat.read(path, 4), "parameters")
         values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
-        own = {"teacher": "", "questions": ""} if path.stem == "01_teachers" else {}
-        assert values == {"profile": "smoke", "output": "", "scores": ""} | own
+        own = {
+            "01_teachers": {"teacher": "", "questions": ""},
+            "08_your_own_student": {"teacher": "smollm2-135m", "questions": ""},
+        }
+        assert values == {"profile": "smoke", "output": "", "scores": ""} | own.get(path.stem, {})
         assert values["profile"] in profiles.PROFILES
 
     def test_something_is_compared(self, path):

@@ -105,7 +105,7 @@ def test_joint_maps_positions_to_options(encoder):
         student.model.classifier.weight.zero_()
         student.model.classifier.bias.copy_(torch.log(torch.tensor([0.7, 0.2, 0.1])))
     orders = all_orders(3)
-    p = student.predict(some_questions(), orders, autocast=False)
+    p = student.predict_batch(some_questions(), orders, autocast=False)
     assert p.shape == (5, 6, 3) and p.dtype == np.float64
     for j, order in enumerate(orders):
         for position, expected in enumerate([0.7, 0.2, 0.1]):
@@ -118,7 +118,7 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
     student = build(StudentConfig(encoder, head, "prediction", 3), 0)
     questions, orders = some_questions(4, context="long story"), all_orders(3)
     decisions = np.random.default_rng(0).integers(3, size=(4, 6))
-    p = student.predict(questions, orders, decisions, batch_tokens=100, autocast=False)
+    p = student.predict_batch(questions, orders, decisions, batch_tokens=100, autocast=False)
     for i, question in enumerate(questions):
         for j, order in enumerate(orders):
             pairs = [(t.first, t.second) for t in texts(student.config, question, order, int(decisions[i, j]))]
@@ -150,7 +150,7 @@ def test_per_option_is_exactly_order_equivariant_and_joint_is_not(encoder):
     questions, orders = some_questions(6, 4), all_orders(4)
 
     def spread(student: Student, decisions=None) -> float:
-        p = student.predict(questions, orders, decisions, autocast=False)
+        p = student.predict_batch(questions, orders, decisions, autocast=False)
         return float(np.abs(p - p[:, :1]).max())
 
     assert spread(build(StudentConfig(encoder, "per_option"), 0)) == 0.0
@@ -160,7 +160,7 @@ def test_per_option_is_exactly_order_equivariant_and_joint_is_not(encoder):
     # Permuting the options themselves permutes the probabilities.
     student, order = build(StudentConfig(encoder, "per_option"), 0), [2, 0, 3, 1]
     shown = [Question(q.id, q.context, q.question, tuple(q.options[o] for o in order)) for q in questions]
-    p, permuted = (student.predict(list(q), orders[:1], autocast=False)[:, 0] for q in (questions, shown))
+    p, permuted = (student.predict_batch(list(q), orders[:1], autocast=False)[:, 0] for q in (questions, shown))
     assert np.abs(p[:, order] - permuted).max() < 1e-6
 
 
@@ -169,20 +169,20 @@ def test_decisions_must_fit_the_inputs(encoder, head):
     questions, orders = some_questions(2), all_orders(3)
     good = np.zeros((2, 6), dtype=int)
     with pytest.raises(ValueError, match="decisions given"):
-        build(StudentConfig(encoder, head, k=3), 0).predict(questions, orders, good)
+        build(StudentConfig(encoder, head, k=3), 0).predict_batch(questions, orders, good)
     student = build(StudentConfig(encoder, head, "prediction", 3), 0)
     with pytest.raises(ValueError, match="decisions missing"):
-        student.predict(questions, orders)
+        student.predict_batch(questions, orders)
     with pytest.raises(ValueError, match=r"'q1', order 4: decision 3"):
-        student.predict(questions, orders, good + 3 * (np.arange(12).reshape(2, 6) == 10))
+        student.predict_batch(questions, orders, good + 3 * (np.arange(12).reshape(2, 6) == 10))
     with pytest.raises(ValueError, match="float64"):
-        student.predict(questions, orders, good / 1)
+        student.predict_batch(questions, orders, good / 1)
     with pytest.raises(ValueError, match="'q0' has 3 options"):
-        build(StudentConfig(encoder, head, k=4), 0).predict(questions, all_orders(4))
+        build(StudentConfig(encoder, head, k=4), 0).predict_batch(questions, all_orders(4))
     with pytest.raises(ValueError, match="permutations"):
-        student.predict(questions, np.zeros((6, 3), dtype=int), good)
+        student.predict_batch(questions, np.zeros((6, 3), dtype=int), good)
     with pytest.raises(ValueError, match=r"orders of shape \(2, 2\)"):
-        student.predict(questions, all_orders(2), good)
+        student.predict_batch(questions, all_orders(2), good)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_saved_student_is_an_ordinary_checkpoint(encoder, tmp_path, head, auto
     assert tokenizer("yes", "no")["input_ids"] == student.tokenizer("yes", "no")["input_ids"]
     again = Student.from_pretrained(str(tmp_path / "s"))
     assert again.config == student.config
-    p, q = (s.predict(some_questions(), all_orders(3), autocast=False) for s in (student, again))
+    p, q = (s.predict_batch(some_questions(), all_orders(3), autocast=False) for s in (student, again))
     assert np.allclose(p, q, atol=1e-6)  # some CPUs' float32 products depend on where in memory a matrix lies
     assert not list((tmp_path / "s").glob(".*"))
 
@@ -265,7 +265,7 @@ def test_mpnet_has_no_segments_and_shifted_positions(encoder, tmp_path, head):
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 34, "pad_token_id": 1}
     MPNetModel(MPNetConfig(**sizes)).save_pretrained(tmp_path)
     student = build(StudentConfig(str(tmp_path), head, k=3, max_length=32), 0)  # 34 positions, two of them reserved
-    p = student.predict(some_questions(context="story " * 50), all_orders(3), autocast=False)
+    p = student.predict_batch(some_questions(context="story " * 50), all_orders(3), autocast=False)
     assert p.shape == (5, 6, 3) and p.sum(-1) == pytest.approx(1)
     with pytest.raises(ValueError, match="max_length = 33.*32 positions"):
         build(StudentConfig(str(tmp_path), head, k=3, max_length=33), 0)
@@ -273,7 +273,7 @@ def test_mpnet_has_no_segments_and_shifted_positions(encoder, tmp_path, head):
 
 def test_bfloat16_stays_near_float32(encoder):
     student = build(StudentConfig(encoder, "per_option", k=3), 0)
-    p, q = (student.predict(some_questions(), all_orders(3), autocast=on) for on in (True, False))
+    p, q = (student.predict_batch(some_questions(), all_orders(3), autocast=on) for on in (True, False))
     assert 0 < np.abs(p - q).max() < 0.05
 
 

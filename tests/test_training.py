@@ -19,9 +19,9 @@ from test_students import WORDS, make_encoder
 
 from permdistill import training as training_module
 from permdistill.data import Question
-from permdistill.orders import all_orders
-from permdistill.students import Student, StudentConfig
-from permdistill.training import TrainingConfig, batches, kl_loss, pieces, rate, read_log, train
+from permdistill.orders import all_orders, to_options
+from permdistill.students import Student, StudentConfig, build
+from permdistill.training import TrainingConfig, batches, fit_correction, kl_loss, pieces, rate, read_log, train
 
 K = 3
 FAST = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=8, save_every=3)
@@ -146,7 +146,7 @@ def test_training_learns_the_planted_option(encoder, tmp_path, head):
     steps = replace(FAST, epochs=5 if head == "joint" else 2, learning_rate=3e-3, batch_size=16, save_every=100)
     student = train(StudentConfig(encoder, head, k=K), steps, questions, soft(right), tmp_path, autocast=False)
     unseen, truth = toy(100, 1)
-    p = student.predict(unseen, all_orders(K), autocast=False)
+    p = student.predict_batch(unseen, all_orders(K), autocast=False)
     assert (p.argmax(-1) == truth[:, None]).mean() > 0.9
     losses = read_log(tmp_path)["losses"]
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
@@ -162,8 +162,63 @@ def test_error_correction_can_copy_the_decision(encoder, tmp_path, head):
     config = StudentConfig(encoder, head, "prediction", K)
     student = train(config, steps, questions, soft(right), tmp_path, probs, autocast=False)
     decisions = np.random.default_rng(5).integers(K, size=(60, 6))
-    p = student.predict(questions[:60], all_orders(K), decisions, autocast=False)
+    p = student.predict_batch(questions[:60], all_orders(K), decisions, autocast=False)
     assert (p.argmax(-1) == decisions).mean() > 0.9
+
+
+def planted_scores(preferences: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """P (item, order, option) of a teacher with these option logits (item, option) and position logits (position,)."""
+    orders = all_orders(len(bias))
+    logits = preferences[:, None] + to_options(np.broadcast_to(bias, orders.shape), orders)
+    return np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+
+
+def test_correction_takes_a_planted_bias_and_temperature_away():
+    rng = np.random.default_rng(0)
+    preferences, bias = rng.normal(size=(50, K)), np.array([1.5, -0.5, -1.0])
+    targets = np.exp(0.5 * preferences) / np.exp(0.5 * preferences).sum(-1, keepdims=True)
+    correction = fit_correction(planted_scores(preferences, bias), all_orders(K), targets)
+    assert correction.scale == pytest.approx(0.5, abs=1e-3)
+    assert correction.position == pytest.approx(-0.5 * bias, abs=1e-3)
+    corrected = correction.logits(planted_scores(preferences, bias), np.broadcast_to(all_orders(K), (50, 6, K)))
+    corrected -= corrected.mean(axis=-1, keepdims=True)  # a constant changes no probability
+    assert corrected == pytest.approx(np.broadcast_to(corrected[:, :1], corrected.shape), abs=1e-4)  # in every order
+
+
+@HEADS
+def test_white_box_error_correction_starts_from_the_teacher_and_survives_saving(encoder, tmp_path, head):
+    questions, right = toy(48, 0)
+    P = planted_scores(1.5 * np.eye(K)[right], np.array([2.0, 0.0, 0.0]))  # knows, but prefers the first position
+    config = StudentConfig(encoder, head, "distribution", K, 64)
+    student = train(config, FAST, questions, P.mean(axis=1), tmp_path, decision_probs=P)
+    orders = all_orders(K)
+    answers = student.predict_batch(questions, orders, distributions=P)
+    assert (P.argmax(-1) == right[:, None]).mean() < 0.7  # the teacher in single orders
+    assert (answers.argmax(-1) == right[:, None]).all()
+    again = Student.from_pretrained(tmp_path)
+    assert again.correction == student.correction
+    assert again.predict_batch(questions, orders, distributions=P) == pytest.approx(answers, abs=1e-6)
+    # The encoder's part alone: what is left when the teacher says nothing in any order.
+    nothing = np.full_like(P, 1 / K)
+    assert not np.allclose(again.predict_batch(questions, orders, distributions=nothing), answers, atol=0.05)
+
+
+def test_distributions_must_fit_the_inputs(encoder, tmp_path):
+    questions, right = toy(4, 0)
+    P = planted_scores(np.eye(K)[right], np.zeros(K))
+    orders = all_orders(K)
+    plain = build(StudentConfig(encoder, "per_option", "plain", K, 64), 0)
+    with pytest.raises(ValueError, match="inputs='plain' and distributions given"):
+        plain.predict_batch(questions, orders, distributions=P)
+    student = build(StudentConfig(encoder, "per_option", "distribution", K, 64), 0)
+    with pytest.raises(ValueError, match="distributions missing"):
+        student.predict_batch(questions, orders)
+    with pytest.raises(ValueError, match="no correction yet"):
+        student.predict_batch(questions, orders, distributions=P)
+    with pytest.raises(ValueError, match=r"distributions of shape \(4, 2, 3\)"):
+        student.predict_batch(questions, orders, distributions=P[:, :2])
+    with pytest.raises(ValueError, match="'distribution' and decision_probs missing"):
+        train(student.config, FAST, questions, P.mean(1), tmp_path)
 
 
 @HEADS
@@ -336,7 +391,7 @@ def test_one_step_in_pieces_is_the_same_step(encoder, tmp_path, head):
     losses = [read_log(tmp_path / name)["losses"] for name in ("1000000", "60")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     # AdamW's first steps are near lr * sign(gradient): compare what the students say, not single weights.
-    p, q = (r.predict(questions, all_orders(K), autocast=False) for r in results)
+    p, q = (r.predict_batch(questions, all_orders(K), autocast=False) for r in results)
     assert np.abs(p - q).max() < 1e-3
 
 
@@ -402,7 +457,7 @@ def test_error_correction_from_black_box_decisions(encoder, tmp_path, monkeypatc
     assert as_good_as_same(first, train(config, FAST, questions, soft(right), tmp_path / "b", drawn=drawn))
     monkeypatch.undo()
     assert same(first, train(config, FAST, questions, soft(right), tmp_path / "a", drawn=drawn))  # loaded
-    assert first.predict(questions[:2], all_orders(K), np.zeros((2, 6), int)).shape == (2, 6, K)
+    assert first.predict_batch(questions[:2], all_orders(K), np.zeros((2, 6), int)).shape == (2, 6, K)
 
 
 def test_misfitting_black_box_decisions_are_refused(encoder, tmp_path):
@@ -411,7 +466,7 @@ def test_misfitting_black_box_decisions_are_refused(encoder, tmp_path):
     prediction, plain = (StudentConfig(encoder, "joint", inputs, K, 64) for inputs in ("prediction", "plain"))
     silent = np.where(np.arange(8)[:, None] == 5, -1, decisions)
     for config, drawn, message in (
-        (plain, (orders, decisions), "drawn given"),
+        (plain, (orders, decisions), "drawn given: drawn goes with"),
         (prediction, (orders[:7], decisions), r"shape \(7, 6, 3\) .*give \(8, draw, 3\)"),
         (prediction, (orders * 0, decisions), "give permutations of 0..2"),
         (prediction, (orders, decisions + 3), "option indices or -1"),
@@ -419,6 +474,6 @@ def test_misfitting_black_box_decisions_are_refused(encoder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train(config, FAST, questions, soft(right), tmp_path, drawn=drawn)
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="drawn and decision_probs given"):
         probs = np.full((8, 6, K), 1 / K)
         train(prediction, FAST, questions, soft(right), tmp_path, decision_probs=probs, drawn=(orders, decisions))

@@ -1,0 +1,113 @@
+"""What a student is, for whoever finds it: a model card beside its weights, and the one function that publishes both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from permdistill import tables
+from permdistill.assets import ASSETS
+from permdistill.experiments import Scored
+from permdistill.profiles import Run
+from permdistill.students import CONFIG_FILE
+from permdistill.training import read_log
+
+CARD = "README.md"
+
+_USE = {
+    "plain": "student.predict(question, options)",
+    "prediction": "student.predict(question, options, decision=i)  # i: the option that the teacher chose, in this order",
+    "distribution": "student.predict(question, options, distribution=p)  # p: the teacher's probabilities, in this order",
+}
+
+
+def _licence(name: str) -> str:
+    return next(
+        (asset.licence for key, asset in ASSETS.items() if key.startswith(f"{name}.") or key.startswith(f"{name}/")), ""
+    )
+
+
+def card(folder: str | Path, measured: pd.DataFrame, teacher: str, train_tasks: Sequence[str]) -> str:
+    """The model card (Markdown with the hub's metadata) of the student in ``folder``, from its training log.
+
+    measured     the rows of the students' table (:func:`permdistill.tables.students`) of this student and what it is
+                 compared with
+    train_tasks  what its training questions come from
+    """
+    log = read_log(folder)
+    student, training = log["student"], log["training"]
+    invariant = student["head"] == "per_option" and student["inputs"] == "plain"
+    order = (
+        "do not depend on the order of the options" if invariant else "may still depend on the order of the options, see ps"
+    )
+    unknown = "licence not known here"
+    encoder = Path(student["encoder"]).name
+    data = ", ".join(f"{task} ({_licence(task) or unknown})" for task in dict.fromkeys(train_tasks))
+    shown = tables.pretty(measured[[c for c in measured if not c.startswith(("ps_kl", "pb")) and c != "kind"]])
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.items())
+    return f"""---
+library_name: transformers
+tags: [multiple-choice, permutation-debiasing, knowledge-distillation]
+---
+
+# {encoder}, {student["head"].replace("_", "-")} head, {student["inputs"]} input: a permdistill student
+
+Answers questions with {student["k"]} options. It was trained to give the answers of **{teacher}**
+({_licence(teacher) or unknown}) averaged over all orders of the options (Liusie, Fathullah and Gales, Findings of ACL
+2024), from {log["questions"]}
+questions without gold answers: {data}. The encoder is {encoder} ({_licence(encoder) or unknown}).
+
+```python
+import permdistill
+
+student = permdistill.Student.from_pretrained("path/to/this/folder")
+{_USE[student["inputs"]]}
+```
+
+## Measured
+
+On test questions that share none with training; points with 95% bootstrap intervals, "gain" paired with the biased
+teacher; ps is permutation sensitivity (total variation).
+
+{tables.markdown(shown)}
+
+## Intended use and limits
+
+A cheap replacement of the teacher for questions like those above; its answers {order}. It knows what its teacher knew,
+biases of another kind included, and is no better than the table says: measure it on your own questions first.
+Sequences are cut at {student["max_length"]} tokens, the context first.
+
+## Training
+
+KL to the averaged teacher; {settings}. Content key `{log["key"][:16]}`.
+"""
+
+
+def write(folder: Path, table: pd.DataFrame, runs: Sequence[Run], train_on: Scored) -> list[Path]:
+    """A card for each student of ``runs`` in ``folder``/students, from the students' ``table``. Returns their paths."""
+    paths = []
+    for run in runs:
+        home = folder / "students" / run.name
+        whole = table[table.task == "all"]
+        own = whole[(whole.kind != "student") | (whole.system == run.title)].drop(columns="task")
+        (home / CARD).write_text(card(home, own, train_on.teacher, train_on.task.members), encoding="utf-8")
+        paths.append(home / CARD)
+    return paths
+
+
+def push_to_hub(folder: str | Path, repo: str, private: bool = True) -> str:
+    """Publish the student in ``folder`` with its card as ``repo`` on the model hub; returns the address. Nothing else in
+    permdistill uploads anything. The token is the hub client's own (``hf auth login``, or HF_TOKEN).
+
+    Raises FileNotFoundError when ``folder`` holds no finished student, or one without a card.
+    """
+    from huggingface_hub import HfApi
+
+    for file, fix in ((CONFIG_FILE, "give a folder that Student.save finished"), (CARD, "write it with cards.write")):
+        if not (Path(folder) / file).exists():
+            raise FileNotFoundError(f"{folder} has no {file}: {fix}")
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=[".*", "checkpoint.pt"]))
