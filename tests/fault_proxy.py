@@ -37,15 +37,22 @@ FAULTS = (
     "no logprobs",  # whole, but without them
 )
 WHOLE = ("late", "prose", "no logprobs", "twice")  # the client gets the reply to its request
-RETRY_AFTER = 0.05
 
 
 class Proxy:
-    """Before the server at ``upstream`` (a base_url)."""
+    """Before the server at ``upstream`` (a base_url). ``first``: the faults of the first requests, whatever chance says."""
 
-    def __init__(self, upstream: str, probability: float, seed: int = 0, faults: tuple[str, ...] = FAULTS):
+    def __init__(
+        self,
+        upstream: str,
+        probability: float,
+        seed: int = 0,
+        faults: tuple[str, ...] = FAULTS,
+        first: tuple[str, ...] = (),
+        retry_after: float = 0.05,
+    ):
         self.host, self.port = urlsplit(upstream).hostname, urlsplit(upstream).port
-        self.probability, self.faults = probability, faults
+        self.probability, self.faults, self.first, self.retry_after = probability, faults, first, retry_after
         self.rng = np.random.default_rng(seed)
         self.requests = 0
         self.met: Counter[str] = Counter()
@@ -88,13 +95,17 @@ class Proxy:
         self.keys |= {line for line in request.decode().split("\r\n") if line.lower().startswith("authorization")}
         broken = self.rng.random() < self.probability
         fault = self.faults[int(self.rng.integers(len(self.faults)))] if broken else ""
+        if self.requests <= len(self.first):
+            fault = self.first[self.requests - 1]
+        if fault == "stale" and not self.last:
+            fault = ""
         self.met[fault] += 1
         if fault[:3] in ("429", "500", "503"):
-            after = f"Retry-After: {RETRY_AFTER}\r\n" if "Retry" in fault else ""
+            after = f"Retry-After: {self.retry_after}\r\n" if "Retry" in fault else ""
             return await _write(writer, _response(fault[:3], b'{"error": {"message": "injected", "code": null}}', after))
         if fault == "reset":
             return _reset(writer)
-        if fault == "stale" and self.last:
+        if fault == "stale":
             return await _write(writer, _response("200 OK", self.last))
         status, body = await self._upstream(request)
         if fault == "reset after":

@@ -208,6 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="an OpenAI-compatible server of one token at a time")
     parser.add_argument("--teacher", help="what permdistill.teachers.load_teacher takes (default: planted answers)")
     parser.add_argument("--port", type=int, default=0, help="0: a free one; the address is printed")
+    parser.add_argument("--other", type=float, default=0.1, help="planted answers: share that names no option")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds that a reply takes at least")
     args = parser.parse_args()
     if args.teacher:
@@ -217,7 +218,7 @@ def main() -> None:
 
         backend = teacher_backend(load_teacher(args.teacher, torch.float32))
     else:
-        backend = planted_backend()
+        backend = planted_backend(other=args.other)
     with Server(backend, args.port, latency=args.latency) as server:
         print(server.url, flush=True)
         server.serve_forever()

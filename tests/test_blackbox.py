@@ -20,10 +20,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fault_proxy import FAULTS, RETRY_AFTER, WHOLE, faulty
+from fault_proxy import FAULTS, WHOLE, faulty
 from openai_server import Next, planted, planted_backend, serving
 
-from permdistill import blackbox, cli, scores
+from permdistill import blackbox, cli, debias, metrics, scores
 from permdistill.blackbox import (
     NO_LABEL_LISTED,
     NO_LOGPROBS,
@@ -44,7 +44,7 @@ from permdistill.blackbox import (
 )
 from permdistill.data import Question
 from permdistill.endpoint import Endpoint, EndpointError, Limits, Prices
-from permdistill.orders import all_orders
+from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
 
@@ -192,6 +192,21 @@ def test_logprobs_are_the_white_box_scores(server, tmp_path):
     path.write_text("\n".join(json.dumps(job.record(Replies(tmp_path), c)) for c in job.calls), encoding="utf-8")
     ids, orders, again = scores.from_records(path)
     assert ids == [q.id for q in questions] and again == pytest.approx(P) and (orders == all_orders(3)).all()
+
+
+def test_arrays_go_into_the_pipeline(server, tmp_path):
+    """Listed probabilities in all orders are scores; one decision in each given order is what error correction needs of the
+    teacher at inference, one call a question."""
+    questions, store = make_questions(5, k=4), Replies(tmp_path)
+    listed = make_job(server.url, calls_in_orders(questions), mode="logprobs")
+    ask(listed, store, concurrency=16)
+    P, _ = probabilities(listed, store)
+    assert debias.permutation_average(P).shape == (5, 4) and (metrics.permutation_sensitivity(P) > 0).all()
+    decided = make_job(server.url, calls_in_orders(questions, cyclic_orders(4)), tries=6)
+    ask(decided, store)
+    found = drawn(decided, store)
+    assert found.decisions.shape == (5, 4) and (found.orders == cyclic_orders(4)).all()
+    assert debias.one_hot(found.decisions, 4).shape == (5, 4, 4)
 
 
 def test_labels_beyond_the_listed_count_as_nothing_and_are_bounded(server, tmp_path):
@@ -376,38 +391,22 @@ def test_each_fault_alone(tmp_path, hasty):
         if fault in ("prose", "no logprobs"):
             assert report.unparsed == proxy.met[fault] and report.retries == 0
         elif fault not in WHOLE:
-            assert report.retries >= proxy.met[fault] - 1, fault  # the first "stale" has nothing to repeat
+            assert report.retries >= proxy.met[fault], fault
         expected = {"stall": "time-out", "malformed": "broken reply", "stale": "reply of another call", "500": "500"}
         assert fault not in expected or report.faults[expected[fault]]
 
 
 def test_retry_after_holds_back_everybody(tmp_path):
-    """One 429 with Retry-After at the start: no request leaves before the time is over."""
+    """The first request meets a rate limit: those that left with it arrive, all others wait as long as it says."""
     stamps = []
     with serving(planted_backend()) as server:
         reply = server.reply
-
-        def limited(body):
-            stamps.append(time.monotonic())
-            return reply(body)
-
-        server.reply = limited
-        with faulty(server.url, 1.0, faults=("429 with Retry-After",)) as proxy:
-            proxy_rng = proxy.rng
-
-            class Once:
-                def random(self):
-                    first, Once.done = not getattr(Once, "done", False), True
-                    return 0.0 if first else 1.0
-
-                integers = staticmethod(lambda n: 0)
-
-            assert proxy_rng is not None
-            proxy.rng = Once()
+        server.reply = lambda body: (stamps.append(time.monotonic()), reply(body))[1]
+        with faulty(server.url, 0.0, first=("429 with Retry-After",), retry_after=1.5) as proxy:
             started = time.monotonic()
-            report = ask(make_job(proxy.url, drawn_calls(make_questions(2), 8)), Replies(tmp_path), concurrency=1)
+            report = ask(make_job(proxy.url, drawn_calls(make_questions(2), 12)), Replies(tmp_path), concurrency=4)
     assert report.faults == {"429": 1} and report.complete == 2
-    assert stamps[0] - started >= RETRY_AFTER
+    assert (np.array(stamps) < started + 1.5).sum() <= 3 and len(stamps) >= 24
 
 
 @pytest.mark.parametrize(
@@ -630,13 +629,13 @@ def throughputs(url: str, n: int, concurrency: int, folder: Path) -> tuple[float
 
 
 def test_throughput_is_that_of_a_plain_load_generator(tmp_path):
-    command = [sys.executable, str(TESTS / "openai_server.py"), "--latency", "0.05"]
+    command = [sys.executable, str(TESTS / "openai_server.py"), "--latency", "0.05", "--other", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
             plain, ours = throughputs(process.stdout.readline().strip(), 240, 8, tmp_path)
         finally:
             process.terminate()
     print(f"plain {plain:.1f}, ours {ours:.1f} replies a second: {ours / plain:.1%}")
-    # Measured on two cores, one of them busy: 95% here, 91% to 95% where the server takes no time at all (580 replies a
-    # second), where the difference is the client's own work.
-    assert ours > 0.85 * plain
+    # Measured on two cores, one of them busy: 96% to 98% at 8 and at 32 calls at a time; 91% to 95% where the server takes no
+    # time at all (580 replies a second), where what is missing is the client's own work.
+    assert ours > 0.9 * plain

@@ -67,6 +67,14 @@ def test_host_and_model_name_the_model():
     assert Endpoint("https://api.example.com/v1", "m").model_key != one.model_key
 
 
+def test_request_is_fixed():
+    """Part of every reply's key: a change must be a decision, not an accident."""
+    endpoint = Endpoint("http://127.0.0.1:8000/v1", "m", extra_body={"top_k": 0})
+    assert endpoint.sampling("decisions") == {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    listed = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": 20, "top_k": 0}
+    assert endpoint.sampling("logprobs") == listed
+
+
 def test_requests_wait_while_others_might_use_up_the_limit(tmp_path):
     async def run() -> None:
         store = Replies(tmp_path)
