@@ -331,12 +331,12 @@ class _Run:
         spent, started = self.store.spent, time.monotonic()
         before = (spent.calls, spent.prompt_tokens, spent.completion_tokens)
         n, todo = len(self.job.calls), _todo(self.job, self.store)
-        async with self.job.endpoint.open(self.budget, concurrency) as connection:
-            self.report.faults = connection.faults
+        async with self.job.endpoint.open(self.budget, min(concurrency, max(1, len(todo)))) as connections:
+            self.report.faults = connections[0].faults
             with tqdm(total=n, initial=n - len(todo), unit="call", desc=f"ask {self.job.endpoint.model}") as bar:
                 # Once, as a rule: what is then still to do had answers that turned out to be in doubt.
                 while todo and not self.budget.stopped:
-                    await self._round(connection, list(todo.values()), concurrency, bar)
+                    await self._round(connections, list(todo.values()), bar)
                     todo = {key: call for key, call in _todo(self.job, self.store).items() if not self._failed(call)}
         self._sum_up(before, time.monotonic() - started)
         if self.fatal is not None:
@@ -346,10 +346,10 @@ class _Run:
     def _failed(self, call: Call) -> str | None:
         return self.failures.get(self.job.identity(call))
 
-    async def _round(self, connection: Connection, todo: list[Call], concurrency: int, bar: tqdm) -> None:
+    async def _round(self, connections: list[Connection], todo: list[Call], bar: tqdm) -> None:
         """Ask the calls once each."""
         waiting = iter(todo)
-        workers = [asyncio.create_task(self._work(connection, waiting, bar)) for _ in range(min(concurrency, len(todo)))]
+        workers = [asyncio.create_task(self._work(connection, waiting, bar)) for connection in connections]
         outcomes: list[Any] = []
         try:
             running: set[asyncio.Task] = set(workers)

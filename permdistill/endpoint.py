@@ -17,7 +17,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -237,19 +237,26 @@ class Endpoint:
         return key
 
     @asynccontextmanager
-    async def open(self, budget: Budget, concurrency: int) -> AsyncIterator[Connection]:
-        """A connection for the time of a ``with`` block."""
-        wire = _Wire(
-            budget,
-            self.timeout,
-            timeout=httpx2.Timeout(self.timeout, pool=None),
-            follow_redirects=True,  # as the openai client does; the key does not go along to another host
-            limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-        )
-        async with openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self.key() or "none", max_retries=self.max_retries, http_client=wire
-        ) as client:
-            yield Connection(self, client, wire)
+    async def open(self, budget: Budget, n: int) -> AsyncIterator[list[Connection]]:
+        """``n`` connections for the time of a ``with`` block."""
+        shared, certificates = _Shared(budget, self.timeout), httpx2.create_ssl_context()
+        async with AsyncExitStack() as stack:
+            connections = []
+            for _ in range(n):
+                wire = _Wire(
+                    shared,
+                    timeout=httpx2.Timeout(self.timeout),
+                    # One each, not a pool: what is wrong with a connection is found when its reply is read, and a pool would
+                    # have lent it to another request by then.
+                    limits=httpx2.Limits(max_connections=1),
+                    verify=certificates,
+                    follow_redirects=True,  # as the openai client does; the key does not go along to another host
+                )
+                client = openai.AsyncOpenAI(
+                    base_url=self.base_url, api_key=self.key() or "none", max_retries=self.max_retries, http_client=wire
+                )
+                connections.append(Connection(self, await stack.enter_async_context(client), shared.faults))
+            yield connections
 
 
 @dataclass(frozen=True)
@@ -268,16 +275,12 @@ class CallFailed(Exception):
 
 @dataclass
 class Connection:
-    """An open endpoint. ``faults`` counts what went wrong on the way, retried or not."""
+    """An open endpoint, for one call at a time. ``faults`` counts what went wrong on the way, retried or not, on all
+    connections together."""
 
     endpoint: Endpoint
     client: openai.AsyncOpenAI
-    wire: _Wire
-
-    @property
-    def faults(self) -> Counter[str]:
-        """How often each kind of fault occurred."""
-        return self.wire.faults
+    faults: Counter[str]
 
     async def ask(self, messages: list[dict[str, str]], mode: str) -> Reply:
         """One reply. Raises CallFailed, Stopped when the budget lets nothing leave, EndpointError when the endpoint refuses
@@ -355,32 +358,39 @@ class _NoReply(httpx2.RemoteProtocolError):
         self.word = word
 
 
+@dataclass
+class _Shared:
+    """What all connections have in common."""
+
+    budget: Budget
+    total_timeout: float
+    faults: Counter[str] = field(default_factory=Counter)
+    arrived: dict[str, float] = field(default_factory=dict)  # hashed id of a reply -> when it came
+    not_before: float = 0.0
+
+
 class _Wire(httpx2.AsyncClient):
     """The HTTP client below the openai client: one :meth:`send` is one attempt."""
 
-    def __init__(self, budget: Budget, total_timeout: float, **settings: Any):
+    def __init__(self, shared: _Shared, **settings: Any):
         super().__init__(**settings)
-        self.budget = budget
-        self.total_timeout = total_timeout
-        self.faults: Counter[str] = Counter()
-        self._arrived: dict[str, float] = {}  # hashed id of a reply -> when it came
-        self._not_before = 0.0
+        self.shared, self.budget = shared, shared.budget
 
     async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
         """Send, receive and check one attempt; the reply, if it is one, goes into ``response.extensions``."""
-        while (wait := self._not_before - time.monotonic()) > 0 and not self.budget.stopped:
+        while (wait := self.shared.not_before - time.monotonic()) > 0 and not self.budget.stopped:
             await asyncio.sleep(min(wait, 1.0))
         attempt = await self.budget.enter(len(request.content))
         reply, started = None, time.monotonic()
         try:
             # The client's own time-out is for each piece of the body: a server that sends a byte a minute never meets it.
-            async with asyncio.timeout(self.total_timeout):
+            async with asyncio.timeout(self.shared.total_timeout):
                 response = await super().send(request, **settings)
             if response.is_error:
                 self._count(str(response.status_code))
                 if response.status_code == 429:
                     pause = min(_retry_after(response) or 0.0, LONGEST_WAIT)
-                    self._not_before = max(self._not_before, time.monotonic() + pause)
+                    self.shared.not_before = max(self.shared.not_before, time.monotonic() + pause)
                 self.budget.free(attempt, str(response.status_code))
                 return response
             try:
@@ -410,7 +420,7 @@ class _Wire(httpx2.AsyncClient):
         return response
 
     def _count(self, word: str) -> None:
-        self.faults[word] += 1
+        self.shared.faults[word] += 1
 
     def _checked(self, attempt: str, started: float, request: httpx2.Request, response: httpx2.Response) -> Reply:
         """The reply in a response. Raises _NoReply."""
@@ -425,12 +435,12 @@ class _Wire(httpx2.AsyncClient):
         if hashed:
             # The same reply twice is no second draw, and may be another question's: a proxy or a cache is in the way. (A
             # copy is not recognised when its original never arrived, because the run that it was for was killed.)
-            if hashed in self._arrived or self.budget.store.has_reply_id(hashed):
-                if self._arrived.get(hashed, -math.inf) > started:
+            if hashed in self.shared.arrived or self.budget.store.has_reply_id(hashed):
+                if self.shared.arrived.get(hashed, -math.inf) > started:
                     self._count("reply in doubt")  # the first of the two may be the wrong one just as well
                     self.budget.store.append({"attempt": attempt, "void": hashed})
                 raise _NoReply("reply of another call", request)
-            self._arrived[hashed] = time.monotonic()
+            self.shared.arrived[hashed] = time.monotonic()
         usage = body.get("usage")
         try:
             tokens = (int(usage["prompt_tokens"]), int(usage["completion_tokens"]))

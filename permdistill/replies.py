@@ -105,7 +105,9 @@ class Replies:
             return
         if "void" in line:
             self._void.add(line["void"])
-            self._rows.pop(self._ids.get(line["void"], ""), None)
+            key = self._ids.get(line["void"], "")
+            if key in self._rows and self._rows[key]["reply"] == line["void"]:
+                del self._rows[key]  # the call has another reply by now, if it is not this one
             return
         paid = line.get("tokens") if "key" in line else (0, 0)
         if attempt in self._attempts and paid is not None:  # else the bound stands

@@ -127,4 +127,5 @@ def test_void_reply_answers_nothing_but_is_paid(late, tmp_path):
     for found in (store, Replies(tmp_path)):
         assert "k1" not in found and found.has_reply_id("id1") and found.spent.prompt_tokens == 50
     store.append({"attempt": "r-8", "bound": [200, 1]}, {**reply(1)[1], "attempt": "r-8", "reply": "id8", "position": 2})
-    assert Replies(tmp_path).get("k1")["position"] == 2
+    store.append(void)  # a third copy: the new reply stays
+    assert store.get("k1")["position"] == Replies(tmp_path).get("k1")["position"] == 2
