@@ -1,19 +1,24 @@
-"""Command line: ``permdistill fetch | score | audit | measure`` (see ``permdistill COMMAND --help``)."""
+"""Command line: ``permdistill fetch | score | audit | ask | measure`` (see ``permdistill COMMAND --help``)."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from transformers import AutoTokenizer
 
-from permdistill import data, profiles, scores, tables
+from permdistill import blackbox, data, profiles, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
+from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
+from permdistill.orders import cyclic_orders
 from permdistill.prompts import TEMPLATES
+from permdistill.replies import Replies
 from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
 
 SCORES = Path(__file__).parent.parent / "scores"
@@ -34,7 +39,8 @@ def _questions(args: argparse.Namespace) -> dict[str, list[data.Question]]:
                 # The tasks of one template go together: the four attributes of SummEval share their documents.
                 questions = jobs.setdefault(loaded.template.name, [])
                 questions += data.unlabelled(loaded.questions)
-                questions += data.content_free(loaded.questions)
+                if args.content_free:
+                    questions += data.content_free(loaded.questions)
     return jobs
 
 
@@ -74,6 +80,68 @@ def _audit(args: argparse.Namespace) -> None:
         )
     if failed:
         sys.exit("the committed scores are not what this machine computes: rerun with live scores, and report it")
+
+
+def _calls(args: argparse.Namespace, questions: list[data.Question]) -> list[blackbox.Call]:
+    orders = args.orders or ("drawn" if args.mode == "decisions" else "all")
+    if orders == "drawn":
+        return blackbox.drawn_calls(questions, args.draws, args.seed)
+    by_k = {k: cyclic_orders(k) if orders == "cyclic" else None for k in {len(q.options) for q in questions}}
+    return [call for q in questions for call in blackbox.calls_in_orders([q], by_k[len(q.options)])]
+
+
+def _ask(args: argparse.Namespace) -> None:
+    endpoint = Endpoint(
+        args.base_url,
+        args.model,
+        key_name=args.key_name,
+        timeout=args.timeout,
+        max_retries=args.max_retries,
+        extra_body=args.extra_body,
+        top_logprobs=args.top_logprobs,
+        limit_field=args.limit_field,
+    )
+    store, prices = Replies(args.replies), Prices(args.price_in, args.price_out)
+    limits = Limits(args.max_calls, args.max_tokens, args.max_cost)
+    jobs = [
+        blackbox.Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries)
+        for template, questions in _questions(args).items()
+    ]
+    plans = [blackbox.plan(job, store, prices, _token_counter(args.tokenizer)) for job in jobs]
+    for job, plan in zip(jobs, plans, strict=True):
+        print(f"{args.model}, template {job.template.name}, {args.mode}: {plan}")
+    spent = store.spent
+    total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
+    print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
+    if args.dry_run:
+        return
+    reports = []
+    for job in jobs:
+        reports.append(blackbox.ask(job, store, limits, prices, args.concurrency))
+        print(f"\n{reports[-1]}")
+    if args.records:
+        _write_records(Path(args.records), jobs, store)
+    if incomplete := sum(report.items - report.complete for report in reports):
+        sys.exit(f"{incomplete} items are incomplete: see the table; the same command goes on from here")
+
+
+def _token_counter(name: str | None) -> Callable[[str], int] | None:
+    if name is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _write_records(path: Path, jobs: list[blackbox.Job], store: Replies) -> None:
+    """Every answered call as a line: id, order, and the decision (an option's index), or probabilities by position, which is
+    what ``permdistill measure`` reads."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        for job in jobs:
+            for call in job.calls:
+                if (record := job.record(store, call)) is not None:
+                    file.write(json.dumps(record) + "\n")
+    part.replace(path)
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -123,25 +191,63 @@ def parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--teacher", default=TEACHERS[0], help=f"{', '.join(TEACHERS)}, a folder, or a hub repository")
-        command.add_argument(
-            "--tasks",
-            nargs="+",
-            choices=profiles.TASKS,
-            default=profiles.TASKS,
-            metavar="TASK",
-            help=", ".join(profiles.TASKS),
-        )
-        command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
-        command.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
-        command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
+        _add_questions(command)
         command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="part of the scores' key")
         command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
-        command.add_argument("--limit", type=int, help="only the first so many questions of each task and split")
         if name == "audit":
             command.add_argument("--n", type=int, default=8, help="questions per template")
             command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, content_free=True)
+
+    text = "ask a model behind an OpenAI-compatible API, into a resumable store of replies, within a budget"
+    command = commands.add_parser("ask", help=text, description=text)
+    command.add_argument("--base-url", required=True, help="up to and with /v1")
+    command.add_argument("--model", required=True, help="as the API calls it")
+    command.add_argument(
+        "--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)"
+    )
+    _add_questions(command, None)
+    command.add_argument("--mode", choices=MODES, default="decisions", help="sampled tokens, or top_logprobs (%(default)s)")
+    orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
+    command.add_argument("--orders", choices=("drawn", "cyclic", "all"), help=orders)
+    command.add_argument("--draws", type=int, default=32, help="calls an item, each in an order of its own (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the drawn orders")
+    command.add_argument("--replies", default="replies", help="folder of the store (%(default)s)")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and its cost, ask nothing")
+    command.add_argument("--max-calls", type=int, help="limit on all that the store ever cost, retries included")
+    command.add_argument("--max-tokens", type=int, help="the same for tokens, prompts and replies together")
+    command.add_argument("--max-cost", type=float, help="the same for money; needs prices")
+    command.add_argument("--price-in", type=float, default=0.0, help="money per million prompt tokens")
+    command.add_argument("--price-out", type=float, default=0.0, help="money per million completion tokens")
+    command.add_argument("--tokenizer", help="folder or hub repository: counts the plan's tokens (default: by length)")
+    command.add_argument("--concurrency", type=int, default=8, help="calls under way at a time (%(default)s)")
+    command.add_argument("--tries", type=int, default=3, help="replies to a call that may name no option (%(default)s)")
+    command.add_argument("--max-retries", type=int, default=6, help="of a call that gets no reply (%(default)s)")
+    command.add_argument("--timeout", type=float, default=60.0, help="seconds for one attempt (%(default)s)")
+    command.add_argument("--top-logprobs", type=int, default=20, help="alternatives to ask for (%(default)s)")
+    command.add_argument("--limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")
+    command.add_argument("--extra-body", type=_json_object, default={}, help="JSON object: further fields of each request")
+    command.add_argument("--records", help="write every answer to this JSONL file; with logprobs, measure reads it")
+    command.set_defaults(run=_ask, content_free=False)
     return main_parser
+
+
+def _json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text} is no JSON object")
+    return value
+
+
+def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None = profiles.TASKS) -> None:
+    """Which questions. ``tasks`` is the default; None: there is none, where a forgotten option would cost money."""
+    where = command if tasks else command.add_mutually_exclusive_group(required=True)
+    names = ", ".join(profiles.TASKS)
+    where.add_argument("--tasks", nargs="+", choices=profiles.TASKS, default=tasks, metavar="TASK", help=names)
+    where.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
+    command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
+    command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
+    command.add_argument("--limit", type=int, help="only the first so many questions of each task and split")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (AssetError, data.BadRecords, scores.MissingScores, ValueError, OSError) as error:
+    except (AssetError, data.BadRecords, scores.MissingScores, EndpointError, ValueError, OSError) as error:
         sys.exit(f"permdistill: {error}")
 
 

@@ -147,6 +147,30 @@ def _sampled(p: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (np.cumsum(p, axis=-1)[:, :-1] <= u).sum(-1)
 
 
+def _checked_draws(orders: np.ndarray, decisions: np.ndarray, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    orders, decisions = np.asarray(orders, dtype=np.int64), np.asarray(decisions, dtype=np.int64)
+    if orders.shape != (n, *decisions.shape[1:], k) or decisions.shape != orders.shape[:2]:
+        raise ValueError(
+            f"drawn orders of shape {orders.shape} and decisions of shape {decisions.shape}: "
+            f"give ({n}, draw, {k}) and ({n}, draw)"
+        )
+    if (np.sort(orders, axis=-1) != np.arange(k)).any() or (decisions < -1).any() or (decisions >= k).any():
+        raise ValueError(f"drawn orders and decisions: give permutations of 0..{k - 1}, and option indices or -1")
+    if (silent := (decisions < 0).all(axis=1)).any():
+        raise ValueError(
+            f"question {int(silent.argmax())} has no decision ({silent.sum()} in all): leave such questions out"
+        )
+    return orders, decisions
+
+
+def _one_of_the_decided(decisions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each item the place of one of its decisions that are not -1, uniformly: (item, draw) -> (item,)."""
+    n_decided = (decisions >= 0).sum(axis=1)
+    chosen = (rng.random(len(decisions)) * n_decided).astype(np.int64)
+    decided_first = np.argsort(decisions < 0, axis=1, kind="stable")
+    return decided_first[np.arange(len(decisions)), chosen]
+
+
 def read_log(folder: str | Path) -> dict[str, Any]:
     """The log of a finished training: configs, losses (step,), seconds, questions_per_second, content key."""
     return json.loads((Path(folder) / LOG).read_text(encoding="utf-8"))
@@ -162,6 +186,7 @@ def train(
     orders: np.ndarray | None = None,
     autocast: bool | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    drawn: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Student:
     """Train a student, save it in ``folder`` with its log (:func:`read_log`), and return it. Seeds torch.
 
@@ -171,6 +196,8 @@ def train(
     orders          (order, K) to draw from; None: all K!
     autocast        bfloat16 matrix products, see :func:`permdistill.students.mixed_precision`
     on_step         called after each step with its number (from 1) and its loss
+    drawn           instead of decision_probs, what a black-box teacher said: orders (item, draw, K) and the decision in
+                    each, (item, draw) option indices, -1 where there is none; an epoch shows a question in one of its orders
 
     The same call again loads the finished student, or resumes a killed run from its last checkpoint; a call with other
     configs or data trains anew. Raises ValueError for gold answers and misfitting arrays, FloatingPointError on divergence.
@@ -185,7 +212,14 @@ def train(
     if not n:
         raise ValueError("0 questions: give at least 1")
     targets = _checked("targets", targets, (n, config.k))
-    if (decision_probs is not None) != (config.inputs != "plain"):
+    if drawn is not None:
+        if config.inputs != "prediction" or decision_probs is not None:
+            more = "" if decision_probs is None else " and decision_probs"
+            raise ValueError(
+                f"inputs={config.inputs!r}, drawn{more} given: drawn goes with inputs='prediction', instead of them"
+            )
+        drawn = _checked_draws(*drawn, n, config.k)
+    elif (decision_probs is not None) != (config.inputs != "plain"):
         found = "missing" if decision_probs is None else "given"
         raise ValueError(f"inputs={config.inputs!r} and decision_probs {found}: 'plain' takes none, the others need them")
     if decision_probs is not None:
@@ -196,12 +230,13 @@ def train(
         targets,
         decision_probs,
         orders,
+        *(drawn or ()),  # not as None: the keys of students without it must stay
     )
     with locked(folder / ".lock"):  # a killed make may have left a process that is still at it: wait, then load its result
         if (folder / LOG).exists() and read_log(folder)["key"] == key:
             (folder / CHECKPOINT).unlink(missing_ok=True)
             return Student.from_pretrained(folder)
-        return _run(config, training, questions, targets, folder, decision_probs, orders, autocast, on_step, key)
+        return _run(config, training, questions, targets, folder, decision_probs, orders, autocast, on_step, key, drawn)
 
 
 def _run(
@@ -215,6 +250,7 @@ def _run(
     autocast: bool | None,
     on_step: Callable[[int, float], None] | None,
     key: str,
+    drawn: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Student:
     """:func:`train` from the last checkpoint, or from the start."""
     n = len(questions)
@@ -237,7 +273,7 @@ def _run(
     bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}")
     with bar:
         for number in range(len(losses) // per_epoch, training.epochs):
-            epoch = _epoch(student, training, questions, targets, decision_probs, orders, number)
+            epoch = _epoch(student, training, questions, targets, decision_probs, orders, number, drawn)
             for batch in epoch.plan[len(losses) - number * per_epoch :]:
                 for group in optimiser.param_groups:
                     group["lr"] = training.learning_rate * rate(len(losses), total, training.warmup)
@@ -298,16 +334,21 @@ def _epoch(
     decision_probs: np.ndarray | None,
     orders: np.ndarray,
     number: int,
+    draws: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> _Epoch:
     """Draw orders, decisions and batches. Depends on the seed and the epoch's number only, so it can be drawn again."""
     rng, n, joint = np.random.default_rng((training.seed, number)), len(questions), student.config.head == "joint"
-    drawn = rng.integers(len(orders), size=n)
-    shown = orders[drawn][:, None]  # (item, order = 1, K)
-    seen = None if decision_probs is None else decision_probs[np.arange(n), drawn]  # (item, option)
-    decisions = _sampled(seen, rng)[:, None] if seen is not None and student.config.inputs == "prediction" else None
     offsets = np.zeros((n, student.config.k))
-    if seen is not None and student.config.inputs == "distribution":
-        offsets = np.asarray(student.offsets(seen[:, None], shown))[:, 0]
+    if draws is not None:
+        place = _one_of_the_decided(draws[1], rng)
+        shown, decisions = draws[0][np.arange(n), place][:, None], draws[1][np.arange(n), place][:, None]
+    else:
+        drawn = rng.integers(len(orders), size=n)
+        shown = orders[drawn][:, None]  # (item, order = 1, K)
+        seen = None if decision_probs is None else decision_probs[np.arange(n), drawn]  # (item, option)
+        decisions = _sampled(seen, rng)[:, None] if seen is not None and student.config.inputs == "prediction" else None
+        if seen is not None and student.config.inputs == "distribution":
+            offsets = np.asarray(student.offsets(seen[:, None], shown))[:, 0]
     rows, index = student.encode(questions, shown, decisions)
     lengths = np.array([len(row["input_ids"]) for row in rows])
     goals = to_positions(targets[:, None], shown) if joint else targets[:, None]

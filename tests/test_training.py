@@ -423,3 +423,57 @@ def test_a_diverging_run_says_so(encoder, tmp_path):
     wild = replace(FAST, epochs=20, learning_rate=1e30, warmup=0.0)
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         train(StudentConfig(encoder, k=K), wild, questions, soft(right), tmp_path)
+
+
+def black_box(right: np.ndarray, n_draws: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Orders (item, draw, K), and decisions of a teacher that is right in half of them and names nothing in some."""
+    rng = np.random.default_rng(seed)
+    orders = np.stack([rng.permuted(np.arange(K)[None].repeat(n_draws, 0), axis=1) for _ in right])
+    decisions = np.where(
+        rng.random((len(right), n_draws)) < 0.5, right[:, None], rng.integers(K, size=(len(right), n_draws))
+    )
+    decisions[:, 1] = -1
+    return orders, decisions
+
+
+def test_error_correction_from_black_box_decisions(encoder, tmp_path, monkeypatch):
+    questions, right = toy(24, 0)
+    drawn = black_box(right)
+    seen = []
+    encode = Student.encode
+
+    def recording(self, questions, orders, decisions=None):
+        seen.append((orders.copy(), decisions.copy()))
+        return encode(self, questions, orders, decisions)
+
+    monkeypatch.setattr(Student, "encode", recording)
+    config = StudentConfig(encoder, "per_option", "prediction", K, 64)
+    first = train(config, FAST, questions, soft(right), tmp_path / "a", drawn=drawn)
+    assert len(seen) == FAST.epochs
+    for orders, decisions in seen:  # each is one of the item's own draws
+        matches = (drawn[0] == orders).all(axis=-1) & (drawn[1] == decisions)
+        assert matches.any(axis=1).all() and (decisions >= 0).all()
+    assert (seen[0][0] != seen[1][0]).any()
+    assert as_good_as_same(first, train(config, FAST, questions, soft(right), tmp_path / "b", drawn=drawn))
+    monkeypatch.undo()
+    assert same(first, train(config, FAST, questions, soft(right), tmp_path / "a", drawn=drawn))  # loaded
+    assert first.predict_batch(questions[:2], all_orders(K), np.zeros((2, 6), int)).shape == (2, 6, K)
+
+
+def test_misfitting_black_box_decisions_are_refused(encoder, tmp_path):
+    questions, right = toy(8, 0)
+    orders, decisions = black_box(right)
+    prediction, plain = (StudentConfig(encoder, "joint", inputs, K, 64) for inputs in ("prediction", "plain"))
+    silent = np.where(np.arange(8)[:, None] == 5, -1, decisions)
+    for config, drawn, message in (
+        (plain, (orders, decisions), "drawn given: drawn goes with"),
+        (prediction, (orders[:7], decisions), r"shape \(7, 6, 3\) .*give \(8, draw, 3\)"),
+        (prediction, (orders * 0, decisions), "give permutations of 0..2"),
+        (prediction, (orders, decisions + 3), "option indices or -1"),
+        (prediction, (orders, silent), r"question 5 has no decision \(1 in all\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, FAST, questions, soft(right), tmp_path, drawn=drawn)
+    with pytest.raises(ValueError, match="drawn and decision_probs given"):
+        probs = np.full((8, 6, K), 1 / K)
+        train(prediction, FAST, questions, soft(right), tmp_path, decision_probs=probs, drawn=(orders, decisions))

@@ -1,0 +1,177 @@
+"""The store of an API's replies, and the book of what they cost: what was paid for once is never paid for again.
+
+A store is a folder with one file, ``replies.jsonl``, to which lines are only ever appended. There are four kinds::
+
+    {"attempt": a, "bound": [prompt, completion]}    a request is about to leave; it costs at most so many tokens
+    {"attempt": a, "free": reason}                   the server refused it, or was never reached: nothing to pay
+    {"key": ..., "attempt": a, "tokens": [prompt, completion] or null, ...}    a reply; null where the server did not count
+    {"attempt": a, "void": r}                        this attempt brought the reply r too, so whose it is nobody knows
+
+An attempt with neither of the middle two (a time-out, a broken reply, a kill) may have been charged, so it counts with its
+bound. Lines hold ids, numbers and hashes: no dataset text, no reply text (it may quote the dataset), no key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from permdistill.data import Question
+from permdistill.prompts import Template
+
+FILE = "replies.jsonl"
+
+
+def content_key(
+    question: Question,
+    order: tuple[int, ...],
+    template: Template,
+    model_key: str,
+    sampling: Mapping[str, Any],
+    draw: int,
+    attempt: int,
+) -> str:
+    """What a reply is a reply to: model, template, texts, order, sampling parameters, number of the draw, and how many
+    replies to this draw named no option before. The id and the gold answer do not count."""
+    texts = [question.context, question.question, list(question.options)]
+    parts = [model_key, template.key, list(order), texts, sampling, draw, attempt]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass
+class Spent:
+    """Calls (every request that left, retries too) and tokens; of what is uncertain, the most that it can be."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Replies:
+    """Replies in a folder, by content key. Threads of one process may append at once; other processes must hold
+    ``folder/.lock`` (:func:`permdistill.assets.locked`), as :func:`permdistill.blackbox.ask` does."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._lock = threading.Lock()
+        self.read()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / FILE
+
+    def read(self) -> None:
+        """Read the file again, because another process may have written. A line that a kill cut short is dropped.
+
+        Raises ValueError for a line that is not JSON elsewhere than at the end.
+        """
+        with self._lock:
+            self._rows: dict[str, dict[str, Any]] = {}
+            self._attempts: dict[str, tuple[int, int]] = {}
+            self._ids: dict[str, str] = {}  # (hashed) id of a reply -> key
+            self._void: set[str] = set()
+            self.spent = Spent()
+            whole = self.path.read_bytes().rpartition(b"\n")[0] if self.path.exists() else b""
+            for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+                try:
+                    self._enter(json.loads(line))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise ValueError(
+                        f"{self.path}, line {number} is not JSON ({error}): the file was changed by something else than "
+                        "permdistill; restore it, or delete that line and pay for its reply again"
+                    ) from None
+
+    def _enter(self, line: dict[str, Any]) -> None:
+        """Bring memory up to date with one line."""
+        attempt, spent = line["attempt"], self.spent
+        if "bound" in line:
+            prompt, completion = line["bound"]
+            self._attempts[attempt] = (prompt, completion)
+            spent.calls += 1
+            spent.prompt_tokens += prompt
+            spent.completion_tokens += completion
+            return
+        if "void" in line:
+            self._void.add(line["void"])
+            key = self._ids.get(line["void"], "")
+            if key in self._rows and self._rows[key]["reply"] == line["void"]:
+                del self._rows[key]  # the call has another reply by now, if it is not this one
+            return
+        paid = line.get("tokens") if "key" in line else (0, 0)
+        if attempt in self._attempts and paid is not None:  # else the bound stands
+            bound = self._attempts.pop(attempt)
+            spent.prompt_tokens += paid[0] - bound[0]
+            spent.completion_tokens += paid[1] - bound[1]
+        if "key" in line:
+            if line["reply"]:
+                self._ids[line["reply"]] = line["key"]
+            if line["reply"] not in self._void:
+                self._rows.setdefault(line["key"], line)  # the first reply to a question is the one that was used
+
+    def append(self, *lines: Mapping[str, Any]) -> None:
+        """Add lines; replies are on disk, complete, before this returns. A reply to a key that is there changes nothing."""
+        with self._lock:
+            fresh = [dict(line) for line in lines if line.get("key") not in self._rows]
+            descriptor = self._write(fresh) if fresh else None
+        if descriptor is not None:
+            try:
+                # Attempts are not synced for themselves: a killed process leaves them in the system's cache, and after a
+                # power cut a reply, which is synced, brings all lines before it along. Without the lock: syncing may take
+                # long, and many threads' lines are synced at once.
+                if any("key" in line for line in fresh):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            with self._lock:
+                for line in fresh:
+                    self._enter(line)
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> int:
+        """Write lines after the last whole one. Returns the file's descriptor."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        end = _end_of_last_line(descriptor)
+        os.ftruncate(descriptor, end)  # a line that a kill cut short
+        os.lseek(descriptor, end, os.SEEK_SET)
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        while data:
+            data = data[os.write(descriptor, data) :]
+        return descriptor
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The reply to a key, None if it is not there."""
+        return self._rows.get(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def has_reply_id(self, reply: str) -> bool:
+        """Whether a reply with this (hashed) id of the server's is there."""
+        return reply in self._ids
+
+
+def _end_of_last_line(descriptor: int) -> int:
+    """Bytes up to and with the last newline."""
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

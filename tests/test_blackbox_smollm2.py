@@ -1,0 +1,103 @@
+"""White box and black box agree on one real model: SmolLM2-135M behind a real HTTP server, asked one token at a time,
+against the same model read through the trie."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from openai_server import serving, teacher_backend
+from scipy.stats import binom
+
+from permdistill import scores
+from permdistill.blackbox import Call, Job, ask, calls_in_orders, drawn, drawn_calls, probabilities
+from permdistill.data import Question, unlabelled
+from permdistill.endpoint import Endpoint
+from permdistill.orders import all_orders
+from permdistill.profiles import load_task
+from permdistill.prompts import TEMPLATES, Template
+from permdistill.replies import Replies
+from permdistill.teachers import CausalTeacher, load_teacher
+
+LETTERS = TEMPLATES["letters"]
+ANIMALS = ("cow", "eagle", "trout", "snail", "bee")
+QUESTIONS = [
+    Question(f"{verb} {a} {b}", "", f"Which animal can {verb}?", (f"a {a}", f"a {b}"))
+    for verb, a, b in product(("fly", "swim"), ANIMALS, ANIMALS)
+    if a < b
+]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> CausalTeacher:
+    return load_teacher("smollm2-135m", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def url(teacher):
+    with serving(teacher_backend(teacher)) as server:
+        yield server.url
+
+
+def within(counts: np.ndarray, p: np.ndarray, level: float = 0.99) -> np.ndarray:
+    """Whether the counts of all options of an item lie in their binomial intervals, together at ``level``: (item,)."""
+    tail = (1 - level) / 2 / p.shape[1]
+    n = counts.sum(axis=1, keepdims=True)
+    return ((counts >= binom.ppf(tail, n, p)) & (counts <= binom.ppf(1 - tail, n, p))).all(axis=1)
+
+
+def white_box(teacher: CausalTeacher, questions: list[Question], orders: np.ndarray, template: Template) -> np.ndarray:
+    return scores.probabilities(
+        np.concatenate([teacher.log_probs([q], orders, template) for q in questions]).astype(np.float64)
+    )
+
+
+def agreement(
+    teacher: CausalTeacher, url: str, questions: list[Question], folder: Path, original_only: bool
+) -> tuple[float, float]:
+    """Share of items with a fitting histogram of 64 draws, and the largest difference between listed and white-box
+    probabilities. ``original_only``: draws and probabilities in the original order, else in all."""
+    endpoint, k = Endpoint(url, "smollm2"), len(questions[0].options)
+    orders = all_orders(k)[:1] if original_only else all_orders(k)
+    calls = [Call(q, tuple(range(k)), draw) for q in questions for draw in range(64)]
+    decisions = Job(endpoint, LETTERS, calls if original_only else drawn_calls(questions, 64), tries=8)
+    listed = Job(endpoint, LETTERS, calls_in_orders(questions, orders), mode="logprobs")
+    store = Replies(folder)
+    for job in (listed, decisions):
+        report = ask(job, store)
+        assert report.complete == len(questions), report
+    found = drawn(decisions, store)
+    expected = white_box(teacher, questions, orders, LETTERS)
+    P, worst = probabilities(listed, store)
+    assert worst == 0  # every label is among the twenty
+    fits = within(found.counts, expected.mean(axis=1)).mean()
+    difference = float(np.abs(P - expected).max())
+    print(f"{len(questions)} items: {fits:.1%} fit, largest difference {difference:.1e}; {report}")
+    return float(fits), difference
+
+
+@pytest.mark.parametrize("original_only", [True, False])
+def test_black_box_agrees_with_white_box(teacher, url, original_only, tmp_path):
+    fits, difference = agreement(teacher, url, QUESTIONS, tmp_path, original_only)
+    assert fits >= 0.95 and difference < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task, original_only", [("arc_easy", True), ("piqa", False)])
+def test_black_box_agrees_with_white_box_on_100_items(teacher, url, task, original_only, tmp_path):
+    questions = unlabelled(load_task(task, "test").first(100).questions)
+    fits, difference = agreement(teacher, url, questions, tmp_path, original_only)
+    assert fits >= 0.95 and difference < 1e-3
+
+
+@pytest.mark.parametrize("name", ["summaries", "brief"])
+def test_start_of_the_answer_is_gone_on_from(teacher, url, name, tmp_path):
+    """Templates with an answer_prefix: the chat ends in the assistant's started turn."""
+    questions = [Question("s", "A cat sat on a mat.", "Which Summary is more fluent?", ("A cat sat.", "Cat mat sat."))]
+    job = Job(Endpoint(url, "smollm2"), TEMPLATES[name], calls_in_orders(questions), mode="logprobs")
+    ask(job, Replies(tmp_path))
+    P, _ = probabilities(job, Replies(tmp_path))
+    assert np.abs(P - white_box(teacher, questions, all_orders(2), TEMPLATES[name])).max() < 1e-3

@@ -1,0 +1,104 @@
+"""What an endpoint's errors mean, and how the budget counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from email.utils import formatdate
+
+import httpx2
+import openai
+import pytest
+
+from permdistill.endpoint import Budget, Endpoint, Limits, Prices, Stopped, _refusal, _retry_after
+from permdistill.replies import Replies
+
+
+def error(status: int, code: str | None = None, headers: dict[str, str] | None = None) -> openai.APIStatusError:
+    request = httpx2.Request("POST", "http://127.0.0.1/v1/chat/completions")
+    response = httpx2.Response(status, headers=headers, request=request)
+    return openai.APIStatusError("said", response=response, body={"code": code, "message": "said"})
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+def test_errors_that_may_pass(status):
+    assert _refusal(error(status)) == ""
+
+
+@pytest.mark.parametrize(
+    "problem, fix",
+    [
+        (error(401), "Check the key"),
+        (error(403), "may not use this model"),
+        (error(404), "base_url"),
+        (error(400), "does not take the request"),
+        (error(422), "does not take the request"),
+        (error(429, "insufficient_quota"), "no credit left"),
+        (error(429, headers={"Retry-After": "3600"}), "left alone for long"),
+    ],
+)
+def test_errors_that_hold_for_every_call(problem, fix):
+    assert fix in _refusal(problem)
+
+
+@pytest.mark.parametrize(
+    "headers, seconds",
+    [
+        ({}, None),
+        ({"Retry-After": "2"}, 2.0),
+        ({"Retry-After": "0.5"}, 0.5),
+        ({"retry-after-ms": "250", "Retry-After": "1"}, 0.25),
+        ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "-5"}, None),
+    ],
+)
+def test_retry_after(headers, seconds):
+    assert _retry_after(error(429, headers=headers).response) == seconds
+
+
+def test_retry_after_as_a_date():
+    found = _retry_after(error(429, headers={"Retry-After": formatdate(time.time() + 30, usegmt=True)}).response)
+    assert found is not None and 27 < found <= 30
+
+
+def test_host_and_model_name_the_model():
+    one, other = Endpoint("http://127.0.0.1:8000/v1", "m"), Endpoint("http://127.0.0.1:9000/v1/", "m")
+    assert one.model_key == other.model_key == "api:127.0.0.1/m"
+    assert Endpoint("https://api.example.com/v1", "m").model_key != one.model_key
+
+
+def test_request_is_fixed():
+    """Part of every reply's key: a change must be a decision, not an accident."""
+    endpoint = Endpoint("http://127.0.0.1:8000/v1", "m", extra_body={"top_k": 0})
+    assert endpoint.sampling("decisions") == {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    listed = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": 20, "top_k": 0}
+    assert endpoint.sampling("logprobs") == listed
+
+
+def test_requests_wait_while_others_might_use_up_the_limit(tmp_path):
+    async def run() -> None:
+        store = Replies(tmp_path)
+        budget = Budget(store, Limits(tokens=1000), Prices())
+        first = await budget.enter(800)
+        second = asyncio.create_task(budget.enter(800))
+        await asyncio.sleep(0.01)
+        assert not second.done()  # both at their most would be too much
+        await budget.reply({"key": "k", "attempt": first, "reply": "", "tokens": (150, 1)})
+        await second  # but the first took less
+        budget.free(second.result(), "429")
+        third = await budget.enter(800)
+        budget.uncertain(third)
+        with pytest.raises(Stopped, match="the budget of 1000 tokens is used up"):
+            await budget.enter(800)
+        assert store.spent.calls == 3 and store.spent.tokens == 151 + 801
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("bad", [{"calls": -1}, {"cost": float("nan")}])
+def test_bad_limits_are_refused(bad):
+    with pytest.raises(ValueError, match="give a number of at least 0"):
+        Limits(**bad)
+    assert str(Limits(calls=1000, cost=2.5)) == "calls 1,000, cost 2.5" and str(Limits()) == "none"
+    with pytest.raises(ValueError, match="prices"):
+        Prices(-1.0)
