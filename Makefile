@@ -158,7 +158,11 @@ performance: $(INSTALLED) ## what `make bench` measured, into notebook 5, figure
 
 .PHONY: test
 test: $(INSTALLED) ## all tests, and the notebooks' small profile against their stored outputs
-	TQDM_DISABLE=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+	TQDM_DISABLE=1 $(PY) -m pytest -q -m "not long" --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+
+.PHONY: long
+long: $(INSTALLED) ## the tests that take minutes each
+	TQDM_DISABLE=1 $(PY) -m pytest -q -m long tests
 
 .PHONY: lint
 lint: $(INSTALLED) ## style and types

@@ -468,7 +468,7 @@ def test_interrupted_run_waits_for_what_is_under_way(tmp_path):
     assert 40 <= len(store) == store.spent.calls == server.answered.total() <= 60
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_five_times_the_store_is_the_same(tmp_path, hasty):
     with serving(planted_backend(certain=True), latency=0.05) as server:
         # Without "stale": the copy of a reply whose own client was killed has an id that nobody knows, so that nobody can

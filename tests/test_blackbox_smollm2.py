@@ -85,7 +85,7 @@ def test_black_box_agrees_with_white_box(teacher, url, original_only, tmp_path):
     assert fits >= 0.95 and difference < 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("task, original_only", [("arc_easy", True), ("piqa", False)])
 def test_black_box_agrees_with_white_box_on_100_items(teacher, url, task, original_only, tmp_path):
     questions = unlabelled(load_task(task, "test").first(100).questions)

@@ -69,7 +69,7 @@ def endpoint(teacher) -> Iterator[Endpoint]:
             process.terminate()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_decisions_are_the_white_box_distribution(endpoint, teacher, tmp_path):
     orders = [(0, 1), (1, 0)]
     calls = [Call(q, order, draw) for q in QUESTIONS for order in orders for draw in range(32)]
@@ -87,7 +87,7 @@ def test_decisions_are_the_white_box_distribution(endpoint, teacher, tmp_path):
     assert 0 < seconds.sum() < 128  # it samples
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_logprobs_that_a_server_leaves_out_are_a_listed_failure(endpoint, tmp_path):
     job = Job(endpoint, LETTERS, calls_in_orders(QUESTIONS[:1]), mode="logprobs", tries=2)
     report = ask(job, Replies(tmp_path))
