@@ -47,12 +47,12 @@ from transformers.utils import logging as transformers_logging
 from permdistill.assets import ASSETS, fetch_folder, sha256_of
 from permdistill.batches import by_length
 from permdistill.data import Question
+from permdistill.debias import EPSILON
 from permdistill.machine import has_bfloat16
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, to_options, to_positions
 
 HEADS, INPUTS = ("joint", "per_option"), ("plain", "prediction", "distribution")
 LABELS = "ABCDEF"
-EPSILON = 1e-12  # probabilities of 0 count as that much in a logarithm
 CONFIG_FILE = "permdistill.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from permdistill.assets import locked
 from permdistill.data import Question
+from permdistill.debias import EPSILON
 from permdistill.orders import all_orders, to_positions
-from permdistill.students import EPSILON, Correction, Row, Student, StudentConfig, build, encoder_key, mixed_precision
+from permdistill.students import Correction, Row, Student, StudentConfig, build, encoder_key, mixed_precision
 
 RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
 SAVE_SECONDS = 30.0  # at most so much training is lost to a kill
@@ -80,7 +81,8 @@ def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Co
 
     P (item, order, option) over ``orders`` (order, K), targets (item, option). Minimises the mean over items and orders of
     KL(target || softmax(scale log P + position logits)), which is convex. Like prior-matching it reads no gold answer;
-    unlike it, it takes the teacher's answers over the other orders of the same questions as its goal.
+    unlike it, it takes the teacher's answers over the other orders of the same questions as its goal. Raises ValueError
+    when no minimum is found.
     """
     k = P.shape[2]
     log_p = np.log(np.maximum(to_positions(np.asarray(P, dtype=np.float64), orders), EPSILON)).reshape(-1, k)
@@ -95,6 +97,8 @@ def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Co
         return value, np.concatenate([[(slope * log_p).sum()], slope.sum(axis=0) + x[1:].mean() / k])
 
     found = minimize(value_and_gradient, np.r_[1.0, np.zeros(k)], jac=True, method="BFGS", options={"gtol": 1e-6})
+    if not np.abs(found.jac).max() < 1e-4:  # BFGS stops short of gtol where the value rounds off
+        raise ValueError(f"no correction brings the teacher to the targets ({found.message}): use inputs='prediction'")
     return Correction(float(found.x[0]), tuple(float(v) for v in found.x[1:] - found.x[1:].mean()))
 
 

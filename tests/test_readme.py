@@ -23,16 +23,20 @@ def block(language: str, containing: str) -> str:
     return found
 
 
+def command_line(containing: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the README's command as it stands, in ``folder``; it must succeed."""
+    (command,) = block("sh", containing).strip().splitlines()
+    program, *arguments = command.split()
+    assert program == ".venv/bin/permdistill"
+    done = subprocess.run([sys.executable, "-m", "permdistill.cli", *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.slow
 def test_own_questions_example(tmp_path):
     (tmp_path / "mine.jsonl").write_text(block("json", '"options"'), encoding="utf-8")
-    (command,) = block("sh", "permdistill score").strip().splitlines()
-    program, *arguments = command.split()
-    assert program == ".venv/bin/permdistill"
-    done = subprocess.run(
-        [sys.executable, "-m", "permdistill.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = command_line("permdistill score", tmp_path)
     assert "1 questions scored now" in done.stdout
     done = subprocess.run(
         [sys.executable, "-c", block("python", "permutation_sensitivity")], cwd=tmp_path, capture_output=True, text=True
@@ -67,13 +71,7 @@ def test_scores_from_another_harness(tmp_path):
     record = json.loads(block("json", '"probabilities"'))
     lines = [json.dumps(record | {"id": f"q{i}", "order": order.tolist()}) for i in (1, 2, 3) for order in cyclic_orders(3)]
     (tmp_path / "my-scores.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (command,) = block("sh", "permdistill measure").strip().splitlines()
-    program, *arguments = command.split()
-    assert program == ".venv/bin/permdistill"
-    done = subprocess.run(
-        [sys.executable, "-m", "permdistill.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    command_line("permdistill measure", tmp_path)
     table = pd.read_csv(tmp_path / "measured.csv").set_index("debiaser")
     # Always the third position: right in one rotation of three, and never the same option twice.
     assert table.loc["biased", ["accuracy", "consistency", "circular"]].tolist() == pytest.approx([1 / 3, 0, 0])

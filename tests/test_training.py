@@ -185,6 +185,16 @@ def test_correction_takes_a_planted_bias_and_temperature_away():
     assert corrected == pytest.approx(np.broadcast_to(corrected[:, :1], corrected.shape), abs=1e-4)  # in every order
 
 
+def test_a_correction_that_was_not_found_says_so(monkeypatch):
+    found = training_module.minimize
+    monkeypatch.setattr(
+        training_module, "minimize", lambda f, x, **rest: found(f, x, **(rest | {"options": {"maxiter": 1}}))
+    )
+    P = planted_scores(np.random.default_rng(0).normal(size=(50, K)), np.array([1.5, -0.5, -1.0]))
+    with pytest.raises(ValueError, match="no correction brings the teacher to the targets"):
+        fit_correction(P, all_orders(K), P.mean(axis=1))
+
+
 @HEADS
 def test_white_box_error_correction_starts_from_the_teacher_and_survives_saving(encoder, tmp_path, head):
     questions, right = toy(48, 0)
