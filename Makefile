@@ -64,14 +64,19 @@ $(INSTALLED): requirements.lock pyproject.toml
 # The committed scores come from these commands: what profiles.PROFILES["full"] asks for. What a store holds already is not
 # scored again. The last lines put the same questions in other words.
 MULTIPLE_CHOICE := arc_easy arc_challenge openbookqa
+TEST_ONLY := csqa hellaswag mmlu socialiqa piqa
 SUMMEVAL := summeval_coherence summeval_consistency summeval_fluency summeval_relevance
 SCORE = $(PY) -m permdistill.cli score --scores $(1) --teacher
+AUDIT = $(PY) -m permdistill.cli audit
 define score
 $(SCORE) qwen2.5-coder-1.5b
+$(SCORE) qwen2.5-coder-0.5b --splits train --tasks $(MULTIPLE_CHOICE)
 for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
-    $(SCORE) $$teacher --splits test --tasks $(MULTIPLE_CHOICE) --limit 250 || exit; done
+    $(SCORE) $$teacher --splits test --tasks $(MULTIPLE_CHOICE) && \
+    $(SCORE) $$teacher --splits test --tasks $(TEST_ONLY) --limit 150 && \
+    $(SCORE) $$teacher --splits test --tasks $(SUMMEVAL) --limit 280 || exit; done
 for template in numbers brief; do \
-    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) socialiqa piqa --limit 40 --template $$template || exit; done
+    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --limit 80 --template $$template || exit; done
 $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 140 --template summaries_letters
 endef
 
@@ -93,9 +98,13 @@ $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 
 $(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
-	$(PY) -m permdistill.manifest "$(OUT)" --measure audit -- $(PY) -m permdistill.cli audit
-	$(PY) -m permdistill.cli audit --teacher qwen2.5-coder-0.5b --tasks $(MULTIPLE_CHOICE) --splits test --limit 250
-	$(PY) -m permdistill.cli audit --teacher smollm2-135m --tasks $(MULTIPLE_CHOICE) --splits test --limit 250
+	$(PY) -m permdistill.manifest "$(OUT)" --measure audit -- $(AUDIT)
+	$(AUDIT) --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --splits test --limit 80 --template numbers --n 3
+	$(AUDIT) --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --splits test --limit 80 --template brief --n 3
+	$(AUDIT) --tasks $(SUMMEVAL) --splits test --limit 140 --template summaries_letters --n 3
+	$(AUDIT) --teacher qwen2.5-coder-0.5b --tasks $(MULTIPLE_CHOICE)
+	for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
+	    $(AUDIT) --teacher $$teacher --tasks $(MULTIPLE_CHOICE) $(TEST_ONLY) $(SUMMEVAL) --splits test --limit 150 || exit; done
 	@touch $@
 
 # Another PROFILE or TEACHER makes the notebooks out of date: this file changes only when they do.

@@ -27,9 +27,8 @@ from permdistill.teachers import TEACHERS
 from permdistill.training import TrainingConfig
 
 SEED = 0
-TEST_QUESTIONS = 300  # per multiple-choice set
-FEWER = {"csqa": 100, "hellaswag": 100}  # whose orders take the 1.5B teacher 5 s a question; more extend the sample
-TRAIN_QUESTIONS = 350  # per multiple-choice set that has training questions
+QUESTIONS = 350  # per multiple-choice set that has training questions, and split
+TEST_ONLY_QUESTIONS = 300  # per multiple-choice set that has none
 TEST_DOCUMENTS = (*range(25), *range(43, 58))  # places of SummEval's documents
 TRAIN_DOCUMENTS = tuple(range(25, 43))
 SYSTEMS = 8  # of SummEval's 16, per document
@@ -37,7 +36,7 @@ SUMMEVAL = tuple(f"summeval_{attribute}" for attribute in ATTRIBUTES)
 TASKS = (*MULTIPLE_CHOICE, *TEST_ONLY, *SUMMEVAL)
 # Other ways to put the questions of some tasks; the first of each kind is the one that everything else uses.
 PROMPTS = {"letters": ("letters", "numbers", "brief"), "summaries": ("summaries", "summaries_letters")}
-PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "socialiqa", "piqa"), "summaries": SUMMEVAL}
+PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "mmlu", "socialiqa", "piqa"), "summaries": SUMMEVAL}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def load_task(name: str, split: str, template: str = "") -> Task:
         )
     if name not in SUMMEVAL:
         whole = load_multiple_choice(name, split)
-        n = FEWER.get(name, TEST_QUESTIONS) if split == "test" else TRAIN_QUESTIONS
+        n = TEST_ONLY_QUESTIONS if name in TEST_ONLY else QUESTIONS
         by_subject = partial(stratified, stratum=lambda question: question.id.split("/")[2])
         questions = (by_subject if name == "mmlu" else sample)(whole.questions, n, SEED)
         usual = TEMPLATES[template or "letters"]
@@ -188,9 +187,9 @@ PROFILES = {
         tasks=TASKS,
         n_test=10**9,
         n_train=10**9,
-        n_others=(250, 0, 0),
-        n_prompts=(40, 5 * 28),
-        n_students=(250, 25 * 28),
+        n_others=(350, 150, 10 * 28),
+        n_prompts=(80, 5 * 28),
+        n_students=(350, 25 * 28),
         # Within the hour on 2 cores: the larger encoder does not do everything. For summaries the lengths leave both heads
         # about the same share of the article, since the joint head's sequence holds two summaries.
         multiple_choice=(
