@@ -70,13 +70,14 @@ def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
         by = table[table.teacher == teacher].set_index(["treatment", "task"])
         biased, debiased = (by.loc[treatment].reindex(tasks) for treatment in (BIASED, DEBIASED))
         _interval(above, biased, "ps", y, color=COLOURS["teacher"])
-        above.set(title=teacher, xlabel="permutation sensitivity (TV x 100)", xlim=(0, None))
+        above.set(title=teacher, xlabel="permutation sensitivity (TV x 100)")
         for ax in below:
             _interval(ax, biased, "accuracy", y + 0.15, color=COLOURS["teacher"], label="biased, mean over orders")
             _interval(ax, debiased, "accuracy", y - 0.15, color=COLOURS["debiased"], label="all-orders average")
             ax.set(xlabel="accuracy (%)")
     for ax in axes[:, 0]:
         ax.set_yticks(y, [_label(task) for task in tasks])
+    axes[0, 0].set_xlim(0, None)  # after all are drawn: a limit stops the shared axis from growing
     if n_rows == 2:
         figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

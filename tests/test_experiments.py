@@ -160,6 +160,15 @@ def test_figures_are_files_that_do_not_change(tmp_path):
     assert heights[0][0] > 50
 
 
+def test_no_teacher_falls_off_the_figure():
+    """A later teacher's intervals may reach further than the first one's on the axis that they share."""
+    strong = replace(planted("one", bias=3.0), teacher="strong")
+    frame = tables.teachers([planted("one", bias=0.1), strong])
+    axes = figures.sensitivity_and_gain(frame).axes
+    left, right = axes[0].get_xlim()
+    assert left == 0 and right > 100 * frame.ps_high.max() > 1.5 * 100 * frame[frame.teacher != "strong"].ps_high.max()
+
+
 def test_profiles_name_each_run_once_and_fit_their_tasks():
     for profile in profiles.PROFILES.values():
         names = [run.name for run in (*profile.multiple_choice, *profile.pairs)]
