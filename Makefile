@@ -149,6 +149,10 @@ audit: $(BUILD)/audit.ok ## re-score a random sample of the committed scores, fa
 scores: $(INSTALLED) ## make the committed scores (hours); continues where it was stopped
 	$(call score,"$(abspath scores)")
 
+.PHONY: students
+students: $(INSTALLED) ## train the matrix of students and keep their predictions (hours); continues where it was stopped
+	$(PY) -m permdistill.cli students
+
 .PHONY: bench
 bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 5
 	@mkdir -p $(BUILD)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import blackbox, data, profiles, scores, tables
+from permdistill import blackbox, data, matrix, profiles, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
 from permdistill.orders import cyclic_orders
@@ -161,6 +161,17 @@ def _measure(args: argparse.Namespace) -> None:
     print(_long(table))
 
 
+def _students(args: argparse.Namespace) -> None:
+    cells = list(dict.fromkeys(cell for part in args.parts for cell in profiles.MATRIX[part]))
+    if args.list:
+        stored = set(matrix.available(cells, args.predictions))
+        for cell in cells:
+            print(f"{'stored ' if cell in stored else 'missing'} {matrix.path(cell, '.')}")
+        return
+    made = matrix.make(cells, args.predictions, Path(args.work))
+    print(f"{made} students trained now, {len(cells) - made} were in {args.predictions}")
+
+
 def _long(table: pd.DataFrame) -> str:
     """A metric after the other, a line a debiaser: what fits on a terminal."""
     shown = tables.pretty(table)
@@ -198,6 +209,15 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--n", type=int, default=8, help="questions per template")
             command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
         command.set_defaults(run=run, content_free=True)
+
+    text = "train the matrix of students (hours), and keep their predictions; continues where it was stopped"
+    command = commands.add_parser("students", help=text, description=text)
+    parts = list(profiles.MATRIX)
+    command.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
+    command.add_argument("--predictions", default=str(matrix.COMMITTED), help="folder (default: the committed ones)")
+    command.add_argument("--work", default="build/matrix", help="folder for checkpoints (%(default)s)")
+    command.add_argument("--list", action="store_true", help="only say which are stored")
+    command.set_defaults(run=_students)
 
     text = "ask a model behind an OpenAI-compatible API, into a resumable store of replies, within a budget"
     command = commands.add_parser("ask", help=text, description=text)

@@ -89,13 +89,16 @@ def majority_vote(P: np.ndarray) -> np.ndarray:
 
 
 def sharpen(Q: np.ndarray, power: float) -> np.ndarray:
-    """Q to ``power``, renormalised over the last axis: 1 changes nothing, more sharpens, less flattens (power = 1 /
-    temperature). Averages over orders of a biased teacher are nearly uniform; this makes their preference visible.
+    """Q (item, option) to ``power``, renormalised: more than 1 sharpens, less flattens (power = 1 / temperature). Averages
+    over orders of a biased teacher are nearly uniform; this makes their preference visible. Infinity leaves the most
+    probable option alone, or those that tie (:func:`decide`).
 
     Raises ValueError unless ``power`` is positive.
     """
     if not power > 0:
         raise ValueError(f"power = {power}: give a number above 0")
+    if np.isinf(power):
+        return decide(Q[:, None])[:, 0]
     return np.asarray(Q, dtype=np.float64) if power == 1 else _softmax(power * _log(np.asarray(Q, dtype=np.float64)))
 
 

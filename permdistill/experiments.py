@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from permdistill import debias, scores
 from permdistill.data import Question, content_free, from_jsonl, unlabelled
@@ -240,36 +242,79 @@ def baselines(test: Scored) -> list[System]:
     ]
 
 
+def lessons(run: Run, train_on: Scored) -> dict[str, Any]:
+    """What :func:`permdistill.training.train` takes as questions, targets, decision_probs and orders.
+
+    No gold answer enters: the questions are stripped of theirs.
+    """
+    questions, P, orders = unlabelled(train_on.task.questions), train_on.P, train_on.orders
+    if run.n_train > len(P):
+        raise ValueError(f"n_train = {run.n_train}: there are {len(P)} training questions, give no more")
+    if run.n_train:
+        chosen = np.random.default_rng(SEED).permutation(len(P))[: run.n_train]
+        questions, P = [questions[i] for i in chosen], P[chosen]
+    if run.draws:
+        Q = debias.black_box_targets(P, run.draws, np.random.default_rng((SEED, run.training.seed)))
+    else:
+        Q = debias.permutation_average(P)
+    shown = slice(None) if run.orders == "all" else slice(1)
+    seen = {"plain": None, "prediction": debias.decide(P) if run.greedy else P, "distribution": P}[run.student.inputs]
+    return {
+        "questions": questions,
+        "targets": debias.sharpen(Q, run.power),
+        "decision_probs": None if seen is None else seen[:, shown],
+        "orders": orders[shown],
+    }
+
+
+def exam(run: Run, test: Scored) -> dict[str, Any]:
+    """What :meth:`permdistill.students.Student.predict_batch` takes as questions, orders, decisions and distributions: the
+    test questions without gold answers, in the cyclic orders, with what the teacher said where the student sees it."""
+    return {
+        "questions": unlabelled(test.task.questions),
+        "orders": cyclic_orders(run.student.k),
+        "decisions": black_box_decisions(test, run.greedy) if run.student.inputs == "prediction" else None,
+        "distributions": in_cyclic_orders(test.P) if run.student.inputs == "distribution" else None,
+    }
+
+
 def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     """Train the student of ``run`` on the debiased teacher, or load it if it is there, and let it answer the test questions.
 
     Writes ``folder``/students/<run.name> (an ordinary transformers checkpoint) and ``folder``/predictions/<run.name>.parquet
     (id, order, probabilities by option). No gold answer enters: both sets of questions are stripped of theirs.
     """
-    student = train(
-        run.student,
-        run.training,
-        unlabelled(train_on.task.questions),
-        debias.sharpen(debias.permutation_average(train_on.P), run.power),
-        folder / "students" / run.name,
-        decision_probs=None if run.student.inputs == "plain" else debias.decide(train_on.P) if run.greedy else train_on.P,
-    )
-    orders = cyclic_orders(run.student.k)
-    decisions = black_box_decisions(test, run.greedy) if run.student.inputs == "prediction" else None
-    distributions = in_cyclic_orders(test.P) if run.student.inputs == "distribution" else None
-    P = student.predict_batch(unlabelled(test.task.questions), orders, decisions, distributions)
+    student = train(run.student, run.training, folder=folder / "students" / run.name, **lessons(run, train_on))
+    P = student.predict_batch(**exam(run, test))
     parameters = sum(p.numel() for p in student.model.parameters())
-    _save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P)
+    orders = cyclic_orders(run.student.k)
+    save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P, {"parameters": parameters})
     return System(run.title, "student", P, orders, parameters)
 
 
-def _save_predictions(path: Path, test: Scored, orders: np.ndarray, P: np.ndarray) -> None:
+def save_predictions(path: Path, test: Scored, orders: np.ndarray, P: np.ndarray, about: dict[str, Any]) -> None:
+    """Write P (item, order, option) over ``orders`` as parquet: id, order, probabilities (float32) by option, a row per item
+    and order. ``about`` goes into the file's metadata, as JSON under "permdistill"."""
+    n, m, k = P.shape
+    columns = {
+        "id": np.repeat([q.id for q in test.task.questions], m).tolist(),
+        "order": np.tile(orders, (n, 1)).astype(np.int8).tolist(),
+        "probabilities": P.reshape(-1, k).astype(np.float32).tolist(),
+    }
+    types = {"id": pa.string(), "order": pa.list_(pa.int8()), "probabilities": pa.list_(pa.float32())}
+    schema = pa.schema(types, metadata={"permdistill": json.dumps(about)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"id": q.id, "order": order.tolist(), "probabilities": p.tolist()}
-        for q, by_order in zip(test.task.questions, P, strict=True)
-        for order, p in zip(orders, by_order, strict=True)
-    ]
     part = path.with_suffix(".part")
-    pd.DataFrame(rows).to_parquet(part)
+    pq.write_table(pa.table(columns, schema=schema), part, compression="zstd")
     part.replace(path)
+
+
+def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, Any]]:
+    """What :func:`save_predictions` wrote: ids, orders (order, K), P (item, order, option), about."""
+    table = pq.read_table(path)
+    names = table["id"].to_pylist()
+    ids = list(dict.fromkeys(names))
+    m = len(names) // len(ids)
+    orders = np.array(table["order"][:m].to_pylist())
+    P = np.array(table["probabilities"].to_pylist(), dtype=np.float64).reshape(len(ids), m, -1)
+    return ids, orders, P, json.loads(table.schema.metadata[b"permdistill"])

@@ -10,6 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from permdistill.data import (
     ATTRIBUTES,
@@ -91,34 +94,63 @@ def load_task(name: str, split: str, template: str = "") -> Task:
 class Run:
     """One student to train: what it is, how it is trained, and on what.
 
-    greedy  whether the decision that error correction sees is the teacher's most probable one, instead of a sampled one
-    power   targets are the debiased probabilities to this power, renormalised: 1 / temperature
+    greedy   whether the decision that error correction sees is the teacher's most probable one, instead of a sampled one
+    power    targets are the debiased probabilities to this power, renormalised: 1 / temperature; infinity: hard targets
+    draws    targets are histograms of so many black-box calls a question; 0: averages of the probabilities over all orders
+    n_train  so many training questions, drawn at random, smaller samples inside larger ones; 0: all
+    orders   "all": every epoch shows a question in a new order; "original": always in the data set's
     """
 
     student: StudentConfig
     training: TrainingConfig
     greedy: bool = False
     power: float = 1.0
+    draws: int = 0
+    n_train: int = 0
+    orders: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.orders not in ("all", "original"):
+            raise ValueError(f"orders = {self.orders!r}: give 'all' or 'original'")
+        if min(self.draws, self.n_train) < 0:
+            raise ValueError(f"draws = {self.draws}, n_train = {self.n_train}: give numbers of at least 0")
+
+    @property
+    def _unusual(self) -> dict[str, bool]:
+        return {
+            "greedy": self.greedy,
+            f"power{self.power:g}": self.power != 1,
+            f"draws{self.draws}": self.draws > 0,
+            f"questions{self.n_train}": self.n_train > 0,
+            f"{self.orders}-order": self.orders != "all",
+        }
 
     @property
     def name(self) -> str:
-        """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4"; what is not the default is added."""
-        s = self.student
-        name = f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}"
-        extra = {
-            "greedy": self.greedy,
-            f"power{self.power:g}": self.power != 1,
-            f"seed{self.training.seed}": self.training.seed,
+        """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4-4epochs-lr0.0001"; what is not the default is added."""
+        s, t = self.student, self.training
+        name = f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}-{t.epochs}epochs-lr{t.learning_rate:g}"
+        extra = self._unusual | {
+            f"warmup{t.warmup:g}": t.warmup != TrainingConfig.warmup,
+            f"seed{t.seed}": t.seed != 0,
         }
         return "-".join([name, *(word for word, wanted in extra.items() if wanted)])
 
     @property
     def title(self) -> str:
-        """For tables, e.g. "all-MiniLM-L6-v2, joint, distillation"; the same for all seeds."""
+        """For tables, e.g. "all-MiniLM-L6-v2, joint head, distillation"; the same for all seeds and learning rates."""
         methods = {"plain": "distillation", "prediction": "error correction", "distribution": "white-box error correction"}
         method = methods[self.student.inputs] + (" (greedy)" if self.greedy else "")
-        power = f", targets to the power {self.power:g}" if self.power != 1 else ""
-        return f"{Path(self.student.encoder).name}, {self.student.head.replace('_', '-')} head, {method}{power}"
+        extra = {
+            "hard targets" if np.isinf(self.power) else f"targets to the power {self.power:g}": self.power != 1,
+            f"{self.draws} draws": self.draws > 0,
+            f"{self.n_train} questions": self.n_train > 0,
+            "original order only": self.orders != "all",
+        }
+        head = f"{self.student.head.replace('_', '-')} head"
+        return ", ".join(
+            [Path(self.student.encoder).name, head, method, *(word for word, wanted in extra.items() if wanted)]
+        )
 
 
 def _runs(encoder: str, k: int, joint: int, per_option: int, training: TrainingConfig) -> tuple[Run, ...]:
@@ -200,5 +232,68 @@ PROFILES = {
             *_runs("all-MiniLM-L6-v2", 2, 384, 256, TrainingConfig(epochs=1, learning_rate=1e-4, batch_size=28)),
             *_runs("all-mpnet-base-v2", 2, 384, 256, TrainingConfig(epochs=1, learning_rate=5e-5, batch_size=28))[2:3],
         ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student of the matrix: its teacher, the tasks that it learns and answers as one, and the run."""
+
+    teacher: str
+    tasks: tuple[str, ...]
+    run: Run
+
+    @property
+    def about(self) -> str:
+        """The tasks in a word: "multiple_choice", "summeval", or the one task's name."""
+        names = {tuple(MULTIPLE_CHOICE): "multiple_choice", SUMMEVAL: "summeval"}
+        return names.get(self.tasks, "-".join(self.tasks))
+
+
+SEEDS = (0, 1, 2)
+_MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
+_LENGTH = {"joint": 256, "per_option": 128}
+_METHODS: tuple[dict[str, Any], ...] = (
+    {"inputs": "plain"},
+    {"inputs": "distribution"},
+    {"inputs": "prediction"},
+    {"inputs": "prediction", "greedy": True},
+)
+
+
+def _cell(
+    teacher: str = TEACHERS[0],
+    encoder: str = _MINILM,
+    head: str = "per_option",
+    inputs: str = "plain",
+    training: dict[str, Any] | None = None,
+    **run: Any,
+) -> Cell:
+    usual = {"epochs": 4, "learning_rate": 1e-4} if encoder == _MINILM else {"epochs": 2, "learning_rate": 5e-5}
+    student = StudentConfig(encoder, head, inputs, 4, _LENGTH[head])
+    return Cell(teacher, tuple(MULTIPLE_CHOICE), Run(student, TrainingConfig(**usual | (training or {})), **run))
+
+
+# Students that `make paper` does not train, since together they take hours: `make students` does, and their predictions
+# are kept. The first of each part matter most. A cell may belong to several parts.
+MATRIX: dict[str, tuple[Cell, ...]] = {
+    "heads and inputs": tuple(
+        _cell(teacher, head=head, training={"seed": seed}, **method)
+        for head in ("per_option", "joint")
+        for seed in SEEDS
+        for teacher in TEACHERS[:2]
+        for method in _METHODS
+    ),
+    "encoders": tuple(_cell(teacher, _MPNET, **method) for teacher in TEACHERS[:2] for method in _METHODS[:2]),
+    "draws": tuple(_cell(draws=n) for n in (64, 32, 16, 8, 4, 2, 1)),
+    "questions": tuple(_cell(n_train=n) for n in (500, 250, 125)),
+    "targets": (*(_cell(power=power) for power in (2.0, 4.0, 8.0, np.inf)), _cell(orders="original")),
+    "orders": tuple(_cell(head="joint", inputs=i, orders="original") for i in ("plain", "distribution")),
+    "collapse": tuple(
+        _cell(head="joint", training={"learning_rate": rate, "warmup": warmup, "seed": seed})
+        for seed in SEEDS[:2]
+        for rate in (1e-5, 3e-5, 1e-4, 3e-4)
+        for warmup in (0.1, 0.5)
     ),
 }

@@ -228,14 +228,7 @@ def train(
         raise ValueError(f"inputs={config.inputs!r} and decision_probs {found}: 'plain' takes none, the others need them")
     if decision_probs is not None:
         decision_probs = _checked("decision_probs", decision_probs, (n, *orders.shape))
-    key = _key(
-        [RECIPE, asdict(config), encoder_key(config.encoder), asdict(training), autocast],
-        questions,
-        targets,
-        decision_probs,
-        orders,
-        *(drawn or ()),  # not as None: the keys of students without it must stay
-    )
+    key = content_key(config, training, questions, targets, decision_probs, orders, autocast, drawn)
     with locked(folder / ".lock"):  # a killed make may have left a process that is still at it: wait, then load its result
         if (folder / LOG).exists() and read_log(folder)["key"] == key:
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -385,10 +378,33 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(part, path)
 
 
-def _key(settings: list[Any], questions: Sequence[Question], *arrays: np.ndarray | None) -> str:
-    """sha256 over everything that the trained weights depend on."""
+def content_key(
+    config: StudentConfig,
+    training: TrainingConfig,
+    questions: Sequence[Question],
+    targets: np.ndarray,
+    decision_probs: np.ndarray | None = None,
+    orders: np.ndarray | None = None,
+    autocast: bool | None = None,
+    drawn: tuple[np.ndarray, np.ndarray] | None = None,
+) -> str:
+    """sha256 over everything that the weights depend on which :func:`train` makes of these arguments.
+
+    Probabilities count to 6 digits: another machine's exp() differs in the last one, and trains the same student.
+    """
+    orders = all_orders(config.k) if orders is None else orders
+    settings = [RECIPE, asdict(config), encoder_key(config.encoder), asdict(training), autocast]
+    return digest(settings, questions, targets, decision_probs, orders, *(drawn or ()))
+
+
+def digest(settings: object, questions: Sequence[Question], *arrays: np.ndarray | None) -> str:
+    """sha256 over JSON-able settings, the texts of questions, and arrays, floating-point ones to 6 digits."""
     texts = [[q.context, q.question, list(q.options)] for q in questions]
-    digest = hashlib.sha256(json.dumps([settings, texts]).encode())
+    found = hashlib.sha256(json.dumps([settings, texts]).encode())
     for array in arrays:
-        digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
-    return digest.hexdigest()
+        if array is None:
+            found.update(b"none")
+            continue
+        exact = np.round(array, 6).astype(np.float64) + 0.0 if np.issubdtype(array.dtype, np.floating) else array
+        found.update(repr(exact.shape).encode() + exact.tobytes())
+    return found.hexdigest()

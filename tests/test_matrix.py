@@ -1,0 +1,148 @@
+"""The matrix of students: what is stored is found again, and never taken for something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_experiments import planted
+from test_students import make_encoder
+
+from permdistill import debias, experiments, matrix, metrics, profiles
+from permdistill.cli import main
+from permdistill.data import MULTIPLE_CHOICE, unlabelled
+from permdistill.orders import all_orders, cyclic_orders
+from permdistill.students import StudentConfig
+from permdistill.training import TrainingConfig, content_key
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch) -> profiles.Cell:
+    """A tiny student of a planted teacher, whose scores stand in for the stores."""
+    pools = {"planted": (planted("train", n=24), planted("test", n=12, seed=5))}
+    monkeypatch.setattr(matrix, "data", lambda teacher, tasks, scores="": pools[teacher])
+    student = StudentConfig(make_encoder(tmp_path / "encoder"), "per_option", "plain", 3, 64)
+    return profiles.Cell("planted", ("one", "two"), profiles.Run(student, TrainingConfig(epochs=1)))
+
+
+def with_run(cell: profiles.Cell, **changes: object) -> profiles.Cell:
+    return replace(cell, run=replace(cell.run, **changes))
+
+
+def test_what_is_made_is_found_and_not_made_again(cell, tmp_path, monkeypatch):
+    folder, work = tmp_path / "predictions", tmp_path / "work"
+    with pytest.raises(matrix.MissingPredictions, match="are not stored: run `make students`"):
+        matrix.answer(cell, folder)
+    assert matrix.make([cell, cell], folder, work) == 1
+    assert matrix.path(cell, folder) == folder / "planted" / "one-two" / f"{cell.run.name}.parquet"
+    assert not list(work.rglob("*.safetensors"))  # predictions are kept, weights are not
+    monkeypatch.setattr(matrix, "distil", lambda *args: pytest.fail("trained again"))
+    assert matrix.make([cell], folder, work) == 0
+    found = matrix.answer(cell, folder)
+    expected = experiments.distil(cell.run, *matrix.data("planted", cell.tasks), tmp_path / "again")
+    assert found.P == pytest.approx(expected.P, abs=1e-6) and (found.orders == expected.orders).all()
+    assert (found.name, found.parameters) == (cell.run.title, expected.parameters)
+    table = matrix.compare([cell], folder).query("task == 'all'").set_index("system")
+    right = [q.answer for q in matrix.data("planted", cell.tasks)[1].task.questions]
+    assert table.loc[cell.run.title, "accuracy"] == pytest.approx(metrics.accuracy(expected.P, right).mean())
+    assert table.loc["mean over 3 cyclic orders", "accuracy"] == 1 > table.loc["planted, biased", "accuracy"]
+    assert matrix.compare([cell], folder, against=False).kind.unique().tolist() == ["teacher", "student"]
+
+
+def test_other_scores_recipes_or_questions_void_them(cell, tmp_path, monkeypatch):
+    folder = tmp_path / "predictions"
+    matrix.make([cell], folder, tmp_path / "work")
+    assert matrix.available([cell, with_run(cell, power=2.0)], folder) == [cell]
+    train, test = matrix.data("planted", cell.tasks)
+    for pools in ((replace(train, P=train.P[:, ::-1] * 0.9 + 0.1 / 3), test), (train, planted("test", n=11, seed=5))):
+        with monkeypatch.context() as patch:
+            patch.setattr(matrix, "data", lambda *args, pools=pools: pools)
+            with pytest.raises(matrix.MissingPredictions, match="another recipe, scores or questions"):
+                matrix.answer(cell, folder)
+    # Another machine's exp() rounds the last digit otherwise: the same student.
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix, "data", lambda *args: (replace(train, P=train.P + 1e-13), test))
+        matrix.answer(cell, folder)
+
+
+def test_what_a_run_teaches(cell):
+    train, _ = matrix.data("planted", cell.tasks)
+    usual = experiments.lessons(cell.run, train)
+    average = debias.permutation_average(train.P)
+    assert usual["targets"] == pytest.approx(average) and usual["decision_probs"] is None
+    assert (usual["orders"] == all_orders(3)).all() and usual["questions"] == unlabelled(train.task.questions)
+    hard = experiments.lessons(with_run(cell, power=np.inf).run, train)
+    assert (hard["targets"] == np.eye(3)[average.argmax(-1)]).all()
+    drawn = experiments.lessons(with_run(cell, draws=4).run, train)["targets"]
+    assert set(np.unique(drawn)) <= {0, 0.25, 0.5, 0.75, 1} and drawn.sum(-1) == pytest.approx(1)
+    few, fewer = (experiments.lessons(with_run(cell, n_train=n).run, train) for n in (8, 4))
+    assert fewer["questions"] == few["questions"][:4] and len(few["targets"]) == 8
+    ids = [q.id for q in train.task.questions]
+    assert few["targets"] == pytest.approx(average[[ids.index(q.id) for q in few["questions"]]])
+    shown = with_run(cell, orders="original", student=replace(cell.run.student, inputs="distribution")).run
+    one = experiments.lessons(shown, train)
+    assert (one["orders"] == [[0, 1, 2]]).all() and (one["decision_probs"] == train.P[:, :1]).all()
+    assert one["targets"] == pytest.approx(average)  # the teacher still averages over all orders
+    with pytest.raises(ValueError, match="n_train = 25: there are 24 training questions"):
+        experiments.lessons(with_run(cell, n_train=25).run, train)
+    with pytest.raises(ValueError, match="orders = 'some'"):
+        with_run(cell, orders="some")
+
+
+def test_content_key_covers_what_training_depends_on(cell):
+    train, _ = matrix.data("planted", cell.tasks)
+    seen = {matrix.key(cell)}
+    for other in (
+        with_run(cell, power=2.0),
+        with_run(cell, draws=8),
+        with_run(cell, n_train=20),
+        with_run(cell, orders="original"),
+        with_run(cell, training=replace(cell.run.training, seed=1)),
+        with_run(cell, training=replace(cell.run.training, warmup=0.5)),
+        with_run(cell, student=replace(cell.run.student, inputs="prediction")),
+        with_run(cell, student=replace(cell.run.student, inputs="prediction"), greedy=True),
+        with_run(cell, student=replace(cell.run.student, inputs="distribution")),
+    ):
+        assert matrix.key(other) not in seen and other.run.name != cell.run.name
+        seen.add(matrix.key(other))
+    lesson = experiments.lessons(cell.run, train)
+    assert content_key(cell.run.student, cell.run.training, **lesson) == content_key(
+        cell.run.student, cell.run.training, **lesson | {"orders": None}
+    )
+
+
+def test_rivals_cost_what_they_say():
+    test = planted("test", bias=0.8)
+    by = {system.name: system for system in matrix.rivals(test)}
+    P = experiments.in_cyclic_orders(test.P)
+    assert (by["copy of the most probable decision"].P.argmax(-1) == P.argmax(-1)).all()
+    assert by["mean over 2 orders, 2 calls"].P[:, 0] == pytest.approx((P[:, 0] + P[:, 2]) / 2)
+    assert by["mean over 3 cyclic orders"].P[:, 1] == pytest.approx(P.mean(axis=1))
+    # The planted bias is what prior-matching assumes: one call then says what knowledge says.
+    assert by["prior-matching, 1 call"].P.argmax(-1) == pytest.approx(
+        np.array([[q.answer] * 3 for q in test.task.questions])
+    )
+
+
+def test_every_cell_has_a_file_of_its_own():
+    cells = list(dict.fromkeys(cell for part in profiles.MATRIX.values() for cell in part))
+    assert len({matrix.path(cell) for cell in cells}) == len(cells)
+    assert {cell.about for cell in cells} <= {"multiple_choice", "summeval", *profiles.TASKS}
+    assert all(set(cell.tasks) <= {*MULTIPLE_CHOICE, *profiles.SUMMEVAL} for cell in cells)
+    assert len(matrix.seeded(profiles.MATRIX["heads and inputs"])) * len(profiles.SEEDS) == len(
+        profiles.MATRIX["heads and inputs"]
+    )
+
+
+@pytest.mark.slow
+def test_the_committed_predictions_are_those_of_the_matrix(capsys):
+    cells = list(dict.fromkeys(cell for part in profiles.MATRIX.values() for cell in part))
+    kept = {file for file in matrix.COMMITTED.rglob("*") if file.is_file()}
+    assert {matrix.path(cell) for cell in matrix.available(cells)} == kept
+    (ids, orders, P, about) = experiments.read_predictions(sorted(kept)[0])
+    assert P.shape == (1050, 4, 4) and P.sum(-1) == pytest.approx(1, abs=1e-5) and len(set(ids)) == 1050
+    assert (orders == cyclic_orders(4)).all() and about["seconds"] > 10 and len(about["losses"]) > 20
+    main(["students", "--list", "--parts", "heads and inputs"])
+    assert Path(capsys.readouterr().out.splitlines()[0].split()[1]) == matrix.path(cells[0], ".")
