@@ -83,9 +83,11 @@ endef
 ifeq ($(TEACHER),live)
 SCORES := $(OUT)/scores
 SCORED := $(BUILD)/scores/.complete
+AUDITED :=
 else
 SCORES := $(abspath scores)
-SCORED := $(wildcard scores/*/scores.parquet) $(BUILD)/audit.ok
+SCORED := $(wildcard scores/*/scores.parquet)
+AUDITED := $(BUILD)/audit.ok
 endif
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
@@ -127,11 +129,13 @@ $(EXECUTED): $(BUILD)/notebooks/%.ipynb: $(NOTEBOOKS)/%.ipynb $(CODE) $(SCORED) 
 	@mv "$(@:.ipynb=.part.ipynb)" "$@"
 
 # One after the other, in the order of their numbers, also with make -j: a notebook may read what an earlier one wrote.
+# The teachers' table comes first, within minutes; all others wait for the audit of the scores too.
+$(wordlist 2,$(words $(EXECUTED)),$(EXECUTED)): $(AUDITED)
 previous :=
 $(foreach target,$(EXECUTED),$(eval $(target): $(previous))$(eval previous := $(target)))
 
 # The figures and tables that git keeps are those of the full profile.
-$(BUILD)/manifest.json: $(EXECUTED)
+$(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
 	@$(if $(EXECUTED),,echo "there are no notebooks in $(NOTEBOOKS)/" >&2; exit 1)
 	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/full/figures" ]; then \
 	    mkdir -p figures && cp $(BUILD)/full/figures/* $(BUILD)/full/tables/* figures/; fi

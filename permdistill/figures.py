@@ -267,3 +267,24 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     figure.savefig(folder / f"{name}.png")
     return folder / f"{name}.png"
+
+
+def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> Figure:
+    """F2 and F3: a student's accuracy against a setting that doubles, with 95% intervals.
+
+    table  :func:`permdistill.matrix.effects` over ``x``, one teacher's
+    lines  {name: accuracy} of systems that do not depend on it, drawn as lines
+    """
+    _style()
+    figure, ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+    rows = table.sort_values(x)
+    y = 100 * rows.accuracy
+    spread = [np.maximum(y - 100 * rows.accuracy_low, 0), np.maximum(100 * rows.accuracy_high - y, 0)]
+    ax.errorbar(rows[x], y, yerr=spread, fmt="o-", capsize=2, lw=1, ms=4, color=COLOURS["student"], label="student")
+    for (name, accuracy), style in zip(lines.items(), ("--", "-.", ":"), strict=False):
+        ax.axhline(100 * accuracy, color="black", lw=1, ls=style, label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(rows[x], [f"{value:g}" for value in rows[x]])
+    ax.set(xlabel=label, ylabel="accuracy (%)")
+    ax.legend()
+    return figure

@@ -3,6 +3,7 @@
     make(cells, folder, work)                train what is missing, answer the test questions, keep the answers
     answer(cell, folder) -> System           the kept answers, or MissingPredictions
     compare(cells, folder) -> table          students beside what they have to beat, teacher by teacher
+    effects(cells, "draws") -> table         what a setting does
 
 Predictions are found by content, as scores are: their key covers whatever the student was trained on and asked, so that
 stored ones are never taken for those of another recipe, store of scores or question. Weights are not kept.
@@ -11,10 +12,11 @@ stored ones are never taken for those of another recipe, store of scores or ques
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +40,7 @@ from permdistill.experiments import (
     together,
 )
 from permdistill.orders import cyclic_orders
-from permdistill.profiles import PROFILES, SUMMEVAL, Cell
+from permdistill.profiles import PROFILES, SUMMEVAL, Cell, Run
 from permdistill.training import content_key, digest, read_log
 
 COMMITTED = ROOT / "predictions"
@@ -49,17 +51,17 @@ class MissingPredictions(LookupError):
 
 
 @lru_cache(maxsize=4)
-def data(teacher: str, tasks: tuple[str, ...], scores: str = "") -> tuple[Scored, Scored]:
+def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
     """What students of ``teacher`` learn from and are tested on: the questions of the full profile, pooled."""
     n = PROFILES["full"].n_students[tasks[0] in SUMMEVAL]
-    train = together([read_scores(teacher, task, "train", scores) for task in tasks])
-    test = together([read_scores(teacher, task, "test", scores, n) for task in tasks])
+    train = together([read_scores(teacher, task, "train") for task in tasks])
+    test = together([read_scores(teacher, task, "test", n=n) for task in tasks])
     return train, test
 
 
-def key(cell: Cell, scores: str = "") -> str:
+def key(cell: Cell) -> str:
     """sha256 over whatever the predictions depend on: training, its data, and what the student is asked."""
-    train, test = data(cell.teacher, cell.tasks, scores)
+    train, test = data(cell.teacher, cell.tasks)
     asked = exam(cell.run, test)
     weights = content_key(cell.run.student, cell.run.training, **lessons(cell.run, train))
     return digest(weights, asked["questions"], asked["orders"], asked["decisions"], asked["distributions"])
@@ -70,18 +72,18 @@ def path(cell: Cell, folder: str | Path = "") -> Path:
     return Path(folder or COMMITTED) / Path(cell.teacher).name / cell.about / f"{cell.run.name}.parquet"
 
 
-def answer(cell: Cell, folder: str | Path = "", scores: str = "") -> System:
+def answer(cell: Cell, folder: str | Path = "") -> System:
     """The stored predictions of a cell. Raises MissingPredictions when there are none, or those of other data or recipe."""
     file = path(cell, folder)
     if file.exists():
         ids, orders, P, about = read_predictions(file)
-        if about["key"] == key(cell, scores):
+        if about["key"] == key(cell):
             return System(cell.run.title, "student", P, orders, about["parameters"])
     found = "are those of another recipe, scores or questions" if file.exists() else "are not stored"
     raise MissingPredictions(f"predictions of {cell.run.name}, taught by {cell.teacher}, {found}: run `make students`")
 
 
-def make(cells: Iterable[Cell], folder: str | Path, work: Path, scores: str = "") -> int:
+def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
     """Train the students of ``cells`` whose predictions ``folder`` lacks, let them answer and keep the answers; how many.
 
     ``work`` holds checkpoints: a killed run goes on from its last one. Finished weights are deleted.
@@ -89,16 +91,16 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path, scores: str = ""
     missing = []
     for cell in dict.fromkeys(cells):
         try:
-            answer(cell, folder, scores)
+            answer(cell, folder)
         except MissingPredictions:
             missing.append(cell)
     for cell in tqdm(missing, desc="students", unit="student"):
         home = work / Path(cell.teacher).name / cell.about
         with locked(home / f"{cell.run.name}.lock"):
-            train, test = data(cell.teacher, cell.tasks, scores)
+            train, test = data(cell.teacher, cell.tasks)
             system = distil(cell.run, train, test, home)
             log = read_log(home / "students" / cell.run.name)
-            about = {"key": key(cell, scores), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
+            about = {"key": key(cell), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
             about |= {"parameters": system.parameters, "losses": [round(x, 5) for x in log["losses"]]}
             about |= {name: round(log[name], 3) for name in ("seconds", "questions_per_second")}
             save_predictions(path(cell, folder), test, system.orders, system.P, about)
@@ -107,49 +109,95 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path, scores: str = ""
 
 
 def rivals(test: Scored) -> list[System]:
-    """What else one or a few teacher calls a question buy, without a student: :func:`experiments.baselines`, the copy of the
-    teacher's most probable decision, prior-matching (one call), and averages over 2 and over all cyclic orders."""
+    """What a student has to beat: :func:`permdistill.experiments.baselines`, under names that are the same for all teachers,
+    and what else one or a few calls a question buy without a student: the teacher's most probable decision, prior-matching,
+    averages over 2 and over the cyclic orders."""
     P, orders = in_cyclic_orders(test.P), cyclic_orders(test.task.k)
-    half = (P + np.roll(P, len(orders) // 2, axis=1)) / 2
+    biased, averaged, copied = baselines(test)
     greedy = debias.one_hot(black_box_decisions(test, greedy=True), test.task.k)
-    everywhere = debias.broadcast(debias.permutation_average(P), len(orders))
+    two = (P + np.roll(P, len(orders) // 2, axis=1)) / 2
+    cyclic = debias.broadcast(debias.permutation_average(P), len(orders))
     return [
-        *baselines(test),
+        replace(biased, name="biased teacher"),
+        copied,
         System("copy of the most probable decision", "copy", greedy, orders),
         System("prior-matching, 1 call", "debiased", debias.prior_matching(P, orders), orders),
-        System("mean over 2 orders, 2 calls", "debiased", half, orders),
-        System(f"mean over {len(orders)} cyclic orders", "debiased", everywhere, orders),
+        System("mean over 2 orders", "debiased", two, orders),
+        System(f"mean over {len(orders)} cyclic orders", "debiased", cyclic, orders),
+        replace(averaged, name="all-orders average"),
     ]
 
 
-def compare(cells: Sequence[Cell], folder: str | Path = "", scores: str = "", against: bool = True) -> pd.DataFrame:
-    """Students of ``cells`` beside :func:`rivals` (or only the biased teacher), for each teacher and pool of tasks:
-    :func:`permdistill.tables.students` with a column for each. Seeds of one student share a row."""
-    parts = []
+def _pools(cells: Sequence[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
+    """Cells by teacher and tasks: the teacher's name, the test questions, and the cells."""
     for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
-        test = data(teacher, tasks, scores)[1]
-        systems = rivals(test) if against else baselines(test)[:1]
         own = [cell for cell in cells if (cell.teacher, cell.tasks) == (teacher, tasks)]
-        systems += [answer(cell, folder, scores) for cell in own]
-        part = tables.students(test, systems)
-        part.insert(0, "teacher", Path(teacher).name)
+        yield Path(teacher).name, data(teacher, tasks)[1], own
+
+
+def compare(cells: Sequence[Cell], folder: str | Path = "") -> pd.DataFrame:
+    """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.tables.students` with a column "teacher". Seeds
+    of one student share a row."""
+    parts = []
+    for teacher, test, own in _pools(cells):
+        part = tables.students(test, [*rivals(test), *(answer(cell, folder) for cell in own)])
+        part.insert(0, "teacher", teacher)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
-def available(cells: Iterable[Cell], folder: str | Path = "", scores: str = "") -> list[Cell]:
+def differences(cells: Sequence[Cell], folder: str | Path = "") -> pd.DataFrame:
+    """Accuracy of each student minus that of each of :func:`rivals`, paired by question: one row for each pair, with the 95%
+    interval over the questions (or documents) of the mean over the student's seeds."""
+    rows = []
+    for teacher, test, own in _pools(cells):
+        questions, groups = test.task.questions, test.task.groups
+        against = {rival.name: tables.correct(rival.P, questions) for rival in rivals(test)}
+        for student, seeds in _by_student(own).items():
+            P = [answer(cell, folder).P for cell in seeds]
+            for name, baseline in against.items():
+                row = tables.measure(P, cyclic_orders(test.task.k), questions, groups, baseline, ["accuracy"])
+                gain = {f"difference{part}": row[f"gain{part}"] for part in ("", "_low", "_high")}
+                rows.append({"teacher": teacher, "system": student, "rival": name, "seeds": len(seeds), **gain})
+    return pd.DataFrame(rows)
+
+
+def effects(cells: Sequence[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
+    """What settings do to a student: a row for each combination of the settings ``names``, which are fields of Run,
+    TrainingConfig or StudentConfig, with the usual metrics, the gain over the biased teacher, and the range over seeds."""
+    rows = []
+    for teacher, test, own in _pools(cells):
+        by_value: dict[tuple, list[Cell]] = {}
+        for cell in own:
+            by_value.setdefault(tuple(_setting(cell.run, name) for name in names), []).append(cell)
+        baseline = tables.correct(rivals(test)[0].P, test.task.questions)
+        for value, seeds in by_value.items():
+            P = [answer(cell, folder).P for cell in seeds]
+            alone = [np.nanmean(tables.correct(p, test.task.questions)) for p in P]
+            row = tables.measure(P, cyclic_orders(test.task.k), test.task.questions, test.task.groups, baseline)
+            ends = {"seeds": len(seeds), "worst seed": min(alone), "best seed": max(alone)}
+            rows.append({"teacher": teacher, **dict(zip(names, value, strict=True)), **ends, **row})
+    return pd.DataFrame(rows).sort_values(["teacher", *names], ignore_index=True)
+
+
+def _setting(run: Run, name: str) -> Any:
+    return next(getattr(part, name) for part in (run, run.training, run.student) if hasattr(part, name))
+
+
+def _by_student(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    result: dict[str, list[Cell]] = {}
+    for cell in cells:
+        result.setdefault(cell.run.title, []).append(cell)
+    return result
+
+
+def available(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
     """Those of ``cells`` whose predictions are stored."""
-    return [cell for cell in cells if _stored(cell, folder, scores)]
-
-
-def _stored(cell: Cell, folder: str | Path, scores: str) -> bool:
-    try:
-        answer(cell, folder, scores)
-    except MissingPredictions:
-        return False
-    return True
-
-
-def seeded(cells: Sequence[Cell]) -> list[Cell]:
-    """One cell for each student, whatever its seed."""
-    return list({replace(c, run=replace(c.run, training=replace(c.run.training, seed=0))): None for c in cells})
+    result = []
+    for cell in dict.fromkeys(cells):
+        try:
+            answer(cell, folder)
+        except MissingPredictions:
+            continue
+        result.append(cell)
+    return result

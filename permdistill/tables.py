@@ -59,6 +59,7 @@ def _rotations(orders: np.ndarray) -> bool:
 METRICS = {
     "accuracy": Metric("accuracy", lambda P, o, g: metrics.accuracy(P, g), gold=True, fits=lambda o: True),
     "gain": Metric("gain over biased", lambda P, o, g: np.full(len(P), np.nan), gold=True, fits=lambda o: False),
+    "difference": Metric("difference", lambda P, o, g: np.full(len(P), np.nan), gold=True, fits=lambda o: False),
     "ps": Metric("ps (TV)", lambda P, o, g: metrics.permutation_sensitivity(P)),
     "ps_kl": Metric("ps (KL, nats)", lambda P, o, g: metrics.permutation_sensitivity(P, "kl"), points=False),
     "pb": Metric("pb (TV)", lambda P, o, g: metrics.position_marginals(P, o), metrics.from_uniform, fits=_balanced),
