@@ -163,6 +163,7 @@ def _measure(args: argparse.Namespace) -> None:
 
 def _students(args: argparse.Namespace) -> None:
     cells = list(dict.fromkeys(cell for part in args.parts for cell in profiles.MATRIX[part]))
+    cells.sort(key=lambda cell: cell.run.training.seed)  # one seed of everything before the second of anything
     if args.list:
         stored = set(matrix.available(cells, args.predictions))
         for cell in cells:

@@ -12,6 +12,7 @@ stored ones are never taken for those of another recipe, store of scores or ques
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -20,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from permdistill import debias, tables
@@ -30,7 +33,6 @@ from permdistill.experiments import (
     System,
     baselines,
     black_box_decisions,
-    distil,
     exam,
     in_cyclic_orders,
     lessons,
@@ -39,9 +41,11 @@ from permdistill.experiments import (
     save_predictions,
     together,
 )
+from permdistill.machine import matmul_peak
 from permdistill.orders import cyclic_orders
 from permdistill.profiles import PROFILES, SUMMEVAL, Cell, Run
-from permdistill.training import content_key, digest, read_log
+from permdistill.students import Student
+from permdistill.training import content_key, digest, read_log, train
 
 COMMITTED = ROOT / "predictions"
 
@@ -54,16 +58,15 @@ class MissingPredictions(LookupError):
 def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
     """What students of ``teacher`` learn from and are tested on: the questions of the full profile, pooled."""
     n = PROFILES["full"].n_students[tasks[0] in SUMMEVAL]
-    train = together([read_scores(teacher, task, "train") for task in tasks])
-    test = together([read_scores(teacher, task, "test", n=n) for task in tasks])
-    return train, test
+    train_on = together([read_scores(teacher, task, "train") for task in tasks])
+    return train_on, together([read_scores(teacher, task, "test", n=n) for task in tasks])
 
 
 def key(cell: Cell) -> str:
     """sha256 over whatever the predictions depend on: training, its data, and what the student is asked."""
-    train, test = data(cell.teacher, cell.tasks)
+    train_on, test = data(cell.teacher, cell.tasks)
     asked = exam(cell.run, test)
-    weights = content_key(cell.run.student, cell.run.training, **lessons(cell.run, train))
+    weights = content_key(cell.run.student, cell.run.training, **lessons(cell.run, train_on))
     return digest(weights, asked["questions"], asked["orders"], asked["decisions"], asked["distributions"])
 
 
@@ -94,18 +97,37 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
             answer(cell, folder)
         except MissingPredictions:
             missing.append(cell)
+    peak = matmul_peak(torch.device("cpu"), torch.float32) if missing else 0.0
     for cell in tqdm(missing, desc="students", unit="student"):
-        home = work / Path(cell.teacher).name / cell.about
-        with locked(home / f"{cell.run.name}.lock"):
-            train, test = data(cell.teacher, cell.tasks)
-            system = distil(cell.run, train, test, home)
-            log = read_log(home / "students" / cell.run.name)
+        train_on, test = data(cell.teacher, cell.tasks)
+        home = work / Path(cell.teacher).name / cell.about / cell.run.name
+        asked = exam(cell.run, test)
+        with locked(home / "lock"):
+            student = train(cell.run.student, cell.run.training, folder=home / "student", **lessons(cell.run, train_on))
+            P = student.predict_batch(**asked)
+            log = read_log(home / "student")
             about = {"key": key(cell), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
-            about |= {"parameters": system.parameters, "losses": [round(x, 5) for x in log["losses"]]}
+            about |= {"parameters": sum(p.numel() for p in student.model.parameters()), "peak_flops": peak}
             about |= {name: round(log[name], 3) for name in ("seconds", "questions_per_second")}
-            save_predictions(path(cell, folder), test, system.orders, system.P, about)
-            shutil.rmtree(home / "students" / cell.run.name)
+            about |= cost(student, asked) | {"losses": [round(loss, 5) for loss in log["losses"]]}
+            save_predictions(path(cell, folder), test, asked["orders"], P, about)
+            shutil.rmtree(home / "student")
     return len(missing)
+
+
+def cost(student: Student, asked: dict[str, Any], n: int = 128) -> dict[str, float]:
+    """What it takes to answer one question in one order: floating-point operations of its matrix products, and seconds with
+    tokenisation, over the first ``n`` questions of ``asked`` (:func:`permdistill.experiments.exam`)."""
+    first = {name: value if value is None or name == "orders" else value[:n] for name, value in asked.items()}
+    first |= {name: first[name][:, :1] for name in ("decisions", "distributions") if first[name] is not None}
+    first["orders"] = asked["orders"][:1]
+    started = time.monotonic()
+    student.predict_batch(**first)
+    seconds = time.monotonic() - started
+    with FlopCounterMode(display=False) as counter:
+        student.predict_batch(**first)
+    count = len(first["questions"])
+    return {"answer_flops": counter.get_total_flops() / count, "answer_seconds": seconds / count}
 
 
 def rivals(test: Scored) -> list[System]:

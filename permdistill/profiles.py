@@ -285,10 +285,10 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         for teacher in TEACHERS[:2]
         for method in _METHODS
     ),
-    "encoders": tuple(_cell(teacher, _MPNET, **method) for teacher in TEACHERS[:2] for method in _METHODS[:2]),
     "draws": tuple(_cell(draws=n) for n in (64, 32, 16, 8, 4, 2, 1)),
     "questions": tuple(_cell(n_train=n) for n in (500, 250, 125)),
     "targets": (*(_cell(power=power) for power in (2.0, 4.0, 8.0, np.inf)), _cell(orders="original")),
+    "encoders": tuple(_cell(teacher, _MPNET, **method) for teacher in TEACHERS[:2] for method in _METHODS[:2]),
     "orders": tuple(_cell(head="joint", inputs=i, orders="original") for i in ("plain", "distribution")),
     "collapse": tuple(
         _cell(head="joint", training={"learning_rate": rate, "warmup": warmup, "seed": seed})

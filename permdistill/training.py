@@ -31,7 +31,7 @@ from permdistill.students import Correction, Row, Student, StudentConfig, build,
 
 RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
 SAVE_SECONDS = 30.0  # at most so much training is lost to a kill
-CHECKPOINT, LOG = "checkpoint.pt", "train.json"
+CHECKPOINT, BEST, LOG = "checkpoint.pt", "best.pt", "train.json"
 _MEGA = 16  # batches within which questions are sorted by length: little padding, still random company
 
 
@@ -48,6 +48,9 @@ class TrainingConfig:
     max_grad_norm  longer gradients are scaled down to this norm
     save_every     steps between checkpoints; one more after :data:`SAVE_SECONDS`, and at the end of each epoch
     seed           of the new head, the orders, the decisions, the batches and the dropout
+    held_out       share of the questions that are not trained on: the epoch with the lowest KL on them is the one that is
+                   kept. Like all of training, that reads no gold answer. 0: the last epoch is kept
+    patience       with held_out: training stops after so many epochs in a row without a new lowest KL
     """
 
     epochs: int = 3
@@ -59,13 +62,20 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     save_every: int = 100
     seed: int = 0
+    held_out: float = 0.0
+    patience: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "batch_size", "micro_tokens", "max_grad_norm", "save_every"):
+        for name in ("epochs", "learning_rate", "batch_size", "micro_tokens", "max_grad_norm", "save_every", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: give a number above 0")
-        if not 0 <= self.warmup < 1 or self.weight_decay < 0 or self.seed < 0:
-            raise ValueError(f"{self}: give warmup in [0, 1), weight_decay and seed of at least 0")
+        if not (0 <= self.warmup < 1 and 0 <= self.held_out < 1) or self.weight_decay < 0 or self.seed < 0:
+            raise ValueError(f"{self}: give warmup and held_out in [0, 1), weight_decay and seed of at least 0")
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the trained weights depend on. What is not used does not count, so that a new option voids no student."""
+        return {name: value for name, value in asdict(self).items() if self.held_out or name not in ("held_out", "patience")}
 
 
 def kl_loss(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -250,27 +260,39 @@ def _run(
     drawn: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Student:
     """:func:`train` from the last checkpoint, or from the start."""
-    n = len(questions)
     student = build(config, training.seed)
     if config.inputs == "distribution":
         assert decision_probs is not None
         student.correction = fit_correction(decision_probs, orders, targets)
+    taught = _Taught(questions, targets, decision_probs, orders, drawn)
+    taught, held_out = taught.split(training.held_out, training.seed) if training.held_out else (taught, None)
     optimiser = torch.optim.AdamW(_parameter_groups(student, training), lr=training.learning_rate, fused=True)
+    n = len(taught.questions)
     per_epoch = -(-n // training.batch_size)
     total, seconds = training.epochs * per_epoch, 0.0
     losses: list[float] = []
+    kls: list[float] = []  # on the held-out questions, by epoch
     if (folder / CHECKPOINT).exists() and (state := torch.load(folder / CHECKPOINT, weights_only=True))["key"] == key:
         student.model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        losses, seconds = state["losses"], state["seconds"]
+        losses, kls, seconds = state["losses"], state.get("kls", []), state["seconds"]
     started = time.monotonic() - seconds
     saved = time.monotonic()
 
     student.model.train()
     bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}")
     with bar:
-        for number in range(len(losses) // per_epoch, training.epochs):
-            epoch = _epoch(student, training, questions, targets, decision_probs, orders, number, drawn)
+        for number in range(len(losses) // per_epoch, training.epochs + 1):
+            if held_out is not None and len(kls) < number:  # these weights ended the epoch before
+                kls.append(_held_out_kl(student, training, held_out, autocast))
+                bar.write(f"epoch {number}: KL on {len(held_out.questions)} held-out questions {kls[-1]:.4f} nats")
+                if kls[-1] == min(kls):
+                    _replace(folder / BEST, partial(torch.save, {"key": key, "model": student.model.state_dict()}))
+                if number - 1 - int(np.argmin(kls)) >= training.patience:
+                    break
+            if number == training.epochs:
+                break
+            epoch = _epoch(student, training, taught, number)
             for batch in epoch.plan[len(losses) - number * per_epoch :]:
                 for group in optimiser.param_groups:
                     group["lr"] = training.learning_rate * rate(len(losses), total, training.warmup)
@@ -288,18 +310,22 @@ def _run(
                     on_step(len(losses), losses[-1])
                 due = len(losses) % training.save_every == 0 or time.monotonic() - saved > SAVE_SECONDS
                 if len(losses) < total and (due or len(losses) % per_epoch == 0):
-                    state = {"key": key, "losses": losses, "seconds": time.monotonic() - started}
+                    state = {"key": key, "losses": losses, "kls": kls, "seconds": time.monotonic() - started}
                     state |= {"model": student.model.state_dict(), "optimiser": optimiser.state_dict()}
                     _replace(folder / CHECKPOINT, partial(torch.save, state))
                     saved = time.monotonic()
     seconds = time.monotonic() - started
+    seen = len(losses) * n / per_epoch
     log: dict[str, Any] = {"key": key, "student": asdict(config), "training": asdict(training), "questions": n}
-    log |= {"seconds": seconds, "questions_per_second": n * training.epochs / seconds, "losses": losses}
+    log |= {"seconds": seconds, "questions_per_second": seen / seconds, "losses": losses, "held_out_kl": kls}
     (folder / LOG).unlink(missing_ok=True)  # another run's: it must not vouch for the new weights
+    if kls:
+        student.model.load_state_dict(torch.load(folder / BEST, weights_only=True)["model"])
     student.model.eval()
     student.save(folder)
     _replace(folder / LOG, lambda part: part.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8"))
     (folder / CHECKPOINT).unlink(missing_ok=True)
+    (folder / BEST).unlink(missing_ok=True)
     return student
 
 
@@ -309,6 +335,40 @@ def _parameter_groups(student: Student, training: TrainingConfig) -> list[dict[s
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # biases and normalisation
     ]
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """What a student learns from: questions and their targets, and what the teacher said, as :func:`train` takes it."""
+
+    questions: Sequence[Question]
+    targets: np.ndarray
+    decision_probs: np.ndarray | None
+    orders: np.ndarray
+    drawn: tuple[np.ndarray, np.ndarray] | None
+
+    def wordings(self) -> list[Hashable]:
+        """By question: those of one context and wording share sequences when each option stands in its own."""
+        return [(q.context, q.question) for q in self.questions]
+
+    def split(self, share: float, seed: int) -> tuple[_Taught, _Taught]:
+        """What is trained on, and a random ``share`` of the questions, at least one; those of one wording stay together."""
+        wordings = self.wordings()
+        different = list(dict.fromkeys(wordings))
+        n = max(1, round(share * len(different)))
+        if n >= len(different):
+            raise ValueError(
+                f"held_out = {share} of {len(different)} questions leaves none to train on: give more questions"
+            )
+        chosen = np.random.default_rng((seed, n)).permutation(len(different))[:n]
+        out = {different[i] for i in chosen}
+        inside = np.array([wording in out for wording in wordings])
+        return self._part(np.flatnonzero(~inside)), self._part(np.flatnonzero(inside))
+
+    def _part(self, places: np.ndarray) -> _Taught:
+        probs = None if self.decision_probs is None else self.decision_probs[places]
+        drawn = None if self.drawn is None else (self.drawn[0][places], self.drawn[1][places])
+        return _Taught([self.questions[i] for i in places], self.targets[places], probs, self.orders, drawn)
 
 
 @dataclass(frozen=True)
@@ -323,52 +383,63 @@ class _Epoch:
     plan: list[np.ndarray]
 
 
-def _epoch(
-    student: Student,
-    training: TrainingConfig,
-    questions: Sequence[Question],
-    targets: np.ndarray,
-    decision_probs: np.ndarray | None,
-    orders: np.ndarray,
-    number: int,
-    draws: tuple[np.ndarray, np.ndarray] | None = None,
-) -> _Epoch:
+def _epoch(student: Student, training: TrainingConfig, taught: _Taught, number: int) -> _Epoch:
     """Draw orders, decisions and batches. Depends on the seed and the epoch's number only, so it can be drawn again."""
-    rng, n, joint = np.random.default_rng((training.seed, number)), len(questions), student.config.head == "joint"
+    rng, n, joint = np.random.default_rng((training.seed, number)), len(taught.questions), student.config.head == "joint"
     offsets = np.zeros((n, student.config.k))
-    if draws is not None:
-        place = _one_of_the_decided(draws[1], rng)
-        shown, decisions = draws[0][np.arange(n), place][:, None], draws[1][np.arange(n), place][:, None]
+    if taught.drawn is not None:
+        place = _one_of_the_decided(taught.drawn[1], rng)
+        shown, decisions = (said[np.arange(n), place][:, None] for said in taught.drawn)
     else:
-        drawn = rng.integers(len(orders), size=n)
-        shown = orders[drawn][:, None]  # (item, order = 1, K)
-        seen = None if decision_probs is None else decision_probs[np.arange(n), drawn]  # (item, option)
+        drawn = rng.integers(len(taught.orders), size=n)
+        shown = taught.orders[drawn][:, None]  # (item, order = 1, K)
+        seen = None if taught.decision_probs is None else taught.decision_probs[np.arange(n), drawn]  # (item, option)
         decisions = _sampled(seen, rng)[:, None] if seen is not None and student.config.inputs == "prediction" else None
         if seen is not None and student.config.inputs == "distribution":
             offsets = np.asarray(student.offsets(seen[:, None], shown))[:, 0]
-    rows, index = student.encode(questions, shown, decisions)
+    rows, index = student.encode(taught.questions, shown, decisions)
     lengths = np.array([len(row["input_ids"]) for row in rows])
-    goals = to_positions(targets[:, None], shown) if joint else targets[:, None]
-    # Questions of one context and wording share sequences when each option stands in its own.
-    groups = range(n) if joint else [(q.context, q.question) for q in questions]
+    goals = to_positions(taught.targets[:, None], shown) if joint else taught.targets[:, None]
+    groups: Sequence[Hashable] = range(n) if joint else taught.wordings()
     plan = batches(groups, lengths[index.reshape(n, -1)].max(-1), training.batch_size, rng)
     as_tensor = partial(torch.tensor, dtype=torch.float32)
     return _Epoch(rows, lengths, index, as_tensor(goals[:, 0]), as_tensor(offsets), plan)
 
 
-def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None) -> float:
-    """Gradients of the batch's mean loss, added up over its pieces. Returns the loss."""
-    total = 0.0
+def _losses(
+    student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None
+) -> Iterator[torch.Tensor]:
+    """The loss of a batch, piece by piece: their sum is its mean over the items."""
     for piece in pieces(batch, epoch.index, epoch.lengths, micro_tokens):
         used, local = np.unique(epoch.index[piece], return_inverse=True)
         with mixed_precision(student.model.device, autocast):
             logits = student.logits([epoch.rows[s] for s in used])
         logits = student.gather(logits, local.reshape(epoch.index[piece].shape))[:, 0]
         log_probs = (logits + epoch.offsets[piece].to(logits.device)).log_softmax(-1)
-        loss = kl_loss(log_probs, epoch.goals[piece].to(log_probs.device)) * (len(piece) / len(batch))
+        yield kl_loss(log_probs, epoch.goals[piece].to(log_probs.device)) * (len(piece) / len(batch))
+
+
+def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None) -> float:
+    """Gradients of the batch's mean loss, added up over its pieces. Returns the loss."""
+    total = 0.0
+    for loss in _losses(student, epoch, batch, micro_tokens, autocast):
         loss.backward()
         total += loss.item()
     return total
+
+
+def _held_out_kl(student: Student, training: TrainingConfig, held_out: _Taught, autocast: bool | None) -> float:
+    """Mean KL on questions that are not trained on, without dropout, each in the same order every time."""
+    epoch = _epoch(student, training, held_out, -1 % 2**32)  # no epoch that is trained on has this number
+    student.model.eval()
+    with torch.inference_mode():
+        kl = sum(
+            loss.item() * len(batch) / len(held_out.questions)
+            for batch in epoch.plan
+            for loss in _losses(student, epoch, batch, training.micro_tokens, autocast)
+        )
+    student.model.train()
+    return float(kl)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -393,7 +464,7 @@ def content_key(
     Probabilities count to 6 digits: another machine's exp() differs in the last one, and trains the same student.
     """
     orders = all_orders(config.k) if orders is None else orders
-    settings = [RECIPE, asdict(config), encoder_key(config.encoder), asdict(training), autocast]
+    settings = [RECIPE, asdict(config), encoder_key(config.encoder), training.key, autocast]
     return digest(settings, questions, targets, decision_probs, orders, *(drawn or ()))
 
 

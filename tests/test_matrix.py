@@ -38,7 +38,7 @@ def test_what_is_made_is_found_and_not_made_again(cell, tmp_path, monkeypatch):
     assert matrix.make([cell, cell], folder, work) == 1
     assert matrix.path(cell, folder) == folder / "planted" / "one-two" / f"{cell.run.name}.parquet"
     assert not list(work.rglob("*.safetensors"))  # predictions are kept, weights are not
-    monkeypatch.setattr(matrix, "distil", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(matrix, "train", lambda *args, **more: pytest.fail("trained again"))
     assert matrix.make([cell], folder, work) == 0
     found = matrix.answer(cell, folder)
     expected = experiments.distil(cell.run, *matrix.data("planted", cell.tasks), tmp_path / "again")

@@ -110,6 +110,8 @@ def test_rate_rises_then_falls_linearly():
         {"max_grad_norm": float("nan")},
         {"save_every": 0},
         {"seed": -1},
+        {"held_out": 1.0},
+        {"patience": 0},
     ],
 )
 def test_training_config_is_validated(change):
@@ -487,3 +489,93 @@ def test_misfitting_black_box_decisions_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match="drawn and decision_probs given"):
         probs = np.full((8, 6, K), 1 / K)
         train(prediction, FAST, questions, soft(right), tmp_path, decision_probs=probs, drawn=(orders, decisions))
+
+
+HELD = replace(FAST, epochs=6, held_out=0.25, patience=6)
+
+
+def test_held_out_questions_are_not_trained_on_and_their_best_epoch_is_kept(encoder, tmp_path, monkeypatch):
+    questions, right = toy(40, 0)
+    questions[1] = replace(questions[1], question=questions[0].question)  # questions of one wording stay together
+    seen: list[set[str]] = []
+    real = Student.encode
+    monkeypatch.setattr(Student, "encode", lambda self, q, o, d=None: seen.append({x.id for x in q}) or real(self, q, o, d))
+    kls = iter([0.9, 0.5, 0.3, 0.4, 0.2, 0.6])
+    monkeypatch.setattr(training_module, "_held_out_kl", lambda *args: next(kls))
+    student = train(StudentConfig(encoder, k=K), HELD, questions, soft(right), tmp_path)
+    trained_on = set.union(*seen)
+    out = {q.id for q in questions} - trained_on
+    assert 5 <= len(out) <= 15 and all(ids == trained_on for ids in seen)
+    wordings = {q.question for q in questions if q.id in out}
+    assert not wordings & {q.question for q in questions if q.id in trained_on}
+    log = read_log(tmp_path)
+    assert log["held_out_kl"] == [0.9, 0.5, 0.3, 0.4, 0.2, 0.6] and log["questions"] == len(trained_on)
+    assert not (tmp_path / "best.pt").exists()
+
+    # The fifth epoch's weights are those that a run stopped there has at that moment.
+    monkeypatch.setattr(training_module, "_held_out_kl", lambda student, *args: taken(student))
+    snapshots: list[dict] = []
+
+    def taken(student: Student) -> float:
+        snapshots.append({name: value.clone() for name, value in student.model.state_dict().items()})
+        return 1.0 / len(snapshots)
+
+    last = train(StudentConfig(encoder, k=K), HELD, questions, soft(right), tmp_path / "again")
+    for name, value in student.model.state_dict().items():
+        torch.testing.assert_close(value, snapshots[4][name], rtol=1e-4, atol=1e-5)
+    assert same(last, Student.from_pretrained(tmp_path / "again")) and not as_good_as_same(student, last)
+
+
+def test_training_stops_when_patience_ends(encoder, tmp_path, monkeypatch):
+    questions, right = toy(40, 0)
+    kls = iter([0.3, 0.2, 0.4, 0.2001])
+    monkeypatch.setattr(training_module, "_held_out_kl", lambda *args: next(kls))
+    train(StudentConfig(encoder, k=K), replace(HELD, patience=2), questions, soft(right), tmp_path)
+    assert read_log(tmp_path)["held_out_kl"] == [0.3, 0.2, 0.4, 0.2001]
+
+
+@HEADS
+def test_held_out_kl_is_that_of_the_student_and_moves_nothing(encoder, tmp_path, head):
+    """The log's value is KL by predict_batch, in one order: exact for the per-option head, which has no other."""
+    questions, right = toy(40, 0)
+    config = replace(HELD, epochs=1)
+    student = train(StudentConfig(encoder, head, k=K), config, questions, soft(right), tmp_path / "held")
+    (kl,) = read_log(tmp_path / "held")["held_out_kl"]
+    taught = training_module._Taught(questions, soft(right), None, all_orders(K), None)
+    kept, out = taught.split(0.25, config.seed)
+    P = student.predict_batch(out.questions, all_orders(K))
+    by_order = (out.targets[:, None] * (np.log(out.targets)[:, None] - np.log(P))).sum(-1)
+    if head == "per_option":
+        assert kl == pytest.approx(by_order[:, 0].mean(), rel=1e-4)
+    assert by_order.min(axis=1).mean() - 1e-6 <= kl <= by_order.max(axis=1).mean() + 1e-6
+    # Training on the rest alone is the same training.
+    alone = train(
+        StudentConfig(encoder, head, k=K), replace(FAST, epochs=1), kept.questions, kept.targets, tmp_path / "alone"
+    )
+    assert as_good_as_same(student, alone)
+
+
+@pytest.mark.parametrize("stop", [3, 11, 12])
+def test_a_killed_run_with_held_out_questions_goes_on_to_the_same_weights(dropping, tmp_path, stop):
+    questions, right = toy(40, 0)
+    probs = np.random.default_rng(0).dirichlet(np.ones(K), size=(40, 6))
+    args = (StudentConfig(dropping, "joint", "prediction", K), replace(HELD, epochs=4), questions, soft(right))
+    whole = train(*args, tmp_path / "whole", probs)
+    with pytest.raises(KeyboardInterrupt):
+        train(*args, tmp_path / "killed", probs, on_step=killer(stop))
+    again = train(*args, tmp_path / "killed", probs)
+    assert as_good_as_same(whole, again)
+    logs = [read_log(tmp_path / name) for name in ("whole", "killed")]
+    assert logs[0]["held_out_kl"] == pytest.approx(logs[1]["held_out_kl"], abs=1e-4) and len(logs[0]["held_out_kl"]) == 4
+
+
+def test_held_out_must_leave_something(encoder, tmp_path):
+    questions, right = toy(2, 0)
+    questions = [replace(q, question="same ?") for q in questions]
+    with pytest.raises(ValueError, match=r"held_out = 0.25 of 1 questions leaves none to train on"):
+        train(StudentConfig(encoder, k=K), HELD, questions, soft(right), tmp_path)
+
+
+def test_options_that_are_off_change_no_key():
+    assert TrainingConfig(patience=5).key == TrainingConfig().key != TrainingConfig(held_out=0.1).key
+    assert TrainingConfig(held_out=0.1, patience=5).key != TrainingConfig(held_out=0.1).key
