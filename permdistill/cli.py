@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +14,15 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import blackbox, data, matrix, profiles, scores, tables
+from permdistill import blackbox, data, experiments, matrix, profiles, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
 from permdistill.orders import cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
+from permdistill.students import HEADS, INPUTS, StudentConfig
 from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
+from permdistill.training import TrainingConfig
 
 SCORES = Path(__file__).parent.parent / "scores"
 
@@ -173,6 +176,30 @@ def _students(args: argparse.Namespace) -> None:
     print(f"{made} students trained now, {len(cells) - made} were in {args.predictions}")
 
 
+def _sweep(args: argparse.Namespace) -> None:
+    if args.questions:
+        settings = profiles.PROFILES["full"]
+        scored = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, args.questions)
+        if len(scored) > 1:
+            found = " and ".join(str(s.task.k) for s in scored)
+            raise ValueError(f"{args.questions}: questions with {found} options, give those of one number: one student each")
+        train_on = scored[0]
+    else:
+        train_on = experiments.together([experiments.read_scores(args.teacher, t, "train", args.scores) for t in args.tasks])
+    runs = [
+        profiles.Run(
+            StudentConfig(encoder, head, inputs, train_on.task.k, args.max_length),
+            TrainingConfig(epochs=args.epochs, learning_rate=rate, warmup=warmup, seed=seed, held_out=args.held_out),
+        )
+        for encoder, head, inputs, rate, warmup, seed in itertools.product(
+            args.encoders, args.heads, args.inputs, args.learning_rates, args.warmups, args.seeds
+        )
+    ]
+    table = matrix.sweep(runs, train_on, Path(args.output) / "students")
+    print(table.drop(columns=["uniform", "folder"]).to_string(index=False, float_format="{:.4g}".format))
+    print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")
+
+
 def _long(table: pd.DataFrame) -> str:
     """A metric after the other, a line a debiaser: what fits on a terminal."""
     shown = tables.pretty(table)
@@ -219,6 +246,27 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--work", default="build/matrix", help="folder for checkpoints (%(default)s)")
     command.add_argument("--list", action="store_true", help="only say which are stored")
     command.set_defaults(run=_students)
+
+    text = "train students of several settings, and compare them on held-out questions without gold answers"
+    command = commands.add_parser("sweep", help=text, description=text)
+    command.add_argument("--teacher", default=TEACHERS[0], help=f"{', '.join(TEACHERS)}, a folder, or a hub repository")
+    trained = [task for task in profiles.TASKS if "train" in profiles.splits(task)]
+    names = f"pooled, from {', '.join(trained)} (default: multiple choice)"
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--tasks", nargs="+", choices=trained, default=list(data.MULTIPLE_CHOICE), metavar="TASK", help=names)
+    where.add_argument("--questions", help="a JSONL file of your own questions; what is not scored yet is scored first")
+    command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
+    command.add_argument("--output", default="build/sweep", help="folder for students, and scores of your own (%(default)s)")
+    command.add_argument("--encoders", nargs="+", default=["all-MiniLM-L6-v2"], help="asset, folder or hub repository")
+    command.add_argument("--heads", nargs="+", choices=HEADS, default=["per_option"])
+    command.add_argument("--inputs", nargs="+", choices=INPUTS, default=["plain"])
+    command.add_argument("--learning-rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4])
+    command.add_argument("--warmups", nargs="+", type=float, default=[0.1])
+    command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    command.add_argument("--epochs", type=int, default=8, help="at most (%(default)s)")
+    command.add_argument("--held-out", type=float, default=0.1, help="share of the questions (%(default)s)")
+    command.add_argument("--max-length", type=int, default=256, help="tokens of a sequence (%(default)s)")
+    command.set_defaults(run=_sweep)
 
     text = "ask a model behind an OpenAI-compatible API, into a resumable store of replies, within a budget"
     command = commands.add_parser("ask", help=text, description=text)

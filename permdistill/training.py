@@ -285,7 +285,7 @@ def _run(
         for number in range(len(losses) // per_epoch, training.epochs + 1):
             if held_out is not None and len(kls) < number:  # these weights ended the epoch before
                 kls.append(_held_out_kl(student, training, held_out, autocast))
-                bar.write(f"epoch {number}: KL on {len(held_out.questions)} held-out questions {kls[-1]:.4f} nats")
+                bar.set_description(f"train {config.head} {config.inputs}, held-out KL {kls[-1]:.4f}")
                 if kls[-1] == min(kls):
                     _replace(folder / BEST, partial(torch.save, {"key": key, "model": student.model.state_dict()}))
                 if number - 1 - int(np.argmin(kls)) >= training.patience:

@@ -9,10 +9,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_students import make_encoder
 
-from permdistill import cli, scores
+from permdistill import cli, experiments, scores
+from permdistill.data import CONTENT_FREE
 from permdistill.orders import all_orders
 from permdistill.teachers import PlantedTeacher
+from permdistill.training import read_log
 
 
 @pytest.fixture
@@ -100,3 +103,34 @@ def test_measure_scores_from_elsewhere(tmp_path, questions, capsys):
     (tmp_path / "few.jsonl").write_text('{"id": "q1", "question": "?", "options": ["a", "b"]}\n', encoding="utf-8")
     with pytest.raises(SystemExit, match="id 'q0' has 3 options, .*few.jsonl has no such question"):
         cli.main(["measure", str(path), "--questions", str(tmp_path / "few.jsonl")])
+
+
+def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypatch, tmp_path, capsys):
+    preferences = {f"q{i}": np.eye(3)[i % 3] for i in range(12)}
+    preferences |= {f"content-free/{text}": np.zeros(3) for text in CONTENT_FREE}
+    teacher = PlantedTeacher(preferences, np.array([1.0, 0.0, 0.0]))
+    monkeypatch.setattr(experiments, "load_teacher", lambda name: teacher)
+    monkeypatch.setattr(experiments, "model_key", lambda name: teacher.model_key)
+    records = [{"id": f"q{i}", "question": f"which {i} ?", "options": ["a", "b", "c"], "answer": 0} for i in range(12)]
+    records += [{"id": "pair", "question": "which ?", "options": ["a", "b"]}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in records[:12]), encoding="utf-8")
+    output = tmp_path / "out"
+    arguments = ["--questions", str(path), "--teacher", "planted", "--output", str(output), "--scores", str(tmp_path / "no")]
+    arguments += ["--encoders", make_encoder(tmp_path / "encoder"), "--learning-rates", "1e-3", "3e-3", "--max-length", "64"]
+    cli.main(["sweep", *arguments, "--epochs", "2", "--held-out", "0.25"])
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if "distillation" in line]
+    assert len(rows) == 2 and {"0.001", "0.003"} <= {cell for row in rows for cell in row}
+    best = shown.split("closest to its targets: ")[1].strip()
+    kls = {folder: min(read_log(folder)["held_out_kl"]) for folder in (output / "students").iterdir()}
+    assert len(kls) == 2 and str(min(kls, key=kls.get)) == best
+    assert "always answering 1/K: 0." in shown
+    calls = teacher.calls
+    cli.main(["sweep", *arguments, "--epochs", "2", "--held-out", "0.25"])  # scores and students are there
+    assert capsys.readouterr().out == shown and teacher.calls == calls
+    with pytest.raises(SystemExit, match="held_out = 0, give a share"):
+        cli.main(["sweep", *arguments, "--held-out", "0"])
+    path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
+    with pytest.raises(SystemExit, match="questions with 2 and 3 options"):
+        cli.main(["sweep", *arguments])
