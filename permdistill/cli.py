@@ -178,12 +178,14 @@ def _students(args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     if args.questions:
+        found = sorted({len(question.options) for question in data.from_jsonl(args.questions)})
+        if len(found) > 1:
+            numbers = " and ".join(map(str, found))
+            raise ValueError(
+                f"{args.questions}: questions with {numbers} options, give those of one number: one student each"
+            )
         settings = profiles.PROFILES["full"]
-        scored = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, args.questions)
-        if len(scored) > 1:
-            found = " and ".join(str(s.task.k) for s in scored)
-            raise ValueError(f"{args.questions}: questions with {found} options, give those of one number: one student each")
-        train_on = scored[0]
+        (train_on,) = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, args.questions)
     else:
         train_on = experiments.together([experiments.read_scores(args.teacher, t, "train", args.scores) for t in args.tasks])
     runs = [
