@@ -38,7 +38,7 @@ def card(folder: str | Path, measured: pd.DataFrame, teacher: str, train_tasks: 
     """
     log = read_log(folder)
     student, training = log["student"], log["training"]
-    invariant = student["head"] == "per_option" and student["inputs"] == "plain"
+    invariant = student["head"] != "joint" and student["inputs"] == "plain"
     order = (
         "do not depend on the order of the options" if invariant else "may still depend on the order of the options, see ps"
     )

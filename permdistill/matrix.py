@@ -54,7 +54,7 @@ class MissingPredictions(LookupError):
     """A student's predictions are not stored; the message says how to make them."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
     """What students of ``teacher`` learn from and are tested on: the questions of the full profile, pooled."""
     n = PROFILES["full"].n_students[tasks[0] in SUMMEVAL]

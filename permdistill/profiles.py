@@ -196,7 +196,11 @@ class Profile:
 
 def own_student(k: int) -> Run:
     """A student to begin with, for questions of ``k`` options: exactly order-invariant, 23M parameters."""
-    return Run(StudentConfig("all-MiniLM-L6-v2", "per_option", "plain", k, 256), TrainingConfig(learning_rate=1e-4))
+    return Run(StudentConfig("all-MiniLM-L6-v2", "bi_encoder", "plain", k, 256), TrainingConfig(learning_rate=1e-4))
+
+
+def _bi_encoder(encoder: str, k: int, length: int, training: TrainingConfig, inputs: str = "plain") -> Run:
+    return Run(StudentConfig(encoder, "bi_encoder", inputs, k, length), training)
 
 
 _TINY = TrainingConfig(epochs=1, learning_rate=1e-4)
@@ -210,8 +214,14 @@ PROFILES = {
         n_others=(84, 84, 84),
         n_prompts=(40, 140),
         n_students=(84, 84),
-        multiple_choice=_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
-        pairs=_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
+        multiple_choice=(
+            *_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
+            _bi_encoder("all-MiniLM-L6-v2", 4, 128, _TINY),
+        ),
+        pairs=(
+            *_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
+            _bi_encoder("all-MiniLM-L6-v2", 2, 256, _TINY),
+        ),
     ),
     # The paper at the scale of a laptop.
     "full": Profile(
@@ -222,15 +232,18 @@ PROFILES = {
         n_others=(350, 150, 10 * 28),
         n_prompts=(80, 5 * 28),
         n_students=(350, 25 * 28),
-        # Within the hour on 2 cores: the larger encoder does not do everything. For summaries the lengths leave both heads
-        # about the same share of the article, since the joint head's sequence holds two summaries.
+        # Within the hour on 2 cores: the larger encoder does not do everything, the rest is in MATRIX. For summaries the
+        # lengths leave all heads about the same share of the article, since the joint head's sequence holds two summaries.
         multiple_choice=(
             *_runs("all-MiniLM-L6-v2", 4, 256, 128, TrainingConfig(epochs=4, learning_rate=1e-4)),
-            *_runs("all-mpnet-base-v2", 4, 256, 128, TrainingConfig(epochs=2, learning_rate=5e-5))[:3],
+            _bi_encoder("all-MiniLM-L6-v2", 4, 128, TrainingConfig(epochs=2, learning_rate=1e-4)),
+            _bi_encoder("all-MiniLM-L6-v2", 4, 128, TrainingConfig(epochs=2, learning_rate=1e-4), "distribution"),
+            _bi_encoder("all-mpnet-base-v2", 4, 128, TrainingConfig(epochs=2, learning_rate=5e-5)),
         ),
         pairs=(
             *_runs("all-MiniLM-L6-v2", 2, 384, 256, TrainingConfig(epochs=1, learning_rate=1e-4, batch_size=28)),
-            *_runs("all-mpnet-base-v2", 2, 384, 256, TrainingConfig(epochs=1, learning_rate=5e-5, batch_size=28))[2:3],
+            _bi_encoder("all-MiniLM-L6-v2", 2, 256, TrainingConfig(epochs=1, learning_rate=1e-4, batch_size=28)),
+            _bi_encoder("all-mpnet-base-v2", 2, 256, TrainingConfig(epochs=1, learning_rate=5e-5, batch_size=28)),
         ),
     ),
 }
@@ -253,7 +266,7 @@ class Cell:
 
 SEEDS = (0, 1, 2)
 _MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
-_LENGTH = {"joint": 256, "per_option": 128}
+_LENGTH = {"joint": 256, "per_option": 128, "bi_encoder": 128}
 _METHODS: tuple[dict[str, Any], ...] = (
     {"inputs": "plain"},
     {"inputs": "distribution"},
@@ -265,14 +278,21 @@ _METHODS: tuple[dict[str, Any], ...] = (
 def _cell(
     teacher: str = TEACHERS[0],
     encoder: str = _MINILM,
-    head: str = "per_option",
+    head: str = "bi_encoder",
     inputs: str = "plain",
     training: dict[str, Any] | None = None,
     **run: Any,
 ) -> Cell:
-    usual = {"epochs": 4, "learning_rate": 1e-4} if encoder == _MINILM else {"epochs": 2, "learning_rate": 5e-5}
+    usual = {"epochs": 4 if encoder == _MINILM else 2, "learning_rate": 1e-4 if encoder == _MINILM else 5e-5}
+    usual |= {"epochs": 2} if head == "bi_encoder" else {}  # held-out KL is lowest after one or two (`permdistill sweep`)
     student = StudentConfig(encoder, head, inputs, 4, _LENGTH[head])
     return Cell(teacher, tuple(MULTIPLE_CHOICE), Run(student, TrainingConfig(**usual | (training or {})), **run))
+
+
+def _pairs_cell(tasks: tuple[str, ...], encoder: str, seed: int, teacher: str = TEACHERS[0]) -> Cell:
+    rate = 1e-4 if encoder == _MINILM else 5e-5
+    training = TrainingConfig(epochs=2, learning_rate=rate, batch_size=28, seed=seed)
+    return Cell(teacher, tasks, Run(StudentConfig(encoder, "bi_encoder", "plain", 2, 256), training))
 
 
 # Students that `make paper` does not train, since together they take hours: `make students` does, and their predictions
@@ -280,20 +300,26 @@ def _cell(
 MATRIX: dict[str, tuple[Cell, ...]] = {
     "heads and inputs": tuple(
         _cell(teacher, head=head, training={"seed": seed}, **method)
-        for head in ("per_option", "joint")
+        for head in ("bi_encoder", "per_option", "joint")
         for seed in SEEDS
         for teacher in TEACHERS[:2]
         for method in _METHODS
     ),
+    "encoders": tuple(_cell(teacher, _MPNET, **method) for teacher in TEACHERS[:2] for method in _METHODS[:2]),
     "draws": tuple(_cell(draws=n) for n in (64, 32, 16, 8, 4, 2, 1)),
     "questions": tuple(_cell(n_train=n) for n in (500, 250, 125)),
-    "targets": (*(_cell(power=power) for power in (2.0, 4.0, 8.0, np.inf)), _cell(orders="original")),
-    "encoders": tuple(_cell(teacher, _MPNET, **method) for teacher in TEACHERS[:2] for method in _METHODS[:2]),
+    "targets": (*(_cell(power=power) for power in (2.0, 4.0, 8.0, np.inf)), _cell(TEACHERS[1], power=8.0)),
     "orders": tuple(_cell(head="joint", inputs=i, orders="original") for i in ("plain", "distribution")),
     "collapse": tuple(
         _cell(head="joint", training={"learning_rate": rate, "warmup": warmup, "seed": seed})
         for seed in SEEDS[:2]
         for rate in (1e-5, 3e-5, 1e-4, 3e-4)
         for warmup in (0.1, 0.5)
+    ),
+    "summaries": tuple(
+        _pairs_cell(tasks, encoder, seed)
+        for encoder, seeds in ((_MINILM, SEEDS), (_MPNET, SEEDS[:1]))
+        for seed in seeds
+        for tasks in (SUMMEVAL, *((task,) for task in SUMMEVAL))
     ),
 }

@@ -6,16 +6,19 @@ Heads
     per_option  each option in a sequence of its own, one score each, softmax over the options. No sequence depends on the
                 order, so the student is exactly order-equivariant, and an option that occurs in many questions (one summary
                 in many pairs) is scored once.
+    bi_encoder  question and options each in a sequence of their own, the cosine of their embeddings times a scale as logit.
+                Exactly order-equivariant too, and the only head that starts from what a sentence encoder already knows.
 
 Inputs
     plain       context, question and options: pure distillation
-    prediction  also the teacher's one decision for that order: error correction. joint appends "Prediction: A", per_option
-                marks each option "(chosen)" or "(not chosen)".
+    prediction  also the teacher's one decision for that order: error correction. joint appends "Prediction: A", the others
+                mark each option "(chosen)" or "(not chosen)".
     distribution  the text of plain; the teacher's probabilities for that one order, calibrated by a :class:`Correction`,
                 are added to the logits: white-box error correction, of which the encoder learns what is left.
 
 Saved students are ordinary transformers checkpoints plus ``permdistill.json``, the :class:`StudentConfig`.
-Source: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; the per-option head is ours).
+Sources: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; that the others serve here is ours);
+Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine).
 """
 
 from __future__ import annotations
@@ -32,10 +35,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tokenizers import Encoding
+from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -51,7 +56,7 @@ from permdistill.debias import EPSILON
 from permdistill.machine import has_bfloat16
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, to_options, to_positions
 
-HEADS, INPUTS = ("joint", "per_option"), ("plain", "prediction", "distribution")
+HEADS, INPUTS = ("joint", "per_option", "bi_encoder"), ("plain", "prediction", "distribution")
 LABELS = "ABCDEF"
 CONFIG_FILE = "permdistill.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
@@ -62,7 +67,7 @@ class StudentConfig:
     """What a student is, before any training.
 
     encoder     a name in :data:`permdistill.assets.ASSETS` ("all-MiniLM-L6-v2"), a local folder, or a hub repository
-    head        joint | per_option
+    head        joint | per_option | bi_encoder
     inputs      plain | prediction | distribution
     k           number of options, 2..6
     max_length  tokens a sequence; only context and question are ever cut, see :meth:`Student.encode`
@@ -87,7 +92,7 @@ class StudentConfig:
 
 
 class Text(NamedTuple):
-    """One input sequence: the text pair (context + question, second)."""
+    """One input sequence: the text pair (context + question, second), or one of the two alone."""
 
     context: str
     question: str
@@ -102,7 +107,8 @@ Row = dict[str, np.ndarray]  # one tokenised sequence: input_ids and, where the 
 
 
 def texts(config: StudentConfig, question: Question, order: Sequence[int], decision: int | None = None) -> list[Text]:
-    """The sequences of one question in one order: one (joint), or one per *option* (per_option, whatever the order).
+    """The sequences of one question in one order: one (joint), one per *option* (per_option, whatever the order), or the
+    question's and one per option (bi_encoder).
 
     ``decision`` is the index of the option that the teacher chose in this order, None for plain inputs.
     """
@@ -113,7 +119,10 @@ def texts(config: StudentConfig, question: Question, order: Sequence[int], decis
             second += f" Prediction: {LABELS[list(order).index(decision)]}"
         return [Text(question.context, question.question, second)]
     marks = ["" if decision is None else " (chosen)" if o == decision else " (not chosen)" for o in range(config.k)]
-    return [Text(question.context, question.question, o + m) for o, m in zip(question.options, marks, strict=True)]
+    options = [o + m for o, m in zip(question.options, marks, strict=True)]
+    if config.head == "bi_encoder":
+        return [Text(question.context, question.question, ""), *(Text("", "", option) for option in options)]
+    return [Text(question.context, question.question, option) for option in options]
 
 
 @dataclass(frozen=True)
@@ -137,13 +146,15 @@ class Correction:
 class Student:
     """A model and its tokenizer under a :class:`StudentConfig`. Make one with :func:`build` or :meth:`from_pretrained`.
 
-    ``correction`` belongs to inputs="distribution": training fits it, before the encoder learns anything.
+    ``correction`` belongs to inputs="distribution", ``scale`` to head="bi_encoder": training fits them, before the encoder
+    learns anything.
     """
 
     config: StudentConfig
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     correction: Correction | None = None
+    scale: float = 1.0
 
     def encode(
         self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None = None
@@ -151,8 +162,8 @@ class Student:
         """Tokenise each *different* sequence once.
 
         orders (item, order, K) and decisions (item, order) -> (sequences, index). ``index`` says which sequence belongs
-        where: (item, order) for the joint head, (item, order, option) for the per-option head. A sequence that is too
-        long loses the end of its context, then the beginning of its question, never options or the prediction; raises
+        where: (item, order) for the joint head, (item, order, option) for the per-option head, (item, order, 1 + option)
+        for the bi-encoder, whose first is the question's. A sequence that is too long loses the end of its context, then the beginning of its question, never options or the prediction; raises
         ValueError when that is not enough, and when questions or decisions do not fit the config.
         """
         self._check(questions, orders, decisions)
@@ -165,8 +176,8 @@ class Student:
                     if text not in seen:
                         ids.append(question.id)
                     index.append(seen.setdefault(text, len(seen)))
-        shape = orders.shape[:2] if self.config.head == "joint" else orders.shape
-        return self._tokenise(list(seen), ids), np.array(index, dtype=np.int64).reshape(shape)
+        width = {"joint": (), "per_option": (self.config.k,), "bi_encoder": (1 + self.config.k,)}[self.config.head]
+        return self._tokenise(list(seen), ids), np.array(index, dtype=np.int64).reshape(*orders.shape[:2], *width)
 
     def _check(self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None) -> None:
         k = self.config.k
@@ -191,7 +202,10 @@ class Student:
         rows = []
         for start in range(0, len(different), chunk):
             part = different[start : start + chunk]
-            encoded = self.tokenizer([t.first for t in part], [t.second for t in part], verbose=False)
+            if self.config.head == "bi_encoder":
+                encoded = self.tokenizer([t.first or t.second for t in part], verbose=False)
+            else:
+                encoded = self.tokenizer([t.first for t in part], [t.second for t in part], verbose=False)
             names = [name for name in encoded if name != "attention_mask"]
             for i, text in enumerate(part):
                 cut = self._cut(encoded[i], text, ids[start + i])
@@ -203,7 +217,7 @@ class Student:
         excess = len(encoding.ids) - self.config.max_length
         if excess <= 0:
             return []
-        first = [place for place, part in enumerate(encoding.sequence_ids) if part == 0]
+        first = [place for place, part in enumerate(encoding.sequence_ids) if part == 0 and text.first]
         if excess >= len(first):
             raise ValueError(
                 f"question {id_!r}: {text.second[:60]!r}.. and 1 token of the question take "
@@ -213,8 +227,9 @@ class Student:
         begin = max(n_context - excess, 0)
         return first[begin : begin + excess]
 
-    def logits(self, rows: Sequence[Row]) -> torch.Tensor:
-        """One forward pass. Logits (sequence, K) by position for the joint head, (sequence, 1) for the per-option head."""
+    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """One forward pass: logits (sequence, K) by position for the joint head, (sequence, 1) for the per-option head,
+        embeddings of length 1 (sequence, hidden) for the bi-encoder."""
         inputs = {}
         for name in rows[0]:
             fill = self.tokenizer.pad_token_id if name == "input_ids" else 0
@@ -225,16 +240,23 @@ class Student:
         inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # (sequence, token)
         if self.config.head == "per_option":
             inputs = {name: value[:, None] for name, value in inputs.items()}  # (sequence, choices = 1, token)
-        return self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits.float()
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        if self.config.head != "bi_encoder":
+            return self.model(**inputs).logits.float()
+        states, mask = self.model(**inputs).last_hidden_state.float(), inputs["attention_mask"][..., None]
+        return normalize((states * mask).sum(dim=1), dim=-1)  # the mean over the tokens, but for its length
 
-    def gather(self, logits: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-        """Logits of the different sequences -> (item, order, position) for joint, (item, order, option) for per_option."""
-        places = torch.from_numpy(index)
-        return logits[places] if self.config.head == "joint" else logits[:, 0][places]
+    def logits(self, outputs: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        """What :meth:`forward` gives for the different sequences -> logits (item, order, position) for the joint head,
+        (item, order, option) for the others. ``index`` is that of :meth:`encode`."""
+        found = outputs[torch.from_numpy(index)]
+        if self.config.head == "bi_encoder":
+            return self.scale * (found[..., :1, :] * found[..., 1:, :]).sum(dim=-1)
+        return found if self.config.head == "joint" else found[..., 0]
 
     def offsets(self, distributions: np.ndarray | None, orders: np.ndarray) -> np.ndarray | float:
         """What the teacher's probabilities (item, order, option) in ``orders`` (item, order, K) add to the logits, in the
-        axes of :meth:`gather`; 0 for other inputs. Raises ValueError when they are missing, or given where none belong."""
+        axes of :meth:`logits`; 0 for other inputs. Raises ValueError when they are missing, or given where none belong."""
         if (distributions is not None) != (self.config.inputs == "distribution"):
             state = "missing" if distributions is None else "given"
             fix = "'distribution' needs the teacher's probabilities (item, order, option), the others take none"
@@ -287,18 +309,19 @@ class Student:
         """
         orders, k = np.asarray(orders), self.config.k
         offsets = self.offsets(distributions, np.broadcast_to(orders, (len(questions), *orders.shape)))
-        same = self.config.head == "per_option" and decisions is None  # nothing depends on the order: compute it once
+        same = self.config.head != "joint" and decisions is None  # nothing depends on the order: compute it once
         used = orders[:1] if same else orders
         rows, index = self.encode(questions, np.broadcast_to(used, (len(questions), *used.shape)), decisions)
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
-        logits = torch.empty(len(rows), k if self.config.head == "joint" else 1)
+        outputs: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         self.model.eval()
         bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}", delay=1)
         with bar, torch.inference_mode(), mixed_precision(self.model.device, autocast):
             for batch in by_length(lengths, batch_tokens):
-                logits[batch] = self.logits([rows[i] for i in batch]).cpu()
+                for i, output in zip(batch, self.forward([rows[i] for i in batch]).cpu(), strict=True):
+                    outputs[i] = output
                 bar.update(len(batch))
-        gathered = self.gather(logits.double(), index).numpy() + offsets
+        gathered = self.logits(torch.stack(outputs).double(), index).numpy() + offsets
         p = np.exp(gathered - np.logaddexp.reduce(gathered, axis=-1, keepdims=True))
         if self.config.head == "joint":
             p = to_options(p, orders)
@@ -314,6 +337,7 @@ class Student:
             self.model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
         settings = asdict(self.config) | ({"correction": asdict(self.correction)} if self.correction else {})
+        settings |= {"scale": self.scale} if self.config.head == "bi_encoder" else {}
         (part / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (path / CONFIG_FILE).unlink(missing_ok=True)  # without it the folder is no student; it comes back last
         for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG_FILE):
@@ -327,15 +351,17 @@ class Student:
         if not file.exists():
             raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: give a folder that Student.save finished")
         settings = json.loads(file.read_text(encoding="utf-8"))
-        correction = settings.pop("correction", None)
+        correction, scale = settings.pop("correction", None), settings.pop("scale", 1.0)
         student = _load(StudentConfig(**settings), str(path))
+        student.scale = scale
         if correction:
             student.correction = Correction(correction["scale"], tuple(correction["position"]))
         return student
 
 
 def build(config: StudentConfig, seed: int) -> Student:
-    """An untrained student: the encoder's weights under a new random head, in float32. Seeds torch with ``seed``.
+    """An untrained student: the encoder's weights, in float32, under a new random head (the bi-encoder has none). Seeds torch
+    with ``seed``.
 
     Raises ValueError when the encoder has fewer positions than max_length.
     """
@@ -367,6 +393,8 @@ def _load(config: StudentConfig, source: str, seed: int = 0) -> Student:
         if config.head == "joint":
             settings |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
             model = AutoModelForSequenceClassification.from_pretrained(source, **settings)
+        elif config.head == "bi_encoder":
+            model = AutoModel.from_pretrained(source, **settings)
         else:
             model = AutoModelForMultipleChoice.from_pretrained(source, **settings)
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length

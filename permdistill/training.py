@@ -112,6 +112,26 @@ def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Co
     return Correction(float(found.x[0]), tuple(float(v) for v in found.x[1:] - found.x[1:].mean()))
 
 
+def fit_scale(cosines: np.ndarray, offsets: np.ndarray, targets: np.ndarray) -> float:
+    """What cosines are multiplied by to become logits; all arrays (item, option). It reads no gold answer.
+
+    The scale that brings softmax(scale cosine + offset) closest to the targets (least mean KL(target || answer), a convex
+    problem in one number); but where an untrained encoder's cosines do not follow the targets that is near 0, from where
+    nothing can be learnt, so at least what lets a difference of 1 between two cosines say what the median target says of
+    its most and least probable option, beyond the offsets. Targets below 0.01 count as that much here.
+    """
+
+    def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = x[0] * cosines + offsets
+        log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        slope = ((np.exp(log_q) - targets) * cosines).sum() / len(targets)
+        return -(targets * log_q).sum() / len(targets), np.array([slope])
+
+    closest = float(minimize(value_and_slope, np.ones(1), jac=True, method="BFGS").x[0])
+    unsaid = np.log(np.maximum(targets, 0.01)) - offsets
+    return max(closest, float(np.median(np.ptp(unsaid, axis=1))))
+
+
 def rate(step: int, total: int, warmup: float) -> float:
     """Share of the maximal learning rate in ``step`` = 0..total-1: linear rise over the share ``warmup``, linear fall."""
     rise = int(np.ceil(warmup * total))
@@ -276,6 +296,9 @@ def _run(
         student.model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         losses, kls, seconds = state["losses"], state.get("kls", []), state["seconds"]
+        student.scale = state.get("scale", 1.0)
+    elif config.head == "bi_encoder":
+        student.scale = _first_scale(student, training, taught, autocast)
     started = time.monotonic() - seconds
     saved = time.monotonic()
 
@@ -311,7 +334,7 @@ def _run(
                 due = len(losses) % training.save_every == 0 or time.monotonic() - saved > SAVE_SECONDS
                 if len(losses) < total and (due or len(losses) % per_epoch == 0):
                     state = {"key": key, "losses": losses, "kls": kls, "seconds": time.monotonic() - started}
-                    state |= {"model": student.model.state_dict(), "optimiser": optimiser.state_dict()}
+                    state |= {"scale": student.scale, "model": student.model.state_dict(), "optimiser": optimiser.state_dict()}
                     _replace(folder / CHECKPOINT, partial(torch.save, state))
                     saved = time.monotonic()
     seconds = time.monotonic() - started
@@ -406,17 +429,35 @@ def _epoch(student: Student, training: TrainingConfig, taught: _Taught, number: 
     return _Epoch(rows, lengths, index, as_tensor(goals[:, 0]), as_tensor(offsets), plan)
 
 
+def _logits(student: Student, epoch: _Epoch, piece: list[int], autocast: bool | None) -> torch.Tensor:
+    """Logits (item, K) of some items, before the offsets."""
+    used, local = np.unique(epoch.index[piece], return_inverse=True)
+    with mixed_precision(student.model.device, autocast):
+        outputs = student.forward([epoch.rows[s] for s in used])
+    return student.logits(outputs, local.reshape(epoch.index[piece].shape))[:, 0]
+
+
 def _losses(
     student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None
 ) -> Iterator[torch.Tensor]:
     """The loss of a batch, piece by piece: their sum is its mean over the items."""
     for piece in pieces(batch, epoch.index, epoch.lengths, micro_tokens):
-        used, local = np.unique(epoch.index[piece], return_inverse=True)
-        with mixed_precision(student.model.device, autocast):
-            logits = student.logits([epoch.rows[s] for s in used])
-        logits = student.gather(logits, local.reshape(epoch.index[piece].shape))[:, 0]
+        logits = _logits(student, epoch, piece, autocast)
         log_probs = (logits + epoch.offsets[piece].to(logits.device)).log_softmax(-1)
         yield kl_loss(log_probs, epoch.goals[piece].to(log_probs.device)) * (len(piece) / len(batch))
+
+
+def _first_scale(student: Student, training: TrainingConfig, taught: _Taught, autocast: bool | None) -> float:
+    """:func:`fit_scale` of the untrained encoder, on what the first epoch shows."""
+    epoch = _epoch(student, training, taught, 0)
+    cosines = np.empty(tuple(epoch.goals.shape))
+    student.scale = 1.0
+    student.model.eval()
+    with torch.inference_mode():
+        for batch in epoch.plan:
+            for piece in pieces(batch, epoch.index, epoch.lengths, training.micro_tokens):
+                cosines[piece] = _logits(student, epoch, piece, autocast).double().cpu().numpy()
+    return fit_scale(cosines, epoch.offsets.double().numpy(), epoch.goals.double().numpy())
 
 
 def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None) -> float:

@@ -18,7 +18,7 @@ from permdistill.data import CONTENT_FREE, Question, from_jsonl, unlabelled
 from permdistill.experiments import Scored
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
-from permdistill.students import Student, StudentConfig
+from permdistill.students import HEADS, Student, StudentConfig
 from permdistill.teachers import PlantedTeacher
 from permdistill.training import TrainingConfig
 
@@ -174,9 +174,10 @@ def test_profiles_name_each_run_once_and_fit_their_tasks():
         names = [run.name for run in (*profile.multiple_choice, *profile.pairs)]
         assert len(set(names)) == len(names)
         assert {run.student.k for run in profile.multiple_choice} == {4} and {run.student.k for run in profile.pairs} == {2}
-        assert {run.student.head for run in profile.pairs} == {"joint", "per_option"}
-        assert {(run.student.head, run.student.inputs) for run in profile.multiple_choice} == {
-            (head, inputs) for head in ("joint", "per_option") for inputs in ("plain", "prediction")
+        assert {run.student.head for run in profile.pairs} == set(HEADS)
+        assert {(run.student.head, run.student.inputs) for run in profile.multiple_choice} >= {
+            *((head, inputs) for head in ("joint", "per_option") for inputs in ("plain", "prediction")),
+            ("bi_encoder", "plain"),
         }
     with pytest.raises(ValueError, match="task 'race'"):
         profiles.load_task("race", "test")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModel,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,7 +24,7 @@ from transformers import (
 
 from permdistill.data import Question
 from permdistill.orders import all_orders, to_options
-from permdistill.students import LABELS, Student, StudentConfig, build, encoder_key, texts
+from permdistill.students import HEADS, LABELS, Student, StudentConfig, build, encoder_key, texts
 
 WORDS = "yes no red green blue tall small old new cat dog bird stone river is it the which what long story".split()
 
@@ -112,16 +113,26 @@ def test_joint_maps_positions_to_options(encoder):
             assert p[:, j, order[position]] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("head", ["joint", "per_option"])
+@pytest.mark.parametrize("head", HEADS)
 def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
     """Unique sequences, length-sorted batches and padding change nothing."""
     student = build(StudentConfig(encoder, head, "prediction", 3), 0)
+    student.scale = 3.0
     questions, orders = some_questions(4, context="long story"), all_orders(3)
     decisions = np.random.default_rng(0).integers(3, size=(4, 6))
     p = student.predict_batch(questions, orders, decisions, batch_tokens=100, autocast=False)
     for i, question in enumerate(questions):
         for j, order in enumerate(orders):
             pairs = [(t.first, t.second) for t in texts(student.config, question, order, int(decisions[i, j]))]
+            if head == "bi_encoder":
+                with torch.no_grad():
+                    embedded = [
+                        student.model(**student.tokenizer(a or b, return_tensors="pt")).last_hidden_state[0].double().mean(0)
+                        for a, b in pairs
+                    ]
+                cosines = torch.stack([torch.cosine_similarity(embedded[0], option, dim=0) for option in embedded[1:]])
+                assert np.abs(p[i, j] - (3 * cosines).softmax(-1).numpy()).max() < 1e-6
+                continue
             inputs = student.tokenizer(*map(list, zip(*pairs, strict=True)), return_tensors="pt", padding=True)
             if head == "per_option":
                 inputs = {name: value[None] for name, value in inputs.items()}  # the model's own (1, K, token)
@@ -142,26 +153,31 @@ def test_different_sequences_are_scored_once(encoder):
     marking = build(StudentConfig(encoder, "per_option", "prediction", 2), 0)
     marked, _ = marking.encode(pairs, every, np.zeros((6, 2), dtype=int))
     assert len(marked) == 6  # each summary chosen and not chosen
+    apart, index = build(StudentConfig(encoder, "bi_encoder", k=2), 0).encode(pairs, every)
+    assert len(apart) == 4 and index.shape == (6, 2, 3)  # the article and question once, each summary once
+    assert index[0].tolist() == [[0, 1, 2], [0, 1, 2]] and index[-1].tolist() == [[0, 3, 2], [0, 3, 2]]
     joint, index = build(StudentConfig(encoder, "joint", k=2), 0).encode(pairs, every)
     assert len(joint) == 6 and index.shape == (6, 2)  # (0-1 in order 1 0) reads as (1-0 in order 0 1)
 
 
-def test_per_option_is_exactly_order_equivariant_and_joint_is_not(encoder):
+def test_all_heads_but_joint_are_exactly_order_equivariant(encoder):
     questions, orders = some_questions(6, 4), all_orders(4)
 
     def spread(student: Student, decisions=None) -> float:
         p = student.predict_batch(questions, orders, decisions, autocast=False)
         return float(np.abs(p - p[:, :1]).max())
 
-    assert spread(build(StudentConfig(encoder, "per_option"), 0)) == 0.0
-    same = np.full((6, 24), 2)  # the same decision in all orders leaves nothing that depends on the order
-    assert spread(build(StudentConfig(encoder, "per_option", "prediction"), 0), same) == 0.0
-    assert spread(build(StudentConfig(encoder, "joint"), 0)) > 1e-3
-    # Permuting the options themselves permutes the probabilities.
-    student, order = build(StudentConfig(encoder, "per_option"), 0), [2, 0, 3, 1]
+    same, order = np.full((6, 24), 2), [2, 0, 3, 1]
     shown = [Question(q.id, q.context, q.question, tuple(q.options[o] for o in order)) for q in questions]
-    p, permuted = (student.predict_batch(list(q), orders[:1], autocast=False)[:, 0] for q in (questions, shown))
-    assert np.abs(p[:, order] - permuted).max() < 1e-6
+    for head in ("per_option", "bi_encoder"):
+        student = build(StudentConfig(encoder, head), 0)
+        assert spread(student) == 0.0
+        # The same decision in all orders leaves nothing that depends on the order.
+        assert spread(build(StudentConfig(encoder, head, "prediction"), 0), same) == 0.0
+        # Permuting the options themselves permutes the probabilities.
+        p, permuted = (student.predict_batch(list(q), orders[:1], autocast=False)[:, 0] for q in (questions, shown))
+        assert np.abs(p[:, order] - permuted).max() < 1e-6
+    assert spread(build(StudentConfig(encoder, "joint"), 0)) > 1e-3
 
 
 @pytest.mark.parametrize("head", ["joint", "per_option"])
@@ -186,10 +202,16 @@ def test_decisions_must_fit_the_inputs(encoder, head):
 
 
 @pytest.mark.parametrize(
-    "head, auto", [("joint", AutoModelForSequenceClassification), ("per_option", AutoModelForMultipleChoice)]
+    "head, auto",
+    [
+        ("joint", AutoModelForSequenceClassification),
+        ("per_option", AutoModelForMultipleChoice),
+        ("bi_encoder", AutoModel),
+    ],
 )
 def test_a_saved_student_is_an_ordinary_checkpoint(encoder, tmp_path, head, auto):
     student = build(StudentConfig(encoder, head, k=3), 0)
+    student.scale = 2.5 if head == "bi_encoder" else 1.0
     student.save(tmp_path / "s")
     plain = auto.from_pretrained(tmp_path / "s").state_dict()
     assert plain.keys() == student.model.state_dict().keys()
@@ -197,7 +219,7 @@ def test_a_saved_student_is_an_ordinary_checkpoint(encoder, tmp_path, head, auto
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "s")
     assert tokenizer("yes", "no")["input_ids"] == student.tokenizer("yes", "no")["input_ids"]
     again = Student.from_pretrained(str(tmp_path / "s"))
-    assert again.config == student.config
+    assert again.config == student.config and again.scale == student.scale
     p, q = (s.predict_batch(some_questions(), all_orders(3), autocast=False) for s in (student, again))
     assert np.allclose(p, q, atol=1e-6)  # some CPUs' float32 products depend on where in memory a matrix lies
     assert not list((tmp_path / "s").glob(".*"))
@@ -256,7 +278,7 @@ def test_max_length_beyond_the_encoders_positions_is_refused(encoder):
         build(StudentConfig(encoder, max_length=257), 0)
 
 
-@pytest.mark.parametrize("head", ["joint", "per_option"])
+@pytest.mark.parametrize("head", HEADS)
 def test_mpnet_has_no_segments_and_shifted_positions(encoder, tmp_path, head):
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]

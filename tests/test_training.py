@@ -17,15 +17,16 @@ import pytest
 import torch
 from test_students import WORDS, make_encoder
 
+from permdistill import students
 from permdistill import training as training_module
 from permdistill.data import Question
 from permdistill.orders import all_orders, to_options
 from permdistill.students import Student, StudentConfig, build
-from permdistill.training import TrainingConfig, batches, fit_correction, kl_loss, pieces, rate, read_log, train
+from permdistill.training import TrainingConfig, batches, fit_correction, fit_scale, kl_loss, pieces, rate, read_log, train
 
 K = 3
 FAST = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=8, save_every=3)
-HEADS = pytest.mark.parametrize("head", ["joint", "per_option"])
+HEADS = pytest.mark.parametrize("head", students.HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,17 @@ def test_a_correction_that_was_not_found_says_so(monkeypatch):
         fit_correction(P, all_orders(K), P.mean(axis=1))
 
 
+def test_scale_is_the_best_fit_and_never_so_small_that_nothing_can_be_said():
+    rng = np.random.default_rng(0)
+    cosines, offsets = rng.uniform(-1, 1, size=(200, K)), rng.normal(size=(200, K))
+    said = 4 * cosines + offsets
+    targets = np.exp(said - np.logaddexp.reduce(said, axis=1, keepdims=True))
+    assert fit_scale(cosines, offsets, targets) == pytest.approx(4, abs=1e-3)  # planted, and above the floor
+    against = np.where(targets == targets.max(axis=1, keepdims=True), 0.9, 0.05)  # the cosines of a useless encoder
+    assert fit_scale(-np.log(against), 0 * offsets, against) == pytest.approx(np.log(0.9 / 0.05))
+    assert fit_scale(-against, np.log(against), against) == pytest.approx(0, abs=1e-3)  # the offsets say it all
+
+
 @HEADS
 def test_white_box_error_correction_starts_from_the_teacher_and_survives_saving(encoder, tmp_path, head):
     questions, right = toy(48, 0)
@@ -240,22 +252,24 @@ def test_a_student_that_says_the_targets_has_loss_zero(encoder, tmp_path, head, 
     drawn, real = [], Student.encode
     monkeypatch.setattr(Student, "encode", lambda self, q, o, d=None: drawn.append(o[:, 0]) or real(self, q, o, d))
 
-    def logits(self: Student, rows) -> torch.Tensor:
+    def forward(self: Student, rows) -> torch.Tensor:
         text = [self.tokenizer.decode(row["input_ids"]) for row in rows]
         if head == "joint":
             position = np.array([t.split("yes")[0].count(")") - 1 for t in text])  # "A) .. B) yes": 1
             known = np.log(soft(position))
-        else:
+        elif head == "per_option":
             known = np.log([[0.9 if "yes" in t else 0.05] for t in text])
-        return torch.tensor(known, dtype=torch.float32) + 0 * self.model.classifier.bias.sum()
+        else:  # the first step has to find the scale
+            known = np.array([[1.0, 0.0] if "yes" in t or "which" in t else [0.0, 1.0] for t in text])
+        return torch.tensor(known, dtype=torch.float32) + 0 * next(self.model.parameters()).sum()
 
-    monkeypatch.setattr(Student, "logits", logits)
+    monkeypatch.setattr(Student, "forward", forward)
     train(StudentConfig(encoder, head, k=K), replace(FAST, micro_tokens=60), questions, soft(right), tmp_path)
     losses = read_log(tmp_path)["losses"]
     assert len(losses) == 16 and np.abs(losses).max() < 1e-6
-    assert (drawn[0] != drawn[1]).any() and all(len(np.unique(o, axis=0)) == 6 for o in drawn)  # new orders each epoch
+    assert (drawn[-2] != drawn[-1]).any() and all(len(np.unique(o, axis=0)) == 6 for o in drawn)  # new orders each epoch
     train(StudentConfig(encoder, head, k=K), FAST, questions, soft((right + 1) % K), tmp_path)
-    assert min(read_log(tmp_path)["losses"]) > 1  # and the wrong targets do not pass
+    assert min(read_log(tmp_path)["losses"]) > (0.5 if head == "bi_encoder" else 1)  # and the wrong targets do not pass
 
 
 @HEADS
@@ -536,7 +550,7 @@ def test_training_stops_when_patience_ends(encoder, tmp_path, monkeypatch):
 
 @HEADS
 def test_held_out_kl_is_that_of_the_student_and_moves_nothing(encoder, tmp_path, head):
-    """The log's value is KL by predict_batch, in one order: exact for the per-option head, which has no other."""
+    """The log's value is KL by predict_batch, in one order: exact for the heads that have no other."""
     questions, right = toy(40, 0)
     config = replace(HELD, epochs=1)
     student = train(StudentConfig(encoder, head, k=K), config, questions, soft(right), tmp_path / "held")
@@ -545,7 +559,7 @@ def test_held_out_kl_is_that_of_the_student_and_moves_nothing(encoder, tmp_path,
     kept, out = taught.split(0.25, config.seed)
     P = student.predict_batch(out.questions, all_orders(K))
     by_order = (out.targets[:, None] * (np.log(out.targets)[:, None] - np.log(P))).sum(-1)
-    if head == "per_option":
+    if head != "joint":
         assert kl == pytest.approx(by_order[:, 0].mean(), rel=1e-4)
     assert by_order.min(axis=1).mean() - 1e-6 <= kl <= by_order.max(axis=1).mean() + 1e-6
     # Training on the rest alone is the same training.
