@@ -17,7 +17,7 @@ Inputs
                 are added to the logits: white-box error correction, of which the encoder learns what is left.
 
 Saved students are ordinary transformers checkpoints plus ``permdistill.json``, the :class:`StudentConfig`.
-Sources: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; that the others serve here is ours);
+Sources: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; the others are ours);
 Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine).
 """
 
@@ -163,7 +163,8 @@ class Student:
 
         orders (item, order, K) and decisions (item, order) -> (sequences, index). ``index`` says which sequence belongs
         where: (item, order) for the joint head, (item, order, option) for the per-option head, (item, order, 1 + option)
-        for the bi-encoder, whose first is the question's. A sequence that is too long loses the end of its context, then the beginning of its question, never options or the prediction; raises
+        for the bi-encoder, whose first is the question's. A sequence that is too long loses the end of its context, then
+        the beginning of its question, never options or the prediction; raises
         ValueError when that is not enough, and when questions or decisions do not fit the config.
         """
         self._check(questions, orders, decisions)
@@ -360,8 +361,8 @@ class Student:
 
 
 def build(config: StudentConfig, seed: int) -> Student:
-    """An untrained student: the encoder's weights, in float32, under a new random head (the bi-encoder has none). Seeds torch
-    with ``seed``.
+    """An untrained student: the encoder's weights, in float32, under a new random head (the bi-encoder has none). Seeds
+    torch with ``seed``.
 
     Raises ValueError when the encoder has fewer positions than max_length.
     """

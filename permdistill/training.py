@@ -334,7 +334,11 @@ def _run(
                 due = len(losses) % training.save_every == 0 or time.monotonic() - saved > SAVE_SECONDS
                 if len(losses) < total and (due or len(losses) % per_epoch == 0):
                     state = {"key": key, "losses": losses, "kls": kls, "seconds": time.monotonic() - started}
-                    state |= {"scale": student.scale, "model": student.model.state_dict(), "optimiser": optimiser.state_dict()}
+                    state |= {
+                        "scale": student.scale,
+                        "model": student.model.state_dict(),
+                        "optimiser": optimiser.state_dict(),
+                    }
                     _replace(folder / CHECKPOINT, partial(torch.save, state))
                     saved = time.monotonic()
     seconds = time.monotonic() - started
