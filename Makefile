@@ -157,6 +157,10 @@ scores: $(INSTALLED) ## make the committed scores (hours); continues where it wa
 students: $(INSTALLED) ## train the matrix of students and keep their predictions (hours); continues where it was stopped
 	$(PY) -m permdistill.cli students
 
+.PHONY: cost
+cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 10
+	$(PY) -m permdistill.cost --output figures/cost.json
+
 .PHONY: bench
 bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 5
 	@mkdir -p $(BUILD)

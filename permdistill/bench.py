@@ -372,12 +372,8 @@ def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: i
     What is finished is on disk before the next part starts, and is not measured again on the same machine: a killed run
     goes on where it was. To measure anew, delete the file.
     """
-    machine = {
-        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
-    result: dict[str, Any] = {"machine": machine}
-    if path.exists() and (earlier := read(path))["machine"] == machine:
+    result: dict[str, Any] = {"machine": machine()}
+    if path.exists() and (earlier := read(path))["machine"] == result["machine"]:
         result = earlier
     for name in ("peak_flops", "layers_flops", "time", "exactness", "rows"):
         result.setdefault(name, {} if name in ("peak_flops", "layers_flops", "time") else [])
@@ -408,6 +404,14 @@ def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: i
             save()
         del teacher
     return result
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on: processor, cores, threads, versions."""
+    return {
+        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
 
 
 def _processor() -> str:

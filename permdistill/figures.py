@@ -259,16 +259,6 @@ def cost(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> Path:
-    """Write ``name.pdf`` and ``name.png`` into ``folder``/figures."""
-    folder = Path(folder) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    # No creation date inside: the same picture is the same file.
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    figure.savefig(folder / f"{name}.png")
-    return folder / f"{name}.png"
-
-
 def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> Figure:
     """F2 and F3: a student's accuracy against a setting that doubles, with 95% intervals.
 
@@ -288,3 +278,51 @@ def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> F
     ax.set(xlabel=label, ylabel="accuracy (%)")
     ax.legend()
     return figure
+
+
+def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
+    """Accuracy against what an answer costs, a panel a teacher: seconds a question on one machine, log scale. Up and to the
+    left is better.
+
+    systems  :func:`permdistill.cost.of_systems`, over all tasks
+    """
+    _style()
+    teachers = list(dict.fromkeys(systems.teacher))
+    figure, axes = plt.subplots(
+        1, len(teachers), figsize=(4.6 * len(teachers), 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    markers = {"joint head": "s", "per-option head": "o", "bi-encoder head": "D"}
+    for ax, teacher in zip(axes[0], teachers, strict=True):
+        for row in systems[systems.teacher == teacher].itertuples():
+            encoder, head, *method = row.system.split(", ")
+            student = row.kind == "student"
+            large = student and row.parameters_millions > 50
+            label = f"{head}, {'mpnet' if large else 'MiniLM'}" if student else row.system
+            spread = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
+            style = {"marker": markers[head] if student else "o", "ms": 8 if large else 5, "lw": 0.8, "capsize": 1.5}
+            full = not student or method[0] == "distillation"
+            style |= {"mfc": COLOURS[row.kind] if full else "white", "color": COLOURS[row.kind]}
+            ax.errorbar(row.seconds, 100 * row.accuracy, yerr=spread, ls="none", **style)
+            ax.annotate(
+                label if student and full else "" if student else label,
+                (row.seconds, 100 * row.accuracy),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=6,
+            )
+        ax.set(title=teacher, xscale="log", xlabel="seconds a question")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    kinds = [plt.Line2D([], [], marker="o", ls="none", color=COLOURS[k], label=NAMES[k]) for k in COLOURS]
+    kinds.append(plt.Line2D([], [], marker="o", ls="none", mfc="white", color=COLOURS["student"], label="... with a call"))
+    figure.legend(handles=kinds, loc="outside lower center", ncols=len(kinds))
+    return figure
+
+
+def save(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Write ``name.pdf`` and ``name.png`` into ``folder``/figures."""
+    folder = Path(folder) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    # No creation date inside: the same picture is the same file.
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    figure.savefig(folder / f"{name}.png")
+    return folder / f"{name}.png"

@@ -266,7 +266,7 @@ class Cell:
 
 SEEDS = (0, 1, 2)
 _MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
-_LENGTH = {"joint": 256, "per_option": 128, "bi_encoder": 128}
+LENGTH = {"joint": 256, "per_option": 128, "bi_encoder": 128}
 _METHODS: tuple[dict[str, Any], ...] = (
     {"inputs": "plain"},
     {"inputs": "distribution"},
@@ -285,7 +285,7 @@ def _cell(
 ) -> Cell:
     usual = {"epochs": 4 if encoder == _MINILM else 2, "learning_rate": 1e-4 if encoder == _MINILM else 5e-5}
     usual |= {"epochs": 2} if head == "bi_encoder" else {}  # held-out KL is lowest after one or two (`permdistill sweep`)
-    student = StudentConfig(encoder, head, inputs, 4, _LENGTH[head])
+    student = StudentConfig(encoder, head, inputs, 4, LENGTH[head])
     return Cell(teacher, tuple(MULTIPLE_CHOICE), Run(student, TrainingConfig(**usual | (training or {})), **run))
 
 

@@ -230,7 +230,19 @@ class Student:
 
     def forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """One forward pass: logits (sequence, K) by position for the joint head, (sequence, 1) for the per-option head,
-        embeddings of length 1 (sequence, hidden) for the bi-encoder."""
+        embeddings of length 1 (sequence, hidden) for the bi-encoder, in two passes where its questions are long and its
+        options short, so that these are not padded to the length of those."""
+        if self.config.head != "bi_encoder":
+            return self._pass(rows)
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        order, n = np.argsort(lengths, kind="stable"), np.arange(len(rows))
+        # Tokens, padding included, when the n shortest sequences have a pass of their own.
+        tokens = n * np.r_[0, lengths[order][:-1]] + (len(rows) - n) * lengths.max()
+        parts = np.split(order, [tokens.argmin()] if tokens.min() < 0.8 * tokens[0] else [])
+        outputs = torch.cat([self._pass([rows[i] for i in part]) for part in parts])
+        return outputs[np.argsort(order)]
+
+    def _pass(self, rows: Sequence[Row]) -> torch.Tensor:
         inputs = {}
         for name in rows[0]:
             fill = self.tokenizer.pad_token_id if name == "input_ids" else 0

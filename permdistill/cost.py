@@ -1,0 +1,172 @@
+"""What an answer costs: teachers and students on the same questions, on one machine, taking turns.
+
+    python -m permdistill.cost --output figures/cost.json          (`make cost`)
+
+A teacher answers in one order (a biased answer), in all orders one by one (24 prompts), and in all orders through the
+shared-prefix engine. A student answers in one order, tokenisation included; its weights do not matter, so they are
+untrained. What error correction adds to that is one call of the teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from permdistill import bench
+from permdistill.data import MULTIPLE_CHOICE, Question, unlabelled
+from permdistill.orders import all_orders
+from permdistill.profiles import LENGTH, load_task
+from permdistill.prompts import TEMPLATES
+from permdistill.students import StudentConfig, build
+from permdistill.teachers import TEACHERS, CausalTeacher, load_teacher
+
+ENCODERS = ("all-MiniLM-L6-v2", "all-mpnet-base-v2")
+ONE, EACH, SHARED = "one order", "all orders, one by one", "all orders, shared prefixes"
+CALLS = {
+    "mean over 2 orders": 2,
+    "mean over 4 cyclic orders": 4,
+}  # of matrix.rivals; the others take one call, or all orders
+
+
+def one_by_one(model: Any, groups: bench.Groups, labels: Sequence[int]) -> bench.Work:
+    """Every prompt alone."""
+    return reduce(add, [bench.one_order(model, [[[prompt]]], labels) for group in groups for own in group for prompt in own])
+
+
+ARMS = {ONE: bench.one_order, EACH: one_by_one, SHARED: bench.shared_trie}
+
+
+def _questions() -> list[Question]:
+    """Test questions of the three sets in turn."""
+    tasks = [load_task(task, "test").questions for task in MULTIPLE_CHOICE]
+    return unlabelled([question for several in zip(*tasks, strict=False) for question in several])
+
+
+def teacher_rows(teacher: CausalTeacher, rounds: int, each: int) -> list[dict[str, Any]]:
+    """Every arm of a teacher in every round, on ``each`` questions a round."""
+    template, questions, rows = TEMPLATES["letters"], _questions(), []
+    parameters = sum(p.numel() for p in teacher.model.parameters())
+    for number in tqdm(range(rounds), desc=teacher.name, unit="round"):
+        chosen = questions[number * each : (number + 1) * each]
+        orders = all_orders(len(chosen[0].options))
+        labels = teacher.label_tokens(orders.shape[1], template)
+        groups = [[teacher.tokenize([question], orders, template)] for question in chosen]
+        for arm, run in ARMS.items():
+            if number == 0:  # what is done once in a process belongs to no arm
+                run(teacher.model, [[groups[0][0][:2]]], labels)
+            started = time.perf_counter()
+            work = run(teacher.model, groups, labels)
+            seconds = time.perf_counter() - started
+            rows.append(
+                {"system": f"{teacher.name}, {arm}", "kind": "teacher", "parameters": parameters, "round": number}
+                | {"seconds": seconds / each, "flops": bench.flops(teacher.model, work) / each}
+            )
+    return rows
+
+
+def student_rows(rounds: int, each: int) -> list[dict[str, Any]]:
+    """Every encoder and head in every round, on ``each`` questions a round."""
+    questions, rows = _questions(), []
+    students = {
+        f"{encoder}, {head.replace('_', '-')} head": build(StudentConfig(encoder, head, "plain", 4, length), 0)
+        for encoder in ENCODERS
+        for head, length in LENGTH.items()
+    }
+    one = all_orders(4)[:1]
+    for student in students.values():
+        student.predict_batch(questions[:8], one)
+    for number in tqdm(range(rounds), desc="students", unit="round"):
+        chosen = questions[number * each : (number + 1) * each]
+        for name, student in students.items():
+            started = time.perf_counter()
+            student.predict_batch(chosen, one)
+            seconds = time.perf_counter() - started
+            with FlopCounterMode(display=False) as counter:
+                student.predict_batch(chosen, one)
+            parameters = sum(p.numel() for p in student.model.parameters())
+            rows.append(
+                {"system": name, "kind": "student", "parameters": parameters, "round": number}
+                | {"seconds": seconds / each, "flops": counter.get_total_flops() / each}
+            )
+    return rows
+
+
+def read(path: str | Path = bench.ROOT / "figures" / "cost.json") -> dict[str, Any]:
+    """What an earlier run wrote; by default the committed one."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def table(result: dict[str, Any]) -> pd.DataFrame:
+    """One row a system: parameters, medians over rounds of seconds and FLOPs a question, and how many times as many
+    questions a second that is as the first teacher gives in one order, and in all orders one by one."""
+    frame = pd.DataFrame(result["rows"])
+    by = frame.groupby(["system", "kind", "parameters"], sort=False)[["seconds", "flops"]].median().reset_index()
+    seconds = by.set_index("system").seconds
+    first = by.system[by.kind == "teacher"].iloc[0].split(", ")[0]
+    for name, arm in (("times one order", ONE), ("times all orders", EACH)):
+        by[name] = seconds[f"{first}, {arm}"] / by.seconds
+    return by
+
+
+def pretty(frame: pd.DataFrame) -> pd.DataFrame:
+    """:func:`table` for people."""
+    return pd.DataFrame(
+        {
+            "system": frame.system,
+            "parameters, millions": (frame.parameters / 1e6).round(1),
+            "questions/s": [f"{1 / s:.3g}" for s in frame.seconds],
+            "GFLOP a question": [f"{f / 1e9:.3g}" for f in frame.flops],
+            "times as fast as one order": [f"{v:.3g}" for v in frame["times one order"]],
+            "times as fast as all orders one by one": [f"{v:.3g}" for v in frame["times all orders"]],
+        }
+    )
+
+
+def of_systems(systems: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of :func:`permdistill.matrix.compare` with ``seconds`` and ``flops`` of an answer to a question in one order:
+    a student's own and, where it sees what the teacher says, one call; for averages as many calls as they take, over all
+    orders the shared-prefix engine."""
+    by = costs.set_index("system")[["seconds", "flops"]]
+    rows = []
+    for system, kind, teacher in systems[["system", "kind", "teacher"]].itertuples(index=False):
+        if kind == "student":
+            encoder, head, *rest = system.split(", ")
+            cost = by.loc[f"{encoder}, {head}"]
+            if "error correction" in " ".join(rest):
+                cost = cost + by.loc[f"{teacher}, {ONE}"]
+        elif system == "all-orders average":
+            cost = by.loc[f"{teacher}, {SHARED}"]
+        else:
+            cost = CALLS.get(system, 1) * by.loc[f"{teacher}, {ONE}"]
+        rows.append(cost)
+    return systems.assign(seconds=[row.seconds for row in rows], flops=[row.flops for row in rows])
+
+
+def main() -> None:
+    """Entry point of ``python -m permdistill.cost``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("cost.json"))
+    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS[:2]))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", nargs=2, type=int, default=(2, 64), help="a round, of teachers and students")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": bench.machine(), "rows": student_rows(args.rounds, args.questions[1])}
+    for name in args.teachers:
+        result["rows"] += teacher_rows(load_teacher(name), args.rounds, args.questions[0])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(pretty(table(result)).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

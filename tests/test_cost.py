@@ -1,0 +1,57 @@
+"""What an answer costs: one table for teachers and students, and the costs of whatever is made of them."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from permdistill import cost
+from permdistill.orders import all_orders
+from permdistill.prompts import TEMPLATES
+from permdistill.teachers import load_teacher
+
+ROWS = [
+    {"system": f"big, {arm}", "kind": "teacher", "parameters": 10**9, "round": 0, "seconds": seconds, "flops": flops}
+    for arm, seconds, flops in ((cost.ONE, 1.0, 10.0), (cost.EACH, 24.0, 240.0), (cost.SHARED, 4.0, 40.0))
+] + [
+    {"system": "mini, bi-encoder head", "kind": "student", "parameters": 10**7, "round": n, "seconds": s, "flops": 2.0}
+    for n, s in enumerate((0.1, 0.2, 9.0))
+]
+
+
+def test_table_takes_medians_and_compares_with_the_first_teacher(tmp_path):
+    (tmp_path / "cost.json").write_text(json.dumps({"rows": ROWS}))
+    table = cost.table(cost.read(tmp_path / "cost.json")).set_index("system")
+    student = table.loc["mini, bi-encoder head"]
+    assert (student.seconds, student["times one order"], student["times all orders"]) == pytest.approx((0.2, 5, 120))
+    assert cost.pretty(table.reset_index())["questions/s"].tolist() == ["1", "0.0417", "0.25", "5"]
+
+
+def test_systems_cost_what_they_call():
+    names = [
+        ("biased teacher", "teacher", 1.0),
+        ("prior-matching, 1 call", "debiased", 1.0),
+        ("mean over 2 orders", "debiased", 2.0),
+        ("mean over 4 cyclic orders", "debiased", 4.0),
+        ("all-orders average", "debiased", 4.0),
+        ("mini, bi-encoder head, distillation", "student", 0.2),
+        ("mini, bi-encoder head, white-box error correction, 8 draws", "student", 1.2),
+    ]
+    systems = pd.DataFrame([{"system": s, "kind": k, "teacher": "big"} for s, k, _ in names])
+    found = cost.of_systems(systems, cost.table({"rows": ROWS}))
+    assert found.seconds.tolist() == pytest.approx([seconds for *_, seconds in names])
+    assert found.flops.iloc[-1] == pytest.approx(12)
+
+
+@pytest.mark.slow
+def test_every_arm_answers_alike():
+    teacher = load_teacher("smollm2-135m")
+    [question] = cost._questions()[:1]
+    template = TEMPLATES["letters"]
+    groups = [[teacher.tokenize([question], all_orders(4)[:3], template)]]
+    works = {arm: run(teacher.model, groups, teacher.label_tokens(4, template)) for arm, run in cost.ARMS.items()}
+    assert works[cost.EACH].log_probs == pytest.approx(works[cost.SHARED].log_probs, abs=0.2)  # bfloat16
+    assert works[cost.EACH].log_probs[:1] == pytest.approx(works[cost.ONE].log_probs, abs=1e-6)
+    assert works[cost.EACH].tokens > works[cost.SHARED].tokens > works[cost.ONE].tokens
