@@ -177,7 +177,7 @@ def students(table: pd.DataFrame) -> Figure:
         layout="constrained",
     )
     for ax, task in zip(axes[0], tasks, strict=True):
-        part = table[table.task == task].set_index("system").loc[systems]
+        part = table[table.task == task].set_index("system").reindex(systems)
         for kind, colour in COLOURS.items():
             mine = (part.kind == kind).to_numpy()
             if mine.any():

@@ -43,7 +43,7 @@ from permdistill.experiments import (
 )
 from permdistill.machine import matmul_peak
 from permdistill.orders import cyclic_orders
-from permdistill.profiles import PROFILES, SUMMEVAL, Cell, Run
+from permdistill.profiles import MATRIX, PROFILES, SUMMEVAL, Cell, Run
 from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
 
@@ -172,14 +172,15 @@ def rivals(test: Scored) -> list[System]:
     ]
 
 
-def _pools(cells: Sequence[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
-    """Cells by teacher and tasks: the teacher's name, the test questions, and the cells."""
+def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
+    """Cells by teacher and tasks: the teacher's name, the test questions, and the cells, none twice."""
+    cells = list(dict.fromkeys(cells))
     for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
         own = [cell for cell in cells if (cell.teacher, cell.tasks) == (teacher, tasks)]
         yield Path(teacher).name, data(teacher, tasks)[1], own
 
 
-def compare(cells: Sequence[Cell], folder: str | Path = "") -> pd.DataFrame:
+def compare(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
     """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.tables.students` with a column "teacher". Seeds
     of one student share a row."""
     parts = []
@@ -190,7 +191,7 @@ def compare(cells: Sequence[Cell], folder: str | Path = "") -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def differences(cells: Sequence[Cell], folder: str | Path = "") -> pd.DataFrame:
+def differences(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
     """Accuracy of each student minus that of each of :func:`rivals`, paired by question: one row for each pair, with the 95%
     interval over the questions (or documents) of the mean over the student's seeds."""
     rows = []
@@ -206,14 +207,15 @@ def differences(cells: Sequence[Cell], folder: str | Path = "") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def effects(cells: Sequence[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
+def effects(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
     """What settings do to a student: a row for each combination of the settings ``names``, which are fields of Run,
-    TrainingConfig or StudentConfig, with the usual metrics, the gain over the biased teacher, and the range over seeds."""
+    TrainingConfig or StudentConfig, with the usual metrics, the gain over the biased teacher, and the range over seeds.
+    ``n_train`` = 0 is given as the number of all questions."""
     rows = []
     for teacher, test, own in _pools(cells):
         by_value: dict[tuple, list[Cell]] = {}
         for cell in own:
-            by_value.setdefault(tuple(_setting(cell.run, name) for name in names), []).append(cell)
+            by_value.setdefault(tuple(_setting(cell, name) for name in names), []).append(cell)
         baseline = tables.correct(rivals(test)[0].P, test.task.questions)
         for value, seeds in by_value.items():
             P = [answer(cell, folder).P for cell in seeds]
@@ -224,7 +226,29 @@ def effects(cells: Sequence[Cell], *names: str, folder: str | Path = "") -> pd.D
     return pd.DataFrame(rows).sort_values(["teacher", *names], ignore_index=True)
 
 
-def _setting(run: Run, name: str) -> Any:
+def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
+    """What a curve of students is to be seen beside: the accuracy of the biased teacher and its all-orders average, and of
+    the student ``cell``."""
+    test = data(cell.teacher, cell.tasks)[1]
+    biased, *_, averaged = rivals(test)
+    found = {
+        "biased teacher": biased.P,
+        "all-orders average": averaged.P,
+        "student of exact targets": answer(cell, folder).P,
+    }
+    return {name: float(np.nanmean(tables.correct(P, test.task.questions))) for name, P in found.items()}
+
+
+def coverage(folder: str | Path = "") -> pd.DataFrame:
+    """How many students of each part of :data:`permdistill.profiles.MATRIX` are stored."""
+    counts = [(part, len(available(cells, folder)), len(set(cells))) for part, cells in MATRIX.items()]
+    return pd.DataFrame(counts, columns=["part", "stored", "of"])
+
+
+def _setting(cell: Cell, name: str) -> Any:
+    run = cell.run
+    if name == "n_train" and not run.n_train:
+        return len(data(cell.teacher, cell.tasks)[0].P)
     return next(getattr(part, name) for part in (run, run.training, run.student) if hasattr(part, name))
 
 

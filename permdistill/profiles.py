@@ -139,7 +139,11 @@ class Run:
     @property
     def title(self) -> str:
         """For tables, e.g. "all-MiniLM-L6-v2, joint head, distillation"; the same for all seeds and learning rates."""
-        methods = {"plain": "distillation", "prediction": "error correction", "distribution": "white-box error correction"}
+        methods = {
+            "plain": "distillation" if self.training.epochs else "untrained",
+            "prediction": "error correction",
+            "distribution": "white-box error correction",
+        }
         method = methods[self.student.inputs] + (" (greedy)" if self.greedy else "")
         extra = {
             "hard targets" if np.isinf(self.power) else f"targets to the power {self.power:g}": self.power != 1,
@@ -295,6 +299,7 @@ def _pairs_cell(tasks: tuple[str, ...], encoder: str, seed: int, teacher: str = 
     return Cell(teacher, tasks, Run(StudentConfig(encoder, "bi_encoder", "plain", 2, 256), training))
 
 
+USUAL = _cell()  # what the ablations vary
 # Students that `make paper` does not train, since together they take hours: `make students` does, and their predictions
 # are kept. The first of each part matter most. A cell may belong to several parts.
 MATRIX: dict[str, tuple[Cell, ...]] = {
@@ -305,11 +310,16 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         for teacher in TEACHERS[:2]
         for method in _METHODS
     ),
+    "untrained": tuple(_cell(t, encoder, training={"epochs": 0}) for t in TEACHERS[:2] for encoder in (_MINILM, _MPNET)),
     "encoders": tuple(_cell(teacher, _MPNET, **method) for teacher in TEACHERS[:2] for method in _METHODS[:2]),
     "draws": tuple(_cell(draws=n) for n in (64, 32, 16, 8, 4, 2, 1)),
     "questions": tuple(_cell(n_train=n) for n in (500, 250, 125)),
     "targets": (*(_cell(power=power) for power in (2.0, 4.0, 8.0, np.inf)), _cell(TEACHERS[1], power=8.0)),
-    "orders": tuple(_cell(head="joint", inputs=i, orders="original") for i in ("plain", "distribution")),
+    "orders": tuple(
+        _cell(head="joint", inputs=inputs, orders=orders)
+        for inputs in ("plain", "distribution")
+        for orders in ("all", "original")
+    ),
     "collapse": tuple(
         _cell(head="joint", training={"learning_rate": rate, "warmup": warmup, "seed": seed})
         for seed in SEEDS[:2]

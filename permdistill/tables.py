@@ -369,6 +369,14 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
+def wide(frame: pd.DataFrame, index: Sequence[str], column: str, value: str = "difference") -> pd.DataFrame:
+    """One metric alone, for people: a row for each of ``index``, a column for each value of ``column``."""
+    shown = frame.assign(text=pretty(frame[[value, f"{value}_low", f"{value}_high"]]).iloc[:, 0])
+    keys = list(dict.fromkeys(shown[list(index)].itertuples(index=False, name=None)))
+    by = shown.pivot(index=list(index), columns=column, values="text")[list(dict.fromkeys(frame[column]))]
+    return by.reindex(keys if len(index) > 1 else [key[0] for key in keys]).fillna("").reset_index()
+
+
 def save(frame: pd.DataFrame, folder: str | Path, name: str) -> Path:
     """Write ``name.csv`` (plain numbers) and ``name.tex`` (:func:`pretty`, booktabs) into ``folder``/tables."""
     folder = Path(folder) / "tables"

@@ -39,7 +39,7 @@ _MEGA = 16  # batches within which questions are sorted by length: little paddin
 class TrainingConfig:
     """How a student is trained.
 
-    epochs         times that each question is seen
+    epochs         times that each question is seen; 0: an untrained student, fitted scale and correction apart
     learning_rate  its maximum, after warm-up
     warmup         share of the steps in which it rises linearly; then it falls linearly to 0
     weight_decay   AdamW's, on matrices only
@@ -66,7 +66,9 @@ class TrainingConfig:
     patience: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "batch_size", "micro_tokens", "max_grad_norm", "save_every", "patience"):
+        if self.epochs < 0:
+            raise ValueError(f"epochs = {self.epochs}: give a number of at least 0")
+        for name in ("learning_rate", "batch_size", "micro_tokens", "max_grad_norm", "save_every", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: give a number above 0")
         if not (0 <= self.warmup < 1 and 0 <= self.held_out < 1) or self.weight_decay < 0 or self.seed < 0:

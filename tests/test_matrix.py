@@ -10,7 +10,7 @@ import pytest
 from test_experiments import planted
 from test_students import make_encoder
 
-from permdistill import debias, experiments, matrix, metrics, profiles
+from permdistill import debias, experiments, matrix, metrics, profiles, tables
 from permdistill.cli import main
 from permdistill.data import MULTIPLE_CHOICE, unlabelled
 from permdistill.orders import all_orders, cyclic_orders
@@ -69,6 +69,25 @@ def test_differences_and_effects(cell, tmp_path):
     assert found["worst seed"][0] == pytest.approx(min(alone[:2])) and found["best seed"][0] == pytest.approx(max(alone[:2]))
     by_seed = matrix.effects(cells[:2], "learning_rate", "seed", folder=folder)
     assert by_seed.accuracy.tolist() == pytest.approx(alone[:2]) and set(by_seed.learning_rate) == {5e-5}
+
+
+def test_levels_and_coverage(cell, tmp_path, monkeypatch):
+    other = with_run(cell, power=2.0)
+    matrix.make([cell], tmp_path / "kept", tmp_path / "work")
+    test = matrix.data("planted", cell.tasks)[1]
+    gold = [question.answer for question in test.task.questions]
+    levels = matrix.levels(cell, tmp_path / "kept")
+    averaged = debias.broadcast(debias.permutation_average(test.P), 3)
+    assert levels["all-orders average"] == pytest.approx(metrics.accuracy(averaged, gold).mean())
+    student = matrix.answer(cell, tmp_path / "kept").P
+    assert levels["student of exact targets"] == pytest.approx(metrics.accuracy(student, gold).mean())
+    monkeypatch.setattr(matrix, "MATRIX", {"first": (cell,), "both": (cell, other, other)})
+    assert matrix.coverage(tmp_path / "kept").to_numpy().tolist() == [["first", 1, 1], ["both", 1, 2]]
+    # A student that stands in two parts counts once, and "all questions" has a number.
+    table = matrix.effects([cell, cell], "n_train", folder=tmp_path / "kept")
+    assert table.n_train.tolist() == [24] and table.seeds.tolist() == [1]
+    shown = tables.wide(matrix.differences([cell], tmp_path / "kept"), ["teacher", "system"], "rival")
+    assert shown.teacher.tolist() == ["planted"] and "[" in shown["biased teacher"][0]
 
 
 def test_other_scores_recipes_or_questions_void_them(cell, tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def test_rate_rises_then_falls_linearly():
 @pytest.mark.parametrize(
     "change",
     [
-        {"epochs": 0},
+        {"epochs": -1},
         {"learning_rate": 0.0},
         {"warmup": 1.0},
         {"weight_decay": -1.0},
@@ -593,3 +593,16 @@ def test_held_out_must_leave_something(encoder, tmp_path):
 def test_options_that_are_off_change_no_key():
     assert TrainingConfig(patience=5).key == TrainingConfig().key != TrainingConfig(held_out=0.1).key
     assert TrainingConfig(held_out=0.1, patience=5).key != TrainingConfig(held_out=0.1).key
+
+
+def test_no_epochs_leave_the_encoder_as_it_is_and_fit_the_scale(encoder, tmp_path):
+    questions, right = toy(40, 0)
+    config = StudentConfig(encoder, "bi_encoder", k=K)
+    student = train(config, replace(FAST, epochs=0), questions, soft(right), tmp_path)
+    untouched = build(config, 0)
+    assert same(student, untouched) and student.scale > 1 and read_log(tmp_path)["losses"] == []
+    untouched.scale = student.scale
+    asked = (questions, all_orders(K))
+    assert untouched.predict_batch(*asked) == pytest.approx(
+        Student.from_pretrained(tmp_path).predict_batch(*asked), abs=1e-6
+    )
