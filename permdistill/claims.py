@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from permdistill import debias, metrics, tables
+from permdistill import debias, matrix, metrics, profiles, tables
 from permdistill.experiments import Scored
 from permdistill.metrics import Interval
 
@@ -113,7 +113,7 @@ def task_specific(scored: Sequence[Scored]) -> list[Verdict]:
 
 
 def students(t2: pd.DataFrame, t3: pd.DataFrame) -> list[Verdict]:
-    """(e) to (k), from the students' tables, over all tasks of each."""
+    """(e), (f), (j) and (k), from the students' tables, over all tasks of each."""
     complex_, simple = (t[t.task == "all"] for t in (t2, t3))
     about, both = "students", pd.concat([complex_, simple])
     own, teacher, copy = (both[both.kind == kind] for kind in ("student", "teacher", "copy"))
@@ -128,7 +128,6 @@ def students(t2: pd.DataFrame, t3: pd.DataFrame) -> list[Verdict]:
     )
     better = tables.better_than_teacher(both)
     assert len(teacher) == 2
-    pending = "needs the ablations over draws, training examples and students, which are not part of this run"
     return [
         _verdict(
             "(e) distillation suffices for the simple task, fails on the complex one",
@@ -143,9 +142,6 @@ def students(t2: pd.DataFrame, t3: pd.DataFrame) -> list[Verdict]:
             above > 0,
             f"multiple choice: {above} of {len(corrected)} students' intervals lie above the copy's {100 * copied:.1f}",
         ),
-        Verdict("(g) 32 draws saturate", about, NOT_TESTABLE, pending),
-        Verdict("(h) about 2,000 examples for the simple task, 30,000 for the complex one", about, NOT_TESTABLE, pending),
-        Verdict("(i) student size matters on the complex task only", about, NOT_TESTABLE, pending),
         _verdict(
             "(j) students are less sensitive than the biased teacher",
             about,
@@ -161,9 +157,48 @@ def students(t2: pd.DataFrame, t3: pd.DataFrame) -> list[Verdict]:
     ]
 
 
+def ablations(folder: str | Path = "") -> list[Verdict]:
+    """(g), (h) and (i), from the stored students of :data:`permdistill.profiles.MATRIX`, paired by question.
+
+    (g): more targets than 32 draws make no measurable difference (the interval of exact targets minus 32 draws holds 0), and
+    1 draw is measurably worse. (i): the larger encoder is measurably better on multiple choice, and not on SummEval.
+    """
+    found, usual = [], profiles.USUAL
+    by_draws = {cell.run.draws: cell for cell in profiles.MATRIX["draws"]}
+    saturate, size = "(g) 32 draws saturate", "(i) student size matters on the complex task only"
+    try:
+        few, many = (matrix.gap(usual, by_draws[n], folder) for n in (1, 32))
+        evidence = f"exact targets - 32 draws {many.percent()} points, - 1 draw {few.percent()}"
+        found.append(_verdict(saturate, "students", many.low <= 0 <= many.high and few.low > 0, evidence))
+    except matrix.MissingPredictions as missing:
+        found.append(Verdict(saturate, "students", NOT_TESTABLE, str(missing)))
+    rows = [*matrix.available(profiles.MATRIX["questions"], folder), *matrix.available([usual], folder)]
+    curve = matrix.effects(rows, "n_train", folder=folder) if rows else pd.DataFrame(columns=["n_train", "accuracy"])
+    points = ", ".join(f"{n}: {100 * a:.1f}" for n, a in zip(curve.n_train, curve.accuracy, strict=True))
+    found.append(
+        Verdict(
+            "(h) about 2,000 examples for the simple task, 30,000 for the complex one",
+            "students",
+            NOT_TESTABLE,
+            f"there are fewer questions with scores; accuracy on multiple choice by their number: {points or 'none stored'}",
+        )
+    )
+    try:
+        larger = [
+            matrix.gap(large, small, folder)
+            for small, large in (profiles.SIZES["multiple choice"], profiles.SIZES["SummEval"])
+        ]
+        evidence = f"mpnet - MiniLM: multiple choice {larger[0].percent()} points, SummEval {larger[1].percent()}"
+        found.append(_verdict(size, "students", larger[0].low > 0 >= larger[1].low, evidence))
+    except matrix.MissingPredictions as missing:
+        found.append(Verdict(size, "students", NOT_TESTABLE, str(missing)))
+    return found
+
+
 def verdicts(scored: Sequence[Scored], t1: pd.DataFrame, t2: pd.DataFrame, t3: pd.DataFrame) -> pd.DataFrame:
     """Every claim with its verdict and evidence."""
-    return pd.DataFrame([*debiasing(t1), *prior_matching(scored), *task_specific(scored), *students(t2, t3)])
+    found = [*debiasing(t1), *prior_matching(scored), *task_specific(scored), *students(t2, t3), *ablations()]
+    return pd.DataFrame(found).sort_values("claim", kind="stable", ignore_index=True)
 
 
 def targets(source: str, path: Path = TARGETS) -> pd.DataFrame:

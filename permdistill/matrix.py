@@ -25,7 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from permdistill import debias, tables
+from permdistill import debias, metrics, tables
 from permdistill.assets import locked
 from permdistill.experiments import (
     ROOT,
@@ -224,6 +224,14 @@ def effects(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.D
             ends = {"seeds": len(seeds), "worst seed": min(alone), "best seed": max(alone)}
             rows.append({"teacher": teacher, **dict(zip(names, value, strict=True)), **ends, **row})
     return pd.DataFrame(rows).sort_values(["teacher", *names], ignore_index=True)
+
+
+def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
+    """Accuracy of one student minus that of another of the same tasks, paired by question. Raises MissingPredictions."""
+    test = data(first.teacher, first.tasks)[1]
+    right = [tables.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
+    labelled = ~np.isnan(right[0])
+    return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
 
 
 def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:

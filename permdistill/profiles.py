@@ -300,6 +300,10 @@ def _pairs_cell(tasks: tuple[str, ...], encoder: str, seed: int, teacher: str = 
 
 
 USUAL = _cell()  # what the ablations vary
+SIZES = {  # the same student, small and large
+    "multiple choice": (USUAL, _cell(encoder=_MPNET)),
+    "SummEval": (_pairs_cell(SUMMEVAL, _MINILM, 0), _pairs_cell(SUMMEVAL, _MPNET, 0)),
+}
 # Students that `make paper` does not train, since together they take hours: `make students` does, and their predictions
 # are kept. The first of each part matter most. A cell may belong to several parts.
 MATRIX: dict[str, tuple[Cell, ...]] = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_experiments import planted
 
-from permdistill import claims, tables
+from permdistill import claims, matrix, profiles, tables
 from permdistill.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE
+from permdistill.experiments import System
 from permdistill.metrics import Interval
+from permdistill.orders import cyclic_orders
 
 
 def by_claim(verdicts: list[claims.Verdict]) -> dict[str, str]:
@@ -53,13 +56,44 @@ def test_students_claims():
     t3 = students(*teachers, ("m, distillation", "student", 0.7, 0.1, 0.0))
     found = by_claim(claims.students(t2, t3))
     assert {c: found[f"({c})"] for c in "efjk"} == dict.fromkeys("efjk", CONFIRMED)
-    assert {found[f"({c})"] for c in "ghi"} == {NOT_TESTABLE}
     t2 = students(
         *teachers, ("m, distillation", "student", 0.61, 0.01, 0.2), ("m, error correction", "student", 0.5, -0.1, 0.2)
     )
     t3 = students(*teachers, ("m, distillation", "student", 0.61, 0.01, 0.2))
     found = by_claim(claims.students(t2, t3))
     assert {c: found[f"({c})"] for c in "efjk"} == dict.fromkeys("efjk", NOT_CONFIRMED)
+
+
+def test_ablations_follow_the_stored_students(monkeypatch):
+    """Answers planted for the cells: many draws as good as exact targets, one draw worse; size matters for one task only."""
+    test = planted("one", n=200)
+    questions = test.task.questions
+    right = np.eye(3)[[q.answer for q in questions]]
+    wrong = np.roll(right, 1, axis=1)
+    luck = np.random.default_rng(0).random(200)
+
+    def answers(share: float) -> np.ndarray:
+        return np.repeat(np.where((luck < share)[:, None], right, wrong)[:, None], 3, axis=1)
+
+    small, large = profiles.SIZES["SummEval"]
+    shares = {cell: 0.6 for cell in profiles.MATRIX["draws"] if cell.run.draws >= 32}
+    shares |= {cell: 0.3 for cell in profiles.MATRIX["draws"] if cell.run.draws < 32}
+    shares |= {profiles.USUAL: 0.6, profiles.SIZES["multiple choice"][1]: 0.9, small: 0.5, large: 0.5}
+    orders = cyclic_orders(3)
+    monkeypatch.setattr(matrix, "data", lambda teacher, tasks: (test, test))
+
+    def answer(cell: profiles.Cell, folder: str = "") -> System:
+        if cell not in shares:
+            raise matrix.MissingPredictions("run `make students`")
+        return System("s", "student", answers(shares[cell]), orders, 1)
+
+    monkeypatch.setattr(matrix, "answer", answer)
+    assert by_claim(claims.ablations()) == {"(g)": CONFIRMED, "(h)": NOT_TESTABLE, "(i)": CONFIRMED}
+    shares[large] = 0.9
+    del shares[profiles.MATRIX["draws"][1]]
+    assert by_claim(claims.ablations()) == {"(g)": NOT_TESTABLE, "(h)": NOT_TESTABLE, "(i)": NOT_CONFIRMED}
+    shares[profiles.MATRIX["draws"][1]] = 0.3
+    assert by_claim(claims.ablations())["(g)"] == NOT_CONFIRMED
 
 
 def test_targets_are_found_missed_or_not_there():
