@@ -19,8 +19,9 @@ A cluster's machines need permdistill[scale] and reach the teacher by the same n
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ from permdistill.prompts import Template
 from permdistill.scores import Store, keep, lacking
 from permdistill.teachers import Teacher
 
-BLOCK = 8  # groups that a worker is given at a time, at most: the work that is lost with it
-BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else the last one would be waited for
+BLOCK = 8  # questions that a worker is given at a time, on average, or one group: the work that is lost with it
+BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else all would wait for the last one
 LOST_STARTS = 20  # so many workers in a row were lost before they were ready: something else than preemption
 
 
@@ -62,12 +63,15 @@ def score(
         raise ValueError(f"workers {workers}, cpus {cpus}, gpus {gpus}: give at least 1 worker, and what it takes above 0")
     groups = lacking(store, questions, template, model_key)
     missing = sum(map(len, groups))
-    with tqdm(
-        total=len(questions), initial=len(questions) - missing, unit="question", desc=f"score, {workers} workers"
-    ) as bar:
-        for group, log_probs in _scored(groups, make_teacher, model_key, template, workers, cpus, gpus) if groups else ():
-            keep(store, group, log_probs, template, model_key)
-            bar.update(len(group))
+    if not groups:
+        return 0
+    paid = len(questions) - missing
+    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score, {workers} workers") as bar:
+        # Closed here, so that Ray ends with this function also when a score is refused.
+        with closing(_scored(groups, make_teacher, model_key, template, workers, cpus, gpus)) as scored:
+            for group, log_probs in scored:
+                keep(store, group, log_probs, template, model_key)
+                bar.update(len(group))
     return missing
 
 
@@ -79,13 +83,13 @@ def _scored(
     workers: int,
     cpus: float,
     gpus: float | None,
-) -> Iterator[tuple[list[Question], np.ndarray]]:
+) -> Generator[tuple[list[Question], np.ndarray], None, None]:
     """Groups with their log-probabilities (item, order, option), each once, in the order in which they are done."""
     ray = _ray()
     with _running(ray, workers * cpus):
         if gpus is None:
             gpus = min(1, ray.cluster_resources().get("GPU", 0))
-        size = max(1, min(BLOCK, len(groups) // (BLOCKS_A_WORKER * workers)))
+        size = max(1, min(BLOCK * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers)))
         blocks = ray.data.range(len(groups), override_num_blocks=-(-len(groups) // size)).map_batches(
             Worker,
             batch_size=None,  # a block at a time
@@ -156,12 +160,13 @@ def _running(ray: Any, cpus: float) -> Iterator[None]:
     if own:
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if os.environ.get("RAY_ADDRESS", "local") == "local":
-            ray.init("local", num_cpus=max(1, round(cpus)), include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=ceil(cpus), include_dashboard=False, **quiet)
         else:
             ray.init(**quiet)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = LOST_STARTS
+    context.execution_no_progress_timeout_s = -1  # a cluster may have nothing free for hours
     try:
         with ray.data.DataContext.current(context):
             yield

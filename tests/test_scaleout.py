@@ -30,7 +30,7 @@ from permdistill import cli, scaleout, scores
 from permdistill.data import Question
 from permdistill.prompts import TEMPLATES
 from permdistill.scores import Store
-from permdistill.teachers import PlantedTeacher, load_teacher
+from permdistill.teachers import PlantedTeacher
 
 LETTERS = TEMPLATES["letters"]
 TESTS = Path(__file__).parent
@@ -304,8 +304,8 @@ def test_a_killed_run_keeps_what_arrived_and_a_rerun_pays_the_rest(tmp_path):
     assert Store(tmp_path).compact().read_bytes() == one_process(questions, tmp_path / "one")
 
 
-def make_causal(folder: Path) -> str:
-    """A random two-layer Llama with a word-level tokenizer and a chat template, saved as a checkpoint folder."""
+def make_causal(folder: Path, **sizes: int) -> None:
+    """A random Llama, of two small layers as a rule, with a word-level tokenizer and a chat template, as a checkpoint."""
     words = ["[UNK]", "<user>", "<assistant>", *"ABCDEF?.:", *"Question Answer Passage a b c".split(), *map(str, range(50))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -316,9 +316,8 @@ def make_causal(folder: Path) -> str:
     fast.chat_template = "<user>{{ messages[0]['content'] }}<assistant>"
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), initializer_range=0.3, **sizes)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.long
@@ -351,35 +350,36 @@ RATE = """
     import sys, time
     from functools import partial
     from pathlib import Path
-    from permdistill import scaleout
-    from permdistill.scores import Store
-    from test_scaleout import LETTERS, make_big, make_questions
+    import torch
+    from permdistill import scaleout, scores
+    from permdistill.teachers import load_teacher
+    from test_scaleout import LETTERS, make_questions
 
     folder, workers = Path(sys.argv[1]), int(sys.argv[2])
-    questions, key = make_questions(400), make_big(folder / "model").model_key
-    arrivals = []
-    keep = scaleout.keep
-    scaleout.keep = lambda store, group, *rest: (arrivals.extend([time.monotonic()] * len(group)), keep(store, group, *rest))
-    scaleout.score(Store(folder / sys.argv[2]), partial(make_big, folder / "model"), key, questions, LETTERS, workers)
-    # All workers are at work between a quarter and three quarters.
-    print((len(arrivals) // 2) / (arrivals[3 * len(arrivals) // 4] - arrivals[len(arrivals) // 4]))
+    questions, make = make_questions(160), partial(load_teacher, str(folder / "model"), torch.float32)
+    module, arrivals, store = scaleout if workers else scores, [], scores.Store(folder / sys.argv[2])
+    keep = module.keep
+    module.keep = lambda store, group, *rest: (arrivals.extend([time.monotonic()] * len(group)), keep(store, group, *rest))
+    scaleout.BLOCK = 2  # arrivals say more when they are many
+    if workers:
+        scaleout.score(store, make, make().model_key, questions, LETTERS, workers)
+    else:
+        scores.score(store, make(), questions, LETTERS)
+    # All are at work between a quarter and three quarters.
+    print(80 / (arrivals[120] - arrivals[40]))
 """
-
-
-def make_big(folder: Path):
-    return load_teacher(str(folder), torch.float32)
 
 
 @pytest.mark.long
 @needs_ray
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_two_workers_with_one_thread_each_are_nearly_twice_as_fast(tmp_path):
-    make_causal(tmp_path / "model")
+def test_two_workers_with_one_thread_each_are_nearly_twice_as_fast_as_one_process(tmp_path):
+    make_causal(tmp_path / "model", hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12)
     rates = []
-    for workers in (1, 2):
-        process = start(RATE, tmp_path, workers, OMP_NUM_THREADS="1")
-        said, _ = process.communicate(timeout=600)
-        assert process.returncode == 0
-        rates.append(float(said))
-    print(f"{rates[0]:.1f} questions a second with one worker, {rates[1]:.1f} with two: {rates[1] / rates[0]:.2f} times")
+    for workers in (0, 2):
+        said, _ = start(RATE, tmp_path, workers, OMP_NUM_THREADS="1").communicate(timeout=600)
+        rates.append(float(said.splitlines()[-1]))
+    print(
+        f"{rates[0]:.2f} questions a second in one process, {rates[1]:.2f} with two workers: {rates[1] / rates[0]:.2f} times"
+    )
     assert rates[1] >= 1.7 * rates[0]
