@@ -253,7 +253,8 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, content_free=True)
 
     text = "train the matrix of students (hours), and keep their predictions; continues where it was stopped"
-    command = commands.add_parser("students", help=text, description=text)
+    together = "; started with torchrun or accelerate launch, all processes train each student together"
+    command = commands.add_parser("students", help=text, description=text + together)
     parts = list(profiles.MATRIX)
     command.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     command.add_argument("--predictions", default=str(matrix.COMMITTED), help="folder (default: the committed ones)")
@@ -262,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_students)
 
     text = "train students of several settings, and compare them on held-out questions without gold answers"
-    command = commands.add_parser("sweep", help=text, description=text)
+    command = commands.add_parser("sweep", help=text, description=text + together)
     command.add_argument("--teacher", default=TEACHERS[0], help=f"{', '.join(TEACHERS)}, a folder, or a hub repository")
     trained = [task for task in profiles.TASKS if "train" in profiles.splits(task)]
     names = f"pooled, from {', '.join(trained)} (default: multiple choice)"
@@ -290,7 +291,8 @@ def parser() -> argparse.ArgumentParser:
         "--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)"
     )
     _add_questions(command, None)
-    command.add_argument("--mode", choices=MODES, default="decisions", help="sampled tokens, or top_logprobs (%(default)s)")
+    modes = "sampled tokens, or top_logprobs, asked in the order that vLLM's and SGLang's prefix caches like (%(default)s)"
+    command.add_argument("--mode", choices=MODES, default="decisions", help=modes)
     orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
     command.add_argument("--orders", choices=("drawn", "cyclic", "all"), help=orders)
     command.add_argument("--draws", type=int, default=32, help="calls an item, each in an order of its own (%(default)s)")
