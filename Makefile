@@ -183,6 +183,7 @@ test: $(INSTALLED) ## all tests, and the notebooks' small profile against their 
 
 .PHONY: long
 long: $(INSTALLED) ## the tests that take minutes each
+	"$(VENV)/bin/python" -m pip install -q "ray[data]==2.60.0"
 	TQDM_DISABLE=1 $(PY) -m pytest -q -m long tests
 
 .PHONY: lint

@@ -204,13 +204,26 @@ class Plan:
 
 
 def _todo(job: Job, store: Replies) -> dict[str, Call]:
-    """Calls that the store does not answer, by the key to ask under: the same content under two ids is asked once."""
+    """Calls that the store does not answer, by the key to ask under: the same content under two ids is asked once.
+
+    Logprobs are asked for context by context, and within one in the order of the prompts' texts, which is the depth-first
+    order of their shared prefixes: a server that caches prefixes then computes each of them once.
+    """
     result: dict[str, Call] = {}
+    contexts: dict[str, int] = {}
     for call in job.calls:
+        contexts.setdefault(call.question.context or call.question.id, len(contexts))
         _, key = job.found(store, call)
         if key is not None:
             result.setdefault(key, call)
-    return result
+    if job.mode != "logprobs":
+        return result
+
+    def place(call: Call) -> tuple[int, str]:
+        context = contexts[call.question.context or call.question.id]
+        return context, job.template.user_message(call.question, call.order)
+
+    return dict(sorted(result.items(), key=lambda item: place(item[1])))
 
 
 def plan(job: Job, store: Replies, prices: Prices = FREE, count_tokens: Callable[[str], int] | None = None) -> Plan:

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import blackbox, data, experiments, matrix, profiles, scores, tables
+from permdistill import blackbox, data, experiments, matrix, profiles, scaleout, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
 from permdistill.orders import cyclic_orders
@@ -22,7 +23,7 @@ from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
 from permdistill.students import HEADS, INPUTS, StudentConfig
 from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
-from permdistill.training import TrainingConfig
+from permdistill.training import TrainingConfig, lead
 
 SCORES = Path(__file__).parent.parent / "scores"
 
@@ -49,11 +50,17 @@ def _questions(args: argparse.Namespace) -> dict[str, list[data.Question]]:
 
 def _score(args: argparse.Namespace) -> None:
     jobs = _questions(args)
-    teacher = load_teacher(args.teacher, getattr(torch, args.dtype))
-    store = scores.Store(Path(args.scores) / teacher.name)
+    name, dtype = Path(args.teacher).name, getattr(torch, args.dtype)
+    teacher = None if args.workers else load_teacher(args.teacher, dtype)
+    store = scores.Store(Path(args.scores) / name)
     for template, questions in jobs.items():
-        done = scores.score(store, teacher, questions, TEMPLATES[template])
-        print(f"{teacher.name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
+        if teacher is None:
+            make, key = partial(load_teacher, args.teacher, dtype), model_key(args.teacher, dtype)
+            per_worker = (args.worker_cpus, args.worker_gpus)
+            done = scaleout.score(store, make, key, questions, TEMPLATES[template], args.workers, *per_worker)
+        else:
+            done = scores.score(store, teacher, questions, TEMPLATES[template])
+        print(f"{name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
     store.compact()
 
 
@@ -235,13 +242,19 @@ def parser() -> argparse.ArgumentParser:
         _add_questions(command)
         command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="part of the scores' key")
         command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
+        if name == "score":
+            text = "Ray actors that hold the teacher; RAY_ADDRESS names the cluster (default: this process, without Ray)"
+            command.add_argument("--workers", type=int, default=0, help=text)
+            command.add_argument("--worker-cpus", type=float, default=1, help="of each worker: its threads (%(default)s)")
+            command.add_argument("--worker-gpus", type=float, help="of each worker (default: 1 where the cluster has some)")
         if name == "audit":
             command.add_argument("--n", type=int, default=8, help="questions per template")
             command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
         command.set_defaults(run=run, content_free=True)
 
     text = "train the matrix of students (hours), and keep their predictions; continues where it was stopped"
-    command = commands.add_parser("students", help=text, description=text)
+    together = "; started with torchrun or accelerate launch, all processes train each student together"
+    command = commands.add_parser("students", help=text, description=text + together)
     parts = list(profiles.MATRIX)
     command.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     command.add_argument("--predictions", default=str(matrix.COMMITTED), help="folder (default: the committed ones)")
@@ -250,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_students)
 
     text = "train students of several settings, and compare them on held-out questions without gold answers"
-    command = commands.add_parser("sweep", help=text, description=text)
+    command = commands.add_parser("sweep", help=text, description=text + together)
     command.add_argument("--teacher", default=TEACHERS[0], help=f"{', '.join(TEACHERS)}, a folder, or a hub repository")
     trained = [task for task in profiles.TASKS if "train" in profiles.splits(task)]
     names = f"pooled, from {', '.join(trained)} (default: multiple choice)"
@@ -278,7 +291,8 @@ def parser() -> argparse.ArgumentParser:
         "--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)"
     )
     _add_questions(command, None)
-    command.add_argument("--mode", choices=MODES, default="decisions", help="sampled tokens, or top_logprobs (%(default)s)")
+    modes = "sampled tokens, or top_logprobs, asked in the order that vLLM's and SGLang's prefix caches like (%(default)s)"
+    command.add_argument("--mode", choices=MODES, default="decisions", help=modes)
     orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
     command.add_argument("--orders", choices=("drawn", "cyclic", "all"), help=orders)
     command.add_argument("--draws", type=int, default=32, help="calls an item, each in an order of its own (%(default)s)")
@@ -325,8 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the ``permdistill`` command."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
-    except (AssetError, data.BadRecords, scores.MissingScores, EndpointError, ValueError, OSError) as error:
+        lead(lambda: args.run(args))
+    except (AssetError, data.BadRecords, scores.MissingScores, EndpointError, ValueError, OSError, ImportError) as error:
         sys.exit(f"permdistill: {error}")
 
 

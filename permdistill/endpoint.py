@@ -180,7 +180,7 @@ class Endpoint:
                  and top_p are 1 already, but llama.cpp's server has a top_k and min_p of its own ({"top_k": 0, "min_p": 0}),
                  vLLM takes top_k from the model's folder ({"top_k": -1}), and `transformers serve` does not sample at all
                  unless told ({"generation_config": '{"do_sample": true, "top_k": 0}'}). Constrained answers too, where there
-                 are: {"guided_choice": ["A", "B", "C", "D"]} for vLLM
+                 are: {"structured_outputs": {"choice": ["A", "B", "C", "D"]}} for vLLM. For logprobs see the README
     top_logprobs how many alternatives are asked for; the API allows 20, some servers fewer
     limit_field  what the API calls the limit on the reply's tokens: max_tokens or max_completion_tokens
     """

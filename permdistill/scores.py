@@ -116,34 +116,50 @@ def _write(path: Path, rows: Sequence[dict]) -> None:
 def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
     """Score what the store lacks, all K! orders of each question. Returns the number of questions scored now.
 
-    Questions with the same context and K are scored together, so that they pay for it once. What a group cost is on disk
-    before the next group starts. Raises ValueError before any compute when a question does not fit the template.
+    What a group (:func:`lacking`) cost is on disk before the next one starts. Raises ValueError before any compute when a
+    question does not fit the template. :func:`permdistill.scaleout.score` does the same with several workers.
     """
-    missing: dict[str, Question] = {}  # by content: the same texts under two ids are paid once
+    groups = lacking(store, questions, template, teacher.model_key)
+    missing = [question for group in groups for question in group]
+    teacher.check(missing, template)
+    paid = len(questions) - len(missing)
+    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score {teacher.name}") as bar:
+        for group in groups:
+            log_probs = teacher.log_probs(group, all_orders(len(group[0].options)), template)
+            keep(store, group, log_probs, template, teacher.model_key)
+            bar.update(len(group))
+    return len(missing)
+
+
+def lacking(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> list[list[Question]]:
+    """The questions that the store lacks, in groups with the same context and K: scored together, they pay for it once.
+
+    The same texts under two ids come once. Raises ValueError when a question does not fit the template.
+    """
+    missing: dict[str, Question] = {}
     for question in questions:
         orders = all_orders(len(question.options))
         template.user_message(question, orders[0])  # an impossible question must fail here, not after hours
-        key = content_key(question, orders, template, teacher.model_key)
+        key = content_key(question, orders, template, model_key)
         if key not in store:
             missing[key] = question
-    teacher.check(list(missing.values()), template)
     groups: dict[tuple, list[Question]] = {}
     for question in missing.values():
         groups.setdefault((question.context or question.id, len(question.options)), []).append(question)
-    paid = len(questions) - len(missing)
-    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score {teacher.name}") as bar:
-        for group in groups.values():
-            orders = all_orders(len(group[0].options))
-            rows = []
-            try:
-                for question, log_probs in zip(group, teacher.log_probs(group, orders, template), strict=True):
-                    rows.append(
-                        _row(question, orders, log_probs, content_key(question, orders, template, teacher.model_key))
-                    )
-            finally:
-                store.append(rows)  # also when a later question of the group fails
-            bar.update(len(group))
-    return len(missing)
+    return list(groups.values())
+
+
+def keep(store: Store, group: Sequence[Question], log_probs: np.ndarray, template: Template, model_key: str) -> None:
+    """Put a group's log-probabilities (item, order, option), over all K! orders, into the store: on disk, as one shard.
+
+    Raises ValueError for a value that is not finite, after those before it are kept.
+    """
+    orders, rows = all_orders(len(group[0].options)), []
+    try:
+        for question, values in zip(group, log_probs, strict=True):
+            rows.append(_row(question, orders, values, content_key(question, orders, template, model_key)))
+    finally:
+        store.append(rows)
 
 
 def _row(question: Question, orders: np.ndarray, log_probs: np.ndarray, key: str) -> dict:

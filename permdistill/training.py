@@ -3,7 +3,7 @@
 Every epoch shows each question once, in a new uniformly random order; for error correction one decision is drawn from the
 teacher's probabilities in that order, or the student sees the probabilities themselves. All randomness is derived from
 (seed, epoch) and (seed, step), so a run that was killed goes on from its checkpoint to the same weights, and a finished
-one is loaded instead of repeated.
+one is loaded instead of repeated. Several processes may share the work (:func:`lead`): each takes a part of every batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from scipy.optimize import minimize
 from tqdm import tqdm
 
+from permdistill import processes
 from permdistill.assets import locked
 from permdistill.data import Question
 from permdistill.debias import EPSILON
@@ -265,7 +267,25 @@ def train(
         if (folder / LOG).exists() and read_log(folder)["key"] == key:
             (folder / CHECKPOINT).unlink(missing_ok=True)
             return Student.from_pretrained(folder)
+        processes.share((config, training, questions, targets, folder, decision_probs, orders, autocast, None, key, drawn))
         return _run(config, training, questions, targets, folder, decision_probs, orders, autocast, on_step, key, drawn)
+
+
+def lead(program: Callable[[], None]) -> None:
+    """Run a program that trains, with all processes that torchrun or accelerate launch started; without them just run it.
+
+    Every process calls this. Rank 0 runs ``program``, the others take part in each :func:`train` in it, until it ends. The
+    weights are those of one process up to rounding; with dropout they are others, as with another seed.
+    """
+    processes.connect()
+    if processes.rank() == 0:
+        program()
+        processes.share(None)
+    else:
+        while (job := processes.share(None)) is not None:
+            with suppress(FloatingPointError):  # rank 0 has met it too, and says so
+                _run(*job)
+    processes.part()
 
 
 def _run(
@@ -281,7 +301,8 @@ def _run(
     key: str,
     drawn: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Student:
-    """:func:`train` from the last checkpoint, or from the start."""
+    """:func:`train` from the last checkpoint, or from the start. Of several processes only rank 0 reads and writes files."""
+    first = processes.rank() == 0
     student = build(config, training.seed)
     if config.inputs == "distribution":
         assert decision_probs is not None
@@ -294,7 +315,7 @@ def _run(
     total, seconds = training.epochs * per_epoch, 0.0
     losses: list[float] = []
     kls: list[float] = []  # on the held-out questions, by epoch
-    if (folder / CHECKPOINT).exists() and (state := torch.load(folder / CHECKPOINT, weights_only=True))["key"] == key:
+    if (state := processes.share(_checkpoint(folder, key) if first else None)) is not None:
         student.model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         losses, kls, seconds = state["losses"], state.get("kls", []), state["seconds"]
@@ -305,13 +326,14 @@ def _run(
     saved = time.monotonic()
 
     student.model.train()
-    bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}")
+    hidden = {} if first else {"disable": True}
+    bar = tqdm(total=total, initial=len(losses), unit="step", desc=f"train {config.head} {config.inputs}", **hidden)
     with bar:
         for number in range(len(losses) // per_epoch, training.epochs + 1):
             if held_out is not None and len(kls) < number:  # these weights ended the epoch before
-                kls.append(_held_out_kl(student, training, held_out, autocast))
+                kls.append(processes.share(_held_out_kl(student, training, held_out, autocast)))
                 bar.set_description(f"train {config.head} {config.inputs}, held-out KL {kls[-1]:.4f}")
-                if kls[-1] == min(kls):
+                if first and kls[-1] == min(kls):
                     _replace(folder / BEST, partial(torch.save, {"key": key, "model": student.model.state_dict()}))
                 if number - 1 - int(np.argmin(kls)) >= training.patience:
                     break
@@ -321,7 +343,9 @@ def _run(
             for batch in epoch.plan[len(losses) - number * per_epoch :]:
                 for group in optimiser.param_groups:
                     group["lr"] = training.learning_rate * rate(len(losses), total, training.warmup)
-                torch.manual_seed(int(np.random.SeedSequence((training.seed, len(losses))).generate_state(1)[0]))  # dropout
+                # Of dropout, another one in each process. (A 0 at the end changes nothing: one process draws as ever.)
+                place = (training.seed, len(losses), processes.rank())
+                torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
                 losses.append(_backward(student, epoch, batch, training.micro_tokens, autocast))
                 if not np.isfinite(losses[-1]):
                     fix = f"lower learning_rate {training.learning_rate}"
@@ -334,7 +358,7 @@ def _run(
                 if on_step is not None:
                     on_step(len(losses), losses[-1])
                 due = len(losses) % training.save_every == 0 or time.monotonic() - saved > SAVE_SECONDS
-                if len(losses) < total and (due or len(losses) % per_epoch == 0):
+                if first and len(losses) < total and (due or len(losses) % per_epoch == 0):
                     state = {"key": key, "losses": losses, "kls": kls, "seconds": time.monotonic() - started}
                     state |= {
                         "scale": student.scale,
@@ -343,10 +367,13 @@ def _run(
                     }
                     _replace(folder / CHECKPOINT, partial(torch.save, state))
                     saved = time.monotonic()
+    if not first:
+        return student
     seconds = time.monotonic() - started
     seen = len(losses) * n / per_epoch
     log: dict[str, Any] = {"key": key, "student": asdict(config), "training": asdict(training), "questions": n}
     log |= {"seconds": seconds, "questions_per_second": seen / seconds, "losses": losses, "held_out_kl": kls}
+    log["processes"] = processes.count()
     (folder / LOG).unlink(missing_ok=True)  # another run's: it must not vouch for the new weights
     if kls:
         student.model.load_state_dict(torch.load(folder / BEST, weights_only=True)["model"])
@@ -356,6 +383,14 @@ def _run(
     (folder / CHECKPOINT).unlink(missing_ok=True)
     (folder / BEST).unlink(missing_ok=True)
     return student
+
+
+def _checkpoint(folder: Path, key: str) -> dict[str, Any] | None:
+    """The last checkpoint of the run with this content key, None if there is none."""
+    if not (folder / CHECKPOINT).exists():
+        return None
+    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    return state if state["key"] == key else None
 
 
 def _parameter_groups(student: Student, training: TrainingConfig) -> list[dict[str, Any]]:
@@ -467,12 +502,13 @@ def _first_scale(student: Student, training: TrainingConfig, taught: _Taught, au
 
 
 def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None) -> float:
-    """Gradients of the batch's mean loss, added up over its pieces. Returns the loss."""
-    total = 0.0
-    for loss in _losses(student, epoch, batch, micro_tokens, autocast):
+    """Gradients of the batch's mean loss, added up over its pieces and the processes that share it. Returns the loss."""
+    total, own = 0.0, batch[processes.rank() :: processes.count()]
+    for part in _losses(student, epoch, own, micro_tokens, autocast) if len(own) else ():
+        loss = part * (len(own) / len(batch))
         loss.backward()
         total += loss.item()
-    return total
+    return processes.add_up(student.model.parameters(), total)
 
 
 def _held_out_kl(student: Student, training: TrainingConfig, held_out: _Taught, autocast: bool | None) -> float:

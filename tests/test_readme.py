@@ -36,7 +36,7 @@ def command_line(containing: str, folder: Path) -> subprocess.CompletedProcess[s
 @pytest.mark.slow
 def test_own_questions_example(tmp_path):
     (tmp_path / "mine.jsonl").write_text(block("json", '"options"'), encoding="utf-8")
-    done = command_line("permdistill score", tmp_path)
+    done = command_line("--scores my-scores\n", tmp_path)
     assert "1 questions scored now" in done.stdout
     done = subprocess.run(
         [sys.executable, "-c", block("python", "permutation_sensitivity")], cwd=tmp_path, capture_output=True, text=True

@@ -1,0 +1,175 @@
+"""Labelling by several workers, on this machine or on a cluster: a Ray Data job that fills the same store as one process.
+
+    make = partial(load_teacher, "qwen2.5-coder-1.5b")
+    score(store, make, model_key("qwen2.5-coder-1.5b"), questions, TEMPLATES["letters"], workers=4)
+
+Each worker is an actor that holds a teacher; a block of the data set is a few groups of questions that share their context.
+Ray hands out blocks, starts workers as the cluster grows, and gives a block to another worker when its own was killed or its
+machine taken away. The store has one writer, the process that called :func:`score`: whatever a worker made of a block is on
+disk as soon as it arrives. So
+
+* the store needs no file system that the workers see, and no lock between them;
+* a worker that dies takes the block in work with it, the writer what was in work or under way to it, a few blocks;
+* a block that was done twice, because its worker died after the work, is stored once: rows are found by content;
+* a rerun hands out what is missing only, and starts nothing when nothing is.
+
+A cluster's machines need permdistill[scale] and reach the teacher by the same name. Which cluster: Ray's own RAY_ADDRESS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from math import ceil
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from permdistill.assets import AssetError
+from permdistill.data import Question
+from permdistill.orders import all_orders
+from permdistill.prompts import Template
+from permdistill.scores import Store, keep, lacking
+from permdistill.teachers import Teacher
+
+BLOCK = 8  # questions that a worker is given at a time, on average, or one group: the work that is lost with it
+BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else all would wait for the last one
+LOST_STARTS = 20  # so many workers in a row were lost before they were ready: something else than preemption
+
+
+def score(
+    store: Store,
+    make_teacher: Callable[[], Teacher],
+    model_key: str,
+    questions: Sequence[Question],
+    template: Template,
+    workers: int,
+    cpus: float = 1,
+    gpus: float | None = None,
+) -> int:
+    """:func:`permdistill.scores.score` by up to ``workers`` workers. Returns the number of questions scored now.
+
+    make_teacher  called once by each worker; it must survive pickling
+    model_key     the teacher's, which is not made here; a worker whose teacher has another one stops the run
+    cpus, gpus    of each worker; torch gets ``cpus`` threads. gpus=None: 1 on a cluster that has some
+
+    The same store, to the last byte after ``compact``, as far as the teacher's arithmetic does not depend on the number of
+    threads or the kind of processor. Raises ValueError before any compute when a question does not suit template or
+    teacher, ImportError without Ray.
+    """
+    if workers < 1 or cpus <= 0 or (gpus or 0) < 0:
+        raise ValueError(f"workers {workers}, cpus {cpus}, gpus {gpus}: give at least 1 worker, and what it takes above 0")
+    groups = lacking(store, questions, template, model_key)
+    missing = sum(map(len, groups))
+    if not groups:
+        return 0
+    paid = len(questions) - missing
+    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score, {workers} workers") as bar:
+        # Closed here, so that Ray ends with this function also when a score is refused.
+        with closing(_scored(groups, make_teacher, model_key, template, workers, cpus, gpus)) as scored:
+            for group, log_probs in scored:
+                keep(store, group, log_probs, template, model_key)
+                bar.update(len(group))
+    return missing
+
+
+def _scored(
+    groups: list[list[Question]],
+    make_teacher: Callable[[], Teacher],
+    model_key: str,
+    template: Template,
+    workers: int,
+    cpus: float,
+    gpus: float | None,
+) -> Generator[tuple[list[Question], np.ndarray], None, None]:
+    """Groups with their log-probabilities (item, order, option), each once, in the order in which they are done."""
+    ray = _ray()
+    with _running(ray, workers * cpus):
+        if gpus is None:
+            gpus = min(1, ray.cluster_resources().get("GPU", 0))
+        size = max(1, min(BLOCK * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers)))
+        blocks = ray.data.range(len(groups), override_num_blocks=-(-len(groups) // size)).map_batches(
+            Worker,
+            batch_size=None,  # a block at a time
+            fn_constructor_args=(groups, make_teacher, model_key, template),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+        done: set[int] = set()
+        for block in blocks.iter_batches(batch_size=None, prefetch_batches=0):
+            for place, values, refusal in zip(block["place"], block["log_probs"], block["refusal"], strict=True):
+                if refusal:
+                    raise ValueError(refusal)
+                if place not in done:  # Ray promises "at least once"
+                    done.add(int(place))
+                    group = groups[place]
+                    shape = (len(group), *all_orders(len(group[0].options)).shape)
+                    yield group, np.frombuffer(values, dtype=np.float32).reshape(shape)
+
+
+class Worker:
+    """What an actor runs. What it cannot work without is reported in the place of scores: an exception here would count as
+    a worker that was lost, and be tried again and again."""
+
+    def __init__(
+        self, groups: list[list[Question]], make_teacher: Callable[[], Teacher], model_key: str, template: Template
+    ):
+        self.groups, self.template, self.refusal = groups, template, ""
+        try:
+            self.teacher = make_teacher()
+            if self.teacher.model_key != model_key:
+                raise ValueError(
+                    f"a worker's teacher is {self.teacher.model_key!r}, the scores are to be of {model_key!r}: "
+                    "give all machines the same model"
+                )
+            self.teacher.check([question for group in groups for question in group], template)
+        except (AssetError, ValueError, OSError) as error:
+            self.refusal = str(error) or type(error).__name__
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Places of groups ("id") -> place, log_probs (float32 bytes, in C order), refusal ("" as a rule)."""
+        places = block["id"].tolist()
+        if self.refusal:
+            return {"place": places[:1], "log_probs": [b""], "refusal": [self.refusal]}
+        scored = [self._log_probs(self.groups[place]).tobytes() for place in places]
+        return {"place": places, "log_probs": scored, "refusal": [""] * len(places)}
+
+    def _log_probs(self, group: list[Question]) -> np.ndarray:
+        orders = all_orders(len(group[0].options))
+        return np.asarray(self.teacher.log_probs(group, orders, self.template), dtype=np.float32)
+
+
+def _ray() -> Any:
+    """The ray package. Raises ImportError that says how to install it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ImportError(f"several workers need Ray ({error}): pip install permdistill[scale]") from None
+    return ray
+
+
+@contextmanager
+def _running(ray: Any, cpus: float) -> Iterator[None]:
+    """A Ray cluster for the time of a ``with`` block: the one that this process uses already, else the one at RAY_ADDRESS,
+    else one of its own on this machine, with room for ``cpus``."""
+    own = not ray.is_initialized()
+    if own:
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        if os.environ.get("RAY_ADDRESS", "local") == "local":
+            ray.init("local", num_cpus=ceil(cpus), include_dashboard=False, **quiet)
+        else:
+            ray.init(**quiet)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = LOST_STARTS
+    context.execution_no_progress_timeout_s = -1  # a cluster may have nothing free for hours
+    try:
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        if own:
+            ray.shutdown()
