@@ -24,7 +24,10 @@ from fault_proxy import FAULTS, WHOLE, faulty
 from openai_server import Next, planted, planted_backend, serving
 
 from permdistill import blackbox, cli, debias, metrics, scores
-from permdistill.blackbox import (
+from permdistill.blackbox import ask, asking
+from permdistill.data import Question
+from permdistill.endpoint import Endpoint, EndpointError, Limits, Prices
+from permdistill.jobs import (
     NO_LABEL_LISTED,
     NO_LOGPROBS,
     NO_OPTION,
@@ -32,8 +35,6 @@ from permdistill.blackbox import (
     Drawn,
     Job,
     MissingReplies,
-    ask,
-    asking,
     calls_in_orders,
     drawn,
     drawn_calls,
@@ -42,8 +43,6 @@ from permdistill.blackbox import (
     read_decision,
     read_logprobs,
 )
-from permdistill.data import Question
-from permdistill.endpoint import Endpoint, EndpointError, Limits, Prices
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
@@ -445,7 +444,8 @@ CLIENT = """
     from openai import _base_client
     _base_client.INITIAL_RETRY_DELAY, _base_client.MAX_RETRY_DELAY = 0.05, 0.4
     from test_blackbox import make_job, make_questions
-    from permdistill.blackbox import ask, drawn_calls
+    from permdistill.blackbox import ask
+    from permdistill.jobs import drawn_calls
     from permdistill.endpoint import Limits
     from permdistill.replies import Replies
     job = make_job({url!r}, drawn_calls(make_questions(60), 10), timeout=2.0)

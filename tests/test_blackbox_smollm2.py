@@ -13,9 +13,10 @@ from openai_server import serving, teacher_backend
 from scipy.stats import binom
 
 from permdistill import scores
-from permdistill.blackbox import Call, Job, ask, calls_in_orders, drawn, drawn_calls, probabilities
+from permdistill.blackbox import ask
 from permdistill.data import Question, unlabelled
 from permdistill.endpoint import Endpoint
+from permdistill.jobs import Call, Job, calls_in_orders, drawn, drawn_calls, probabilities
 from permdistill.orders import all_orders
 from permdistill.profiles import load_task
 from permdistill.prompts import TEMPLATES, Template
