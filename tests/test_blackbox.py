@@ -14,7 +14,7 @@ import textwrap
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
@@ -23,7 +23,7 @@ import pytest
 from fault_proxy import FAULTS, WHOLE, faulty
 from openai_server import Next, planted, planted_backend, serving
 
-from permdistill import blackbox, cli, debias, metrics, scores
+from permdistill import blackbox, cli, debias, manifest, metrics, scores
 from permdistill.blackbox import ask, asking
 from permdistill.data import Question
 from permdistill.endpoint import Endpoint, EndpointError, Limits, Prices
@@ -563,6 +563,39 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capsys, caplog):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 3
     texts += [path.read_bytes().decode(errors="replace") for path in files]
+    assert not [text for text in texts if CANARY in text or CANARY[3:] in text]
+
+
+@pytest.mark.slow
+def test_the_key_is_nowhere_in_a_notebook_nor_in_the_manifest(tmp_path):
+    """Notebook 9 with somebody else's API: its outputs, what it writes, and the manifest of the run."""
+    build = tmp_path / "build"
+    (build / "notebooks").mkdir(parents=True)
+    records = [asdict(q) | {"answer": 0} for q in make_questions(10)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    with serving(planted_backend(other=0.0), key=CANARY) as server, faulty(server.url, 0.0) as proxy:
+        parameters = {
+            "output": build / "smoke",
+            "base_url": proxy.url,
+            "model": "local",
+            "questions": tmp_path / "mine.jsonl",
+        }
+        command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--log-output"]
+        command += [word for name, value in parameters.items() for word in ("-r", name, str(value))]
+        command += [
+            str(TESTS.parent / "notebooks/09_api_to_student.ipynb"),
+            str(build / "notebooks/09_api_to_student.ipynb"),
+        ]
+        environment = os.environ | {"OPENAI_API_KEY": CANARY}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert {key.lower() for key in proxy.keys} == {f"authorization: bearer {CANARY}"}
+        assert (
+            server.answered.total() == 4 * 8 + 6
+        )  # 8 decisions for each training question, one call for each test question
+    assert "T4_api_students" in manifest.write(build).read_text()
+    texts = [done.stdout, done.stderr, *(p.read_bytes().decode(errors="replace") for p in build.rglob("*") if p.is_file())]
+    assert len(texts) > 15 and "4 of 4" in texts[0] + texts[1]
     assert not [text for text in texts if CANARY in text or CANARY[3:] in text]
 
 
