@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from permdistill import blackbox, data, experiments, matrix, profiles, scaleout, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
+from permdistill.jobs import Call, Job, calls_in_orders, drawn_calls, plan
 from permdistill.orders import cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
@@ -92,12 +93,12 @@ def _audit(args: argparse.Namespace) -> None:
         sys.exit("the committed scores are not what this machine computes: rerun with live scores, and report it")
 
 
-def _calls(args: argparse.Namespace, questions: list[data.Question]) -> list[blackbox.Call]:
+def _calls(args: argparse.Namespace, questions: list[data.Question]) -> list[Call]:
     orders = args.orders or ("drawn" if args.mode == "decisions" else "all")
     if orders == "drawn":
-        return blackbox.drawn_calls(questions, args.draws, args.seed)
+        return drawn_calls(questions, args.draws, args.seed)
     by_k = {k: cyclic_orders(k) if orders == "cyclic" else None for k in {len(q.options) for q in questions}}
-    return [call for q in questions for call in blackbox.calls_in_orders([q], by_k[len(q.options)])]
+    return [call for q in questions for call in calls_in_orders([q], by_k[len(q.options)])]
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -114,12 +115,12 @@ def _ask(args: argparse.Namespace) -> None:
     store, prices = Replies(args.replies), Prices(args.price_in, args.price_out)
     limits = Limits(args.max_calls, args.max_tokens, args.max_cost)
     jobs = [
-        blackbox.Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries)
+        Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries)
         for template, questions in _questions(args).items()
     ]
-    plans = [blackbox.plan(job, store, prices, _token_counter(args.tokenizer)) for job in jobs]
-    for job, plan in zip(jobs, plans, strict=True):
-        print(f"{args.model}, template {job.template.name}, {args.mode}: {plan}")
+    count_tokens = _token_counter(args.tokenizer)
+    for job in jobs:
+        print(f"{args.model}, template {job.template.name}, {args.mode}: {plan(job, store, prices, count_tokens)}")
     spent = store.spent
     total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
     print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
@@ -142,7 +143,7 @@ def _token_counter(name: str | None) -> Callable[[str], int] | None:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _write_records(path: Path, jobs: list[blackbox.Job], store: Replies) -> None:
+def _write_records(path: Path, jobs: list[Job], store: Replies) -> None:
     """Every answered call as a line: id, order, and the decision (an option's index), or probabilities by position, which is
     what ``permdistill measure`` reads."""
     part = path.with_name(f".{path.name}.part")

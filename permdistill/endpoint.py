@@ -33,6 +33,7 @@ from permdistill.replies import Replies
 MODES = ("decisions", "logprobs")
 LONGEST_WAIT = 120.0  # seconds of Retry-After that the openai client obeys; it gives up on more
 _RETRYABLE = (408, 409, 429)  # and 5xx; what the openai client retries
+_IN_DOUBT = (408, 502, 504)  # a gateway waited no longer: what stands behind it may have answered, and charged
 
 
 class EndpointError(RuntimeError):
@@ -84,7 +85,8 @@ class Budget:
     """Lets requests leave as long as the limits hold even if every request under way costs the most that it can.
 
     A byte is at least a token of every tokenizer in use, so a request has at most as many prompt tokens as bytes; what a
-    server adds on its own (a system prompt) or generates although one token was asked for is learnt from its replies.
+    server adds on its own (a system prompt) or generates although one token was asked for is learnt from the replies in the
+    store. As long as there is none, one request goes at a time.
     """
 
     def __init__(self, store: Replies, limits: Limits, prices: Prices):
@@ -94,8 +96,7 @@ class Budget:
         self.stopped = ""  # why no request may leave any more
         self._run = uuid.uuid4().hex[:12]
         self._number = 0
-        self._extra, self._completion = 0, 1  # learnt: prompt tokens beyond the bytes, completion tokens
-        self._open: dict[str, int] = {}  # attempt -> bytes
+        self._open: set[str] = set()  # attempts under way
         self._changed = asyncio.Event()
 
     def stop(self, why: str) -> None:
@@ -123,19 +124,25 @@ class Budget:
         """Book a request of so many bytes before it leaves; returns the attempt. Waits while requests under way might use
         up a limit, but need not. Raises Stopped when it must not leave."""
         while True:
-            bound = (n_bytes + self._extra, self._completion)
+            beyond, completion = self.store.dearest or (0, 1)
+            bound = (n_bytes + beyond, completion)
             exceeded = "" if self.stopped else self._exceeded(*bound)
             if exceeded and not self._open:
                 self.stop(f"the budget of {exceeded} is used up")
             if self.stopped:
                 raise Stopped(self.stopped)
-            if not exceeded:
+            alone = self.store.dearest is None and (self.limits.tokens, self.limits.cost) != (None, None)
+            if not exceeded and not (alone and self._open):
                 break
             await self._changed.wait()
         self._number += 1
         attempt = f"{self._run}-{self._number}"
-        self.store.append({"attempt": attempt, "bound": bound})
-        self._open[attempt] = n_bytes
+        try:
+            self.store.append({"attempt": attempt, "bytes": n_bytes, "bound": bound})
+        except OSError as error:  # what cannot be booked must not be spent
+            self.stop(f"{self.store.path} cannot be written ({error.strerror})")
+            raise Stopped(self.stopped) from None
+        self._open.add(attempt)
         return attempt
 
     def free(self, attempt: str, reason: str) -> None:
@@ -149,15 +156,11 @@ class Budget:
 
     async def reply(self, line: Mapping[str, Any]) -> None:
         """Write a reply; on disk before this returns. In a thread: a slow disk must hold up no other reply."""
-        attempt, tokens = line["attempt"], line["tokens"]
         await asyncio.to_thread(self.store.append, line)
-        if tokens is not None and attempt in self._open:
-            self._extra = max(self._extra, tokens[0] - self._open[attempt])
-            self._completion = max(self._completion, tokens[1])
-        self._leave(attempt)
+        self._leave(line["attempt"])
 
     def _leave(self, attempt: str) -> None:
-        self._open.pop(attempt, None)
+        self._open.discard(attempt)
         self._wake()
 
     async def settled(self) -> None:
@@ -234,6 +237,12 @@ class Endpoint:
         key = os.environ.get(self.key_name, "")
         if not key and self.key_name != "OPENAI_API_KEY":
             raise ValueError(f"environment variable {self.key_name} is not set: put the key there")
+        # What no header can hold would come back quoted in an error of the HTTP library.
+        if not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ValueError(
+                f"environment variable {self.key_name} holds white space or a character that no key has (a line break at "
+                "its end, a typographic quote?): put the key alone there"
+            )
         return key
 
     @asynccontextmanager
@@ -391,7 +400,8 @@ class _Wire(httpx2.AsyncClient):
                 if response.status_code == 429:
                     pause = min(_retry_after(response) or 0.0, LONGEST_WAIT)
                     self.shared.not_before = max(self.shared.not_before, time.monotonic() + pause)
-                self.budget.free(attempt, str(response.status_code))
+                if response.status_code not in _IN_DOUBT:
+                    self.budget.free(attempt, str(response.status_code))
                 return response
             try:
                 reply = response.extensions["reply"] = self._checked(attempt, started, request, response)
@@ -444,6 +454,8 @@ class _Wire(httpx2.AsyncClient):
         usage = body.get("usage")
         try:
             tokens = (int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
+            tokens = None
+        if tokens is not None and min(tokens) < 0:
             tokens = None
         return Reply(attempt, hashed, choice, tokens)

@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 
 from permdistill import debias, scores
 from permdistill.data import Question, content_free, from_jsonl, unlabelled
+from permdistill.endpoint import Endpoint
+from permdistill.jobs import Drawn, Job, calls_in_orders, drawn_calls
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, SUMMEVAL, Profile, Run, Task, load_task
 from permdistill.prompts import TEMPLATES
@@ -91,16 +93,20 @@ def teachers_scores(
     result = []
     for name in [teacher] if teacher else settings.teachers[: 1 if questions else None]:
         n = {t: settings.n_test if own else settings.n_questions(name, t) for t in settings.tasks}
-        for task in _own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in n if n[t]]:
-            try:
-                result.append(_read(name, task, Path(committed or COMMITTED)))
-            except scores.MissingScores:
-                if not own:
-                    raise
-                texts = unlabelled(task.questions) + content_free(task.questions)
-                scores.score(_store(folder / "scores" / Path(name).name), _live(name), texts, task.template)
-                result.append(_read(name, task, folder / "scores"))
+        for task in own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in n if n[t]]:
+            result.append(scored(name, task, folder, committed) if own else _read(name, task, Path(committed or COMMITTED)))
     return result
+
+
+def scored(teacher: str, task: Task, folder: Path, committed: str = "") -> Scored:
+    """A task with a teacher's scores: those of the stores in ``committed`` ("" for the committed ones), or else scored live,
+    with progress, into ``folder``/scores."""
+    try:
+        return _read(teacher, task, Path(committed or COMMITTED))
+    except scores.MissingScores:
+        texts = unlabelled(task.questions) + content_free(task.questions)
+        scores.score(_store(folder / "scores" / Path(teacher).name), _live(teacher), texts, task.template)
+        return _read(teacher, task, folder / "scores")
 
 
 @lru_cache(maxsize=1)
@@ -122,24 +128,25 @@ def split(scored: Scored, share: float = 0.75, seed: int = SEED) -> tuple[Scored
 
     Raises ValueError when one side would be empty.
     """
-    groups = list(dict.fromkeys(scored.task.groups))
+    inside = _drawn(scored.task, share, seed)
+    train_on, test = (replace(scored, task=scored.task.where(side), P=scored.P[side]) for side in (inside, ~inside))
+    return train_on, test
+
+
+def split_task(task: Task, share: float, seed: int = SEED) -> tuple[Task, Task]:
+    """:func:`split` of questions that nobody has answered yet."""
+    inside = _drawn(task, share, seed)
+    return replace(task.where(inside), name=f"{task.name}, train"), replace(task.where(~inside), name=f"{task.name}, test")
+
+
+def _drawn(task: Task, share: float, seed: int) -> np.ndarray:
+    """Which items belong to a random ``share`` of the groups, (item,)."""
+    groups = list(dict.fromkeys(task.groups))
     cut = round(share * len(groups))
     if not 0 < cut < len(groups):
         raise ValueError(f"share = {share} of {len(groups)} groups leaves nothing on one side: give more questions")
     chosen = {groups[i] for i in np.random.default_rng(seed).permutation(len(groups))[:cut]}
-    inside = np.array([group in chosen for group in scored.task.groups])
-    return _part(scored, inside), _part(scored, ~inside)
-
-
-def _part(scored: Scored, chosen: np.ndarray) -> Scored:
-    task, places = scored.task, np.flatnonzero(chosen)
-    part = replace(
-        task,
-        questions=[task.questions[i] for i in places],
-        groups=[task.groups[i] for i in places],
-        members=[task.members[i] for i in places],
-    )
-    return replace(scored, task=part, P=scored.P[chosen])
+    return np.array([group in chosen for group in task.groups])
 
 
 def in_several_prompts(teacher: str, settings: Profile, folder: str = "") -> list[list[Scored]]:
@@ -160,7 +167,8 @@ def kinds(scored: Sequence[Scored]) -> dict[str, list[str]]:
     return result
 
 
-def _own_tasks(path: str) -> list[Task]:
+def own_tasks(path: str) -> list[Task]:
+    """The questions of a JSONL file (:func:`permdistill.data.from_jsonl`), a task for each number of options."""
     by_k: dict[int, list[Question]] = {}
     for question in from_jsonl(path):
         by_k.setdefault(len(question.options), []).append(question)
@@ -318,3 +326,58 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, dic
     orders = np.array(table["order"][:m].to_pylist())
     P = np.array(table["probabilities"].to_pylist(), dtype=np.float64).reshape(len(ids), m, -1)
     return ids, orders, P, json.loads(table.schema.metadata[b"permdistill"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Teachers that only an API reaches
+
+
+def labelling(endpoint: Endpoint, task: Task, draws: int) -> Job:
+    """The calls that label training questions: ``draws`` decisions each, every one in an order drawn for itself."""
+    return Job(endpoint, task.template, drawn_calls(unlabelled(task.questions), draws))
+
+
+def one_call(endpoint: Endpoint, task: Task) -> Job:
+    """What answering costs: one decision a question, in the order in which its options come."""
+    return Job(endpoint, task.template, calls_in_orders(unlabelled(task.questions), np.arange(task.k)[None]))
+
+
+def answered(task: Task, said: Drawn) -> tuple[Task, Drawn]:
+    """Without the questions that have no decision at all, which are counted in ``left_out``."""
+    some = said.counts.sum(axis=1) > 0
+    left_out = task.left_out | ({"without any decision": int((~some).sum())} if not some.all() else {})
+    return replace(task.where(some), left_out=left_out), Drawn(said.orders[some], said.decisions[some])
+
+
+def white_box(teacher: str, task: Task, folder: Path, committed: str = "") -> np.ndarray | None:
+    """:func:`scored` probabilities (item, order, option) to compare a black box with; None for ``teacher`` "", which is how
+    :class:`permdistill.server.Server` calls a model that is not here."""
+    return scored(teacher, task, folder, committed).P if teacher else None
+
+
+def copied(task: Task, said: Drawn) -> System:
+    """The API's decision in :func:`one_call`, taken as it is."""
+    return System("copy of the one decision", "copy", debias.one_hot(said.decisions, task.k), np.arange(task.k)[None])
+
+
+def distil_decisions(run: Run, task: Task, said: Drawn, test: Task, one: Drawn, folder: Path) -> System:
+    """Train the student of ``run`` on decisions alone, and let it answer as :func:`one_call` asks.
+
+    task, said  training questions, and the decisions on them (:func:`labelling`): the histogram is the target, and error
+                correction sees one of them at a time, in the order in which it was made
+    test, one   test questions, and the one decision on each; only error correction reads it
+
+    Writes ``folder``/students/<run.name>. No gold answer enters.
+    """
+    correcting = run.student.inputs == "prediction"
+    student = train(
+        run.student,
+        run.training,
+        unlabelled(task.questions),
+        debias.sharpen(said.targets(), run.power),
+        folder / "students" / run.name,
+        drawn=(said.orders, said.decisions) if correcting else None,
+    )
+    orders = np.arange(task.k)[None]
+    P = student.predict_batch(unlabelled(test.questions), orders, one.decisions if correcting else None)
+    return System(run.title, "student", P, orders, sum(p.numel() for p in student.model.parameters()))

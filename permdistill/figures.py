@@ -318,6 +318,35 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     return figure
 
 
+def draws(table: pd.DataFrame) -> Figure:
+    """F2 on a real server, from :func:`permdistill.tables.draws`: KL of the histogram to the white-box average (where there
+    is one) and accuracy (where there are gold answers) against the number of decisions."""
+    _style()
+    histograms, rest = table[table.draws.notna()], table[table.draws.isna()]
+    kinds = [name for name in ("kl", "accuracy") if name in table]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 2.8), squeeze=False, layout="constrained")
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        if kind == "kl":
+            ax.plot(
+                histograms.draws, histograms.kl, "o-", ms=4, lw=1, color=COLOURS["student"], label="the server's decisions"
+            )
+            own = histograms.kl_drawn_from_white_box
+            ax.plot(histograms.draws, own, "--", lw=1, color="black", label="drawn from the white-box scores")
+            ax.set(yscale="log", ylabel="KL(histogram || average), nats")
+        else:
+            y, low, high = (100 * histograms[c] for c in ("accuracy", "accuracy_low", "accuracy_high"))
+            style = {"fmt": "o-", "ms": 4, "lw": 1, "capsize": 2, "color": COLOURS["student"], "label": "histogram"}
+            ax.errorbar(histograms.draws, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], **style)
+            for value in rest.accuracy:
+                ax.axhline(100 * value, color="black", lw=1, ls="--", label="white-box average")
+            ax.set(ylabel="accuracy (%)")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(histograms.draws, [f"{value:g}" for value in histograms.draws])
+        ax.set(xlabel="decisions a question")
+        ax.legend(fontsize="small")
+    return figure
+
+
 def save(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write ``name.pdf`` and ``name.png`` into ``folder``/figures."""
     folder = Path(folder) / "figures"

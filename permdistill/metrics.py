@@ -15,7 +15,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.special import rel_entr
+from scipy.stats import binom, binomtest
 
 from permdistill.debias import broadcast, check_orders, check_scores, decide, majority_vote, one_hot
 from permdistill.orders import cyclic_orders, to_positions
@@ -135,6 +136,23 @@ def permutation_sensitivity(P: np.ndarray, divergence: Divergence = "tv") -> np.
     log_p = np.log(p)
     p, log_p = p - p[:, :1], log_p - log_p[:, :1]  # a covariance does not change, and equal rows become exact zeros
     return ((p - p.mean(axis=1, keepdims=True)) * log_p).sum(axis=(1, 2)) / (n - 1)
+
+
+def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) = sum_o p_o (log p_o - log q_o) in nats, (..., option) -> (...), with 0 log 0 = 0 and q raised to
+    :data:`EPSILON`."""
+    return rel_entr(p, _clip(q)).sum(axis=-1)
+
+
+def inside_binomial(counts: np.ndarray, p: np.ndarray, level: float = 0.99) -> np.ndarray:
+    """Whether counts are what draws from a distribution give: (item,).
+
+    counts (item, option), p (item, option). True where every option's count lies in its central binomial interval at the
+    level 1 - (1 - level) / K, so that all K do with probability of at least ``level`` (Bonferroni).
+    """
+    tail = (1 - level) / 2 / p.shape[-1]
+    n = counts.sum(axis=-1, keepdims=True)
+    return ((counts >= binom.ppf(tail, n, p)) & (counts <= binom.ppf(1 - tail, n, p))).all(axis=-1)
 
 
 def consistency(P: np.ndarray) -> np.ndarray:

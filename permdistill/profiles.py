@@ -55,7 +55,17 @@ class Task:
 
     def first(self, n: int | None) -> Task:
         """The first ``n`` questions only; None: all."""
-        return replace(self, questions=self.questions[:n], groups=self.groups[:n], members=self.members[:n])
+        return self.where(np.arange(len(self.questions)) < (len(self.questions) if n is None else n))
+
+    def where(self, chosen: np.ndarray) -> Task:
+        """The questions at which ``chosen`` (item,) is true."""
+        places = np.flatnonzero(chosen)
+        return replace(
+            self,
+            questions=[self.questions[i] for i in places],
+            groups=[self.groups[i] for i in places],
+            members=[self.members[i] for i in places],
+        )
 
     @property
     def k(self) -> int:
@@ -178,6 +188,8 @@ class Profile:
     n_students       test questions per task that students answer: multiple choice, SummEval
     multiple_choice  students for multiple choice
     pairs            students for SummEval
+    api_teacher      whom the black-box notebook asks, where the user has no API of her own
+    n_api, draws     its questions, for training and testing together, and decisions for each training question
     """
 
     teachers: tuple[str, ...]
@@ -189,6 +201,9 @@ class Profile:
     n_students: tuple[int, int]
     multiple_choice: tuple[Run, ...]
     pairs: tuple[Run, ...]
+    api_teacher: str = TEACHERS[1]
+    n_api: int = 160
+    draws: int = 16
 
     def n_questions(self, teacher: str, task: str) -> int:
         """How many test questions of ``task`` are asked of ``teacher``, at most."""
@@ -205,6 +220,15 @@ def own_student(k: int) -> Run:
 
 def _bi_encoder(encoder: str, k: int, length: int, training: TrainingConfig, inputs: str = "plain") -> Run:
     return Run(StudentConfig(encoder, "bi_encoder", inputs, k, length), training)
+
+
+def black_box_students(k: int, draws: int) -> tuple[Run, ...]:
+    """Students of an API's ``draws`` decisions a question: with one decision of the API at inference too, and without."""
+    training = TrainingConfig(epochs=4, learning_rate=1e-4, batch_size=8)
+    return tuple(
+        Run(StudentConfig("all-MiniLM-L6-v2", "per_option", inputs, k, 256), training, draws=draws)
+        for inputs in ("prediction", "plain")
+    )
 
 
 _TINY = TrainingConfig(epochs=1, learning_rate=1e-4)
@@ -226,6 +250,9 @@ PROFILES = {
             *_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
             _bi_encoder("all-MiniLM-L6-v2", 2, 256, _TINY),
         ),
+        api_teacher="smollm2-135m",
+        n_api=30,
+        draws=8,
     ),
     # The paper at the scale of a laptop.
     "full": Profile(

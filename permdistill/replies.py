@@ -2,7 +2,7 @@
 
 A store is a folder with one file, ``replies.jsonl``, to which lines are only ever appended. There are four kinds::
 
-    {"attempt": a, "bound": [prompt, completion]}    a request is about to leave; it costs at most so many tokens
+    {"attempt": a, "bytes": n, "bound": [prompt, completion]}    a request is about to leave; it costs at most so many tokens
     {"attempt": a, "free": reason}                   the server refused it, or was never reached: nothing to pay
     {"key": ..., "attempt": a, "tokens": [prompt, completion] or null, ...}    a reply; null where the server did not count
     {"attempt": a, "void": r}                        this attempt brought the reply r too, so whose it is nobody knows
@@ -75,22 +75,24 @@ class Replies:
     def read(self) -> None:
         """Read the file again, because another process may have written. A line that a kill cut short is dropped.
 
-        Raises ValueError for a line that is not JSON elsewhere than at the end.
+        Raises ValueError for a line that is no JSON, or no line of a store, elsewhere than at the end.
         """
         with self._lock:
             self._rows: dict[str, dict[str, Any]] = {}
-            self._attempts: dict[str, tuple[int, int]] = {}
+            self._attempts: dict[str, tuple[int, int, int]] = {}
             self._ids: dict[str, str] = {}  # (hashed) id of a reply -> key
             self._void: set[str] = set()
             self.spent = Spent()
+            # Of the dearest replies so far: prompt tokens beyond the request's bytes, and completion tokens.
+            self.dearest: tuple[int, int] | None = None
             whole = self.path.read_bytes().rpartition(b"\n")[0] if self.path.exists() else b""
             for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
                 try:
                     self._enter(json.loads(line))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
-                        f"{self.path}, line {number} is not JSON ({error}): the file was changed by something else than "
-                        "permdistill; restore it, or delete that line and pay for its reply again"
+                        f"{self.path}, line {number} is no line of a store ({error!r}): the file was changed by something "
+                        "else than permdistill; restore it, or delete that line and pay for its reply again"
                     ) from None
 
     def _enter(self, line: dict[str, Any]) -> None:
@@ -98,7 +100,7 @@ class Replies:
         attempt, spent = line["attempt"], self.spent
         if "bound" in line:
             prompt, completion = line["bound"]
-            self._attempts[attempt] = (prompt, completion)
+            self._attempts[attempt] = (prompt, completion, line.get("bytes", prompt))
             spent.calls += 1
             spent.prompt_tokens += prompt
             spent.completion_tokens += completion
@@ -114,7 +116,11 @@ class Replies:
             bound = self._attempts.pop(attempt)
             spent.prompt_tokens += paid[0] - bound[0]
             spent.completion_tokens += paid[1] - bound[1]
+            if "key" in line:
+                beyond, longest = self.dearest or (0, 1)
+                self.dearest = max(beyond, paid[0] - bound[2]), max(longest, paid[1])
         if "key" in line:
+            self.dearest = self.dearest or (0, 1)  # also where the server does not count
             if line["reply"]:
                 self._ids[line["reply"]] = line["key"]
             if line["reply"] not in self._void:

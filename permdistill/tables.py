@@ -17,6 +17,7 @@ import pandas as pd
 from permdistill import debias, metrics
 from permdistill.data import Question
 from permdistill.experiments import Scored, System
+from permdistill.jobs import Drawn
 from permdistill.orders import cyclic_orders
 from permdistill.profiles import SEED, Task
 
@@ -288,24 +289,63 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def students(test: Scored, systems: Sequence[System]) -> pd.DataFrame:
-    """T2 and T3: one row per system and task, and per system over all tasks together. ``gain`` is paired with the biased
-    teacher, the first of ``systems``. Systems of the same name are seeds of one student, and share a row."""
+    """T2 and T3: :func:`answers` of students beside their teacher's."""
+    return answers(test.task, systems)
+
+
+def answers(task: Task, systems: Sequence[System]) -> pd.DataFrame:
+    """One row per system and task, and per system over all tasks together. ``gain`` is paired with the first of ``systems``,
+    the biased teacher. Systems of the same name are seeds of one student, and share a row."""
     rows = []
     by_name: dict[str, list[System]] = {}
     for system in systems:
         by_name.setdefault(system.name, []).append(system)
-    members = np.array(test.task.members)
-    baseline = correct(systems[0].P, test.task.questions)
-    for name in dict.fromkeys([*test.task.members, "all"]):
+    members = np.array(task.members)
+    baseline = correct(systems[0].P, task.questions)
+    for name in dict.fromkeys([*task.members, "all"]):
         chosen = np.flatnonzero(members == name) if name != "all" else np.arange(len(members))
-        questions = [test.task.questions[i] for i in chosen]
-        groups = [test.task.groups[i] for i in chosen]
+        questions = [task.questions[i] for i in chosen]
+        groups = [task.groups[i] for i in chosen]
         for system, seeds in ((own[0], own) for own in by_name.values()):
             compared = None if system is systems[0] else baseline[chosen]
             row = measure([s.P[chosen] for s in seeds], system.orders, questions, groups, compared)
             millions = np.nan if system.parameters is None else system.parameters / 1e6
             key = {"task": name, "system": system.name, "kind": system.kind, "parameters_millions": millions}
             rows.append({**key, "seeds": len(seeds) if system.kind == "student" else np.nan, **row})
+    return pd.DataFrame(rows)
+
+
+def draws(said: Drawn, task: Task, P: np.ndarray | None = None) -> pd.DataFrame:
+    """F2's experiment: how far the first 1, 2, 4, .. decisions of each question get, and where more of them lead.
+
+    said  decisions on the questions of ``task``, each in an order of its own
+    P     (item, order, option) the same teacher's probabilities in all orders, if anybody can see them; their average is
+          what the histograms converge to. Adds, for each number of decisions: mean KL(histogram || average) in nats, the
+          same for histograms drawn from P itself (mean of 32), and how many histograms lie inside the binomial 99% interval
+          of the average (:func:`permdistill.metrics.inside_binomial`); last, a row for the average
+
+    Questions without a decision among the first so many are left out of that row.
+    """
+    rows = []
+    n_draws = said.decisions.shape[1]
+    for n in [2**i for i in range(n_draws.bit_length())]:
+        counts = Drawn(said.orders[:, :n], said.decisions[:, :n]).counts
+        some = counts.sum(axis=1) > 0
+        counts, part = counts[some], task.where(some)
+        histogram = counts / counts.sum(axis=1, keepdims=True)
+        row = {"answer": f"histogram of {n} decision{'s' * (n > 1)}", "draws": n}
+        row |= measure(histogram[:, None], np.arange(task.k)[None], part.questions, part.groups, names=["accuracy"])
+        if P is not None:
+            average = debias.permutation_average(P[some])
+            own = (debias.black_box_targets(P[some], n, np.random.default_rng((SEED, i))) for i in range(32))
+            row["kl"] = metrics.kl_divergence(histogram, average).mean()
+            row["kl_drawn_from_white_box"] = np.mean([metrics.kl_divergence(h, average).mean() for h in own])
+            row["inside_99"] = metrics.inside_binomial(counts, average).mean()
+        rows.append(row)
+    if P is not None:
+        average = debias.permutation_average(P)[:, None]
+        row = measure(average, np.arange(task.k)[None], task.questions, task.groups, names=["accuracy"])
+        rows.append({"answer": "white-box average over all orders", "kl": 0.0, **row})
     return pd.DataFrame(rows)
 
 

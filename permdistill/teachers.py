@@ -183,9 +183,14 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if has_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
 
 
+def teacher_folder(name: str) -> str:
+    """What transformers loads a teacher from: the unpacked checkpoint of one of :data:`TEACHERS`, or ``name`` itself."""
+    return str(_dequantised(name)) if f"{name}.gguf" in ASSETS else name
+
+
 def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int | None = None) -> CausalTeacher:
     """A teacher of the registry by name (:data:`TEACHERS`), a local folder, or a repository of the model hub."""
-    folder = _dequantised(name) if f"{name}.gguf" in ASSETS else name
+    folder = teacher_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a decorated method of torch

@@ -100,7 +100,7 @@ class Proxy:
         if fault == "stale" and not self.last:
             fault = ""
         self.met[fault] += 1
-        if fault[:3] in ("429", "500", "503"):
+        if fault[:3] in ("429", "500", "503", "504"):
             after = f"Retry-After: {self.retry_after}\r\n" if "Retry" in fault else ""
             return await _write(writer, _response(fault[:3], b'{"error": {"message": "injected", "code": null}}', after))
         if fault == "reset":

@@ -14,7 +14,7 @@ import textwrap
 import time
 import traceback
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
@@ -23,8 +23,11 @@ import pytest
 from fault_proxy import FAULTS, WHOLE, faulty
 from openai_server import Next, planted, planted_backend, serving
 
-from permdistill import blackbox, cli, debias, metrics, scores
-from permdistill.blackbox import (
+from permdistill import blackbox, cli, debias, manifest, metrics, scores
+from permdistill.blackbox import ask, asking
+from permdistill.data import Question
+from permdistill.endpoint import Endpoint, EndpointError, Limits, Prices
+from permdistill.jobs import (
     NO_LABEL_LISTED,
     NO_LOGPROBS,
     NO_OPTION,
@@ -32,8 +35,6 @@ from permdistill.blackbox import (
     Drawn,
     Job,
     MissingReplies,
-    ask,
-    asking,
     calls_in_orders,
     drawn,
     drawn_calls,
@@ -42,8 +43,6 @@ from permdistill.blackbox import (
     read_decision,
     read_logprobs,
 )
-from permdistill.data import Question
-from permdistill.endpoint import Endpoint, EndpointError, Limits, Prices
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
@@ -333,9 +332,22 @@ def test_what_the_server_charges_beyond_the_estimate_is_learnt(tmp_path):
 
     with serving(chatty) as server:
         job = make_job(server.url, drawn_calls(make_questions(10), 10))
-        report = ask(job, Replies(tmp_path), Limits(tokens=20_500), concurrency=1)
-    assert "20500 tokens is used up" in report.stopped
-    assert 19_000 < report.total_tokens <= 20_500
+        for limit in (10_500, 20_500, 21_100):  # several at a time, in several runs
+            report = ask(job, Replies(tmp_path), Limits(tokens=limit), concurrency=8)
+            assert f"{limit} tokens is used up" in report.stopped
+            assert limit - 2100 < report.total_tokens <= limit
+
+
+def test_an_attempt_that_a_gateway_gave_up_may_have_been_charged(tmp_path, hasty):
+    with serving(planted_backend(other=0.0)) as server:
+        job = make_job(server.url, drawn_calls(make_questions(1), 4))
+        spent = []
+        for fault in ("503", "504"):
+            with faulty(server.url, 0.0, first=(fault,)) as proxy:
+                report = ask(replace(job, endpoint=replace(job.endpoint, base_url=proxy.url)), Replies(tmp_path / fault))
+            assert report.faults == {fault: 1} and report.complete == 1 and report.calls == 5
+            spent.append(report.total_tokens)
+    assert spent[1] > spent[0] + 100  # its bound: the bytes of the request
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -445,7 +457,8 @@ CLIENT = """
     from openai import _base_client
     _base_client.INITIAL_RETRY_DELAY, _base_client.MAX_RETRY_DELAY = 0.05, 0.4
     from test_blackbox import make_job, make_questions
-    from permdistill.blackbox import ask, drawn_calls
+    from permdistill.blackbox import ask
+    from permdistill.jobs import drawn_calls
     from permdistill.endpoint import Limits
     from permdistill.replies import Replies
     job = make_job({url!r}, drawn_calls(make_questions(60), 10), timeout=2.0)
@@ -553,6 +566,39 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capsys, caplog):
     assert not [text for text in texts if CANARY in text or CANARY[3:] in text]
 
 
+@pytest.mark.slow
+def test_the_key_is_nowhere_in_a_notebook_nor_in_the_manifest(tmp_path):
+    """Notebook 9 with somebody else's API: its outputs, what it writes, and the manifest of the run."""
+    build = tmp_path / "build"
+    (build / "notebooks").mkdir(parents=True)
+    records = [asdict(q) | {"answer": 0} for q in make_questions(10)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    with serving(planted_backend(other=0.0), key=CANARY) as server, faulty(server.url, 0.0) as proxy:
+        parameters = {
+            "output": build / "smoke",
+            "base_url": proxy.url,
+            "model": "local",
+            "questions": tmp_path / "mine.jsonl",
+        }
+        command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--log-output"]
+        command += [word for name, value in parameters.items() for word in ("-r", name, str(value))]
+        command += [
+            str(TESTS.parent / "notebooks/09_api_to_student.ipynb"),
+            str(build / "notebooks/09_api_to_student.ipynb"),
+        ]
+        environment = os.environ | {"OPENAI_API_KEY": CANARY}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert {key.lower() for key in proxy.keys} == {f"authorization: bearer {CANARY}"}
+        assert (
+            server.answered.total() == 4 * 8 + 6
+        )  # 8 decisions for each training question, one call for each test question
+    assert "T4_api_students" in manifest.write(build).read_text()
+    texts = [done.stdout, done.stderr, *(p.read_bytes().decode(errors="replace") for p in build.rglob("*") if p.is_file())]
+    assert len(texts) > 15 and "4 of 4" in texts[0] + texts[1]
+    assert not [text for text in texts if CANARY in text or CANARY[3:] in text]
+
+
 def test_store_holds_no_text(tmp_path):
     secret = [Question("q", "SECRET passage", "SECRET question", ("SECRET a", "SECRET b"))]
 
@@ -629,14 +675,20 @@ def throughputs(url: str, n: int, concurrency: int, folder: Path) -> tuple[float
     return max(plain), max(ours)
 
 
-def test_throughput_is_that_of_a_plain_load_generator(tmp_path):
-    command = [sys.executable, str(TESTS / "openai_server.py"), "--latency", "0.05", "--other", "0"]
+# The short one has few calls, for which the start counts for more. Measured alone on two cores, one of them busy: 97% at 32
+# calls at a time, 92% to 96% at 8.
+@pytest.mark.parametrize(
+    "n, concurrency, latency, share",
+    [(360, 8, 0.05, 0.85), pytest.param(1800, 16, 0.2, 0.9, marks=pytest.mark.long)],
+)
+def test_throughput_is_that_of_a_plain_load_generator(n, concurrency, latency, share, tmp_path):
+    command = [sys.executable, str(TESTS / "openai_server.py"), "--latency", str(latency), "--other", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
-            plain, ours = throughputs(process.stdout.readline().strip(), 360, 8, tmp_path)
+            plain, ours = throughputs(process.stdout.readline().strip(), n, concurrency, tmp_path)
         finally:
             process.terminate()
     print(f"plain {plain:.1f}, ours {ours:.1f} replies a second: {ours / plain:.1%}")
-    # Measured alone on two cores, one of them busy, over more calls: 97% at 32 calls at a time, 92% to 96% at 8; more than
-    # the plain client's at 16 where the server takes no time at all. Here the start counts for more.
-    assert ours > 0.85 * plain
+    if ours <= share * plain and plain < 0.9 * concurrency / latency:
+        pytest.skip(f"other work takes this machine's time: even the plain client gets {plain:.0f} replies a second")
+    assert ours > share * plain

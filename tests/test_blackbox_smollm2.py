@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from openai_server import serving, teacher_backend
-from scipy.stats import binom
 
-from permdistill import scores
-from permdistill.blackbox import Call, Job, ask, calls_in_orders, drawn, drawn_calls, probabilities
+from permdistill import metrics, scores
+from permdistill.blackbox import ask
 from permdistill.data import Question, unlabelled
 from permdistill.endpoint import Endpoint
+from permdistill.jobs import Call, Job, calls_in_orders, drawn, drawn_calls, probabilities
 from permdistill.orders import all_orders
 from permdistill.profiles import load_task
 from permdistill.prompts import TEMPLATES, Template
@@ -42,13 +42,6 @@ def url(teacher):
         yield server.url
 
 
-def within(counts: np.ndarray, p: np.ndarray, level: float = 0.99) -> np.ndarray:
-    """Whether the counts of all options of an item lie in their binomial intervals, together at ``level``: (item,)."""
-    tail = (1 - level) / 2 / p.shape[1]
-    n = counts.sum(axis=1, keepdims=True)
-    return ((counts >= binom.ppf(tail, n, p)) & (counts <= binom.ppf(1 - tail, n, p))).all(axis=1)
-
-
 def white_box(teacher: CausalTeacher, questions: list[Question], orders: np.ndarray, template: Template) -> np.ndarray:
     return scores.probabilities(
         np.concatenate([teacher.log_probs([q], orders, template) for q in questions]).astype(np.float64)
@@ -73,7 +66,7 @@ def agreement(
     expected = white_box(teacher, questions, orders, LETTERS)
     P, worst = probabilities(listed, store)
     assert worst == 0  # every label is among the twenty
-    fits = within(found.counts, expected.mean(axis=1)).mean()
+    fits = metrics.inside_binomial(found.counts, expected.mean(axis=1)).mean()
     difference = float(np.abs(P - expected).max())
     print(f"{len(questions)} items: {fits:.1%} fit, largest difference {difference:.1e}; {report}")
     return float(fits), difference

@@ -95,6 +95,43 @@ def test_requests_wait_while_others_might_use_up_the_limit(tmp_path):
     asyncio.run(run())
 
 
+def test_first_request_goes_alone_where_tokens_are_limited(tmp_path):
+    async def run() -> None:
+        store = Replies(tmp_path)
+        budget = Budget(store, Limits(tokens=10_000), Prices())
+        first = await budget.enter(100)
+        second = asyncio.create_task(budget.enter(100))
+        await asyncio.sleep(0.01)
+        assert not second.done()  # nobody knows yet what a request costs
+        await budget.reply({"key": "k", "attempt": first, "reply": "", "tokens": (5100, 7)})
+        assert store.spent.tokens == 5107
+        with pytest.raises(Stopped):  # 5,000 beyond its bytes: two of them are too much
+            await second
+        third = Budget(Replies(tmp_path), Limits(tokens=10_214), Prices())  # another run knows it too
+        assert await third.enter(100) and third.store.spent.tokens == 2 * 5107
+
+    asyncio.run(run())
+
+
+def test_nothing_leaves_that_cannot_be_booked(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    budget = Budget(Replies(tmp_path), Limits(), Prices())
+    monkeypatch.setattr(budget.store, "append", full)
+    with pytest.raises(Stopped, match=r"replies.jsonl cannot be written \(No space left on device\)"):
+        asyncio.run(budget.enter(100))
+    assert budget.stopped
+
+
+@pytest.mark.parametrize("key", ["sk-canary\n", " sk-canary", "sk-canary\t", "\u201csk-canary\u201d"])
+def test_a_key_that_fits_in_no_header_is_refused_without_quoting_it(key, monkeypatch):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ValueError, match="MY_KEY holds white space or a character that no key has") as error:
+        Endpoint("http://127.0.0.1:1/v1", "m", key_name="MY_KEY").key()
+    assert "canary" not in str(error.value)
+
+
 @pytest.mark.parametrize("bad", [{"calls": -1}, {"cost": float("nan")}])
 def test_bad_limits_are_refused(bad):
     with pytest.raises(ValueError, match="give a number of at least 0"):

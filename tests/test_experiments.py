@@ -15,7 +15,9 @@ from transformers import AutoTokenizer
 from permdistill import debias, experiments, figures, metrics, profiles, scores, tables
 from permdistill.assets import fetch_folder
 from permdistill.data import CONTENT_FREE, Question, from_jsonl, unlabelled
+from permdistill.endpoint import Endpoint
 from permdistill.experiments import Scored
+from permdistill.jobs import Drawn
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.students import HEADS, Student, StudentConfig
@@ -349,3 +351,79 @@ def test_split_keeps_groups_together_and_loses_nothing():
 def test_example_questions_can_be_read_back(tmp_path):
     path = experiments.example_questions(tmp_path, 5)
     assert len(from_jsonl(path)) == 5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Teachers that only an API reaches
+
+
+def said_by(s: Scored, n: int, seed: int = 0) -> Drawn:
+    """``n`` decisions a question, each drawn from the teacher in an order drawn for itself."""
+    rng = np.random.default_rng(seed)
+    places = rng.integers(len(s.orders), size=(len(s.P), n))
+    P = np.take_along_axis(s.P, places[..., None], axis=1)
+    return Drawn(s.orders[places], debias.sampled_decisions(P, rng))
+
+
+def test_draws_table_converges_to_the_white_box_average():
+    s = planted("one", n=120)
+    said = said_by(s, 32)
+    frame = tables.draws(said, s.task, s.P)
+    *histograms, average = frame.to_dict("records")
+    assert [row["draws"] for row in histograms] == [1, 2, 4, 8, 16, 32] and np.isnan(average["draws"])
+    for row in histograms:
+        assert row["kl"] == pytest.approx(row["kl_drawn_from_white_box"], rel=0.25) and row["inside_99"] >= 0.95
+    assert histograms[-1]["kl"] < histograms[0]["kl"] / 10
+    assert average["accuracy"] == 1 and average["kl"] == 0
+    assert histograms[0]["accuracy"] < histograms[-1]["accuracy"] < 1.01
+    # Decisions of another model are found out.
+    other = tables.draws(said_by(planted("one", n=120, seed=9), 32), s.task, s.P)
+    assert other.inside_99[5] < 0.9 and other.kl[5] > 1.5 * other.kl_drawn_from_white_box[5]
+
+
+def test_draws_table_without_white_box_and_with_draws_that_failed():
+    s = planted("one", n=10)
+    said = said_by(s, 4)
+    said.decisions[0, 0] = said.decisions[1] = -1
+    task, left = experiments.answered(s.task, said)
+    assert [q.id for q in task.questions] == ["one/0", *(f"one/{i}" for i in range(2, 10))]
+    assert task.left_out == {"repeated": 3, "without any decision": 1} and left.decisions.shape == (9, 4)
+    frame = tables.draws(left, task)
+    assert frame.n.tolist() == [8, 9, 9] and "kl" not in frame
+    assert experiments.white_box("", task, None) is None
+    assert len(figures.draws(frame).axes) == 1
+    assert len(figures.draws(tables.draws(said_by(s, 4), s.task, s.P)).axes) == 2
+
+
+def test_students_of_decisions_alone(tmp_path):
+    encoder = make_encoder(tmp_path / "encoder")
+    both = planted("both", n=30)
+    train, test = experiments.split_task(both.task, 0.6)
+    assert (train.name, len(train.questions), test.name, len(test.questions)) == ("both, train", 18, "both, test", 12)
+    assert not {q.id for q in train.questions} & {q.id for q in test.questions}
+    endpoint = Endpoint("http://127.0.0.1:1/v1", "m")
+    calls = experiments.labelling(endpoint, train, 8).calls
+    assert len(calls) == 18 * 8 and {call.question.answer for call in calls} == {None}
+    asked = experiments.one_call(endpoint, test).calls
+    assert [call.order for call in asked] == [(0, 1, 2)] * 12 and {call.question.answer for call in asked} == {None}
+
+    ids = [q.id for q in both.task.questions]
+    P = [both.P[[ids.index(q.id) for q in part.questions]] for part in (train, test)]
+    said = said_by(Scored("planted", train, P[0]), 8)
+    decisions = debias.sampled_decisions(P[1][:, :1], np.random.default_rng(0))
+    one = Drawn(np.broadcast_to(np.arange(3), (12, 1, 3)), decisions)
+    systems = [experiments.copied(test, one)]
+    for inputs in ("prediction", "plain"):
+        run = profiles.Run(StudentConfig(encoder, "per_option", inputs, 3, 64), TrainingConfig(epochs=1), draws=8)
+        systems.append(experiments.distil_decisions(run, train, said, test, one, tmp_path))
+        assert (tmp_path / "students" / run.name / "permdistill.json").exists() and systems[-1].P.shape == (12, 1, 3)
+    # Error correction reads the decision, plain distillation does not.
+    other = Drawn(one.orders, (decisions + 1) % 3)
+    for inputs, system in zip(("prediction", "plain"), systems[1:], strict=True):
+        run = profiles.Run(StudentConfig(encoder, "per_option", inputs, 3, 64), TrainingConfig(epochs=1), draws=8)
+        again = experiments.distil_decisions(run, train, said, test, other, tmp_path)
+        assert (np.abs(again.P - system.P).max() < 1e-9) == (inputs == "plain")
+    frame = tables.answers(test, systems)
+    right = np.mean([q.answer == d for q, (d,) in zip(test.questions, decisions, strict=True)])
+    assert frame[frame.task == "all"].accuracy.iloc[0] == pytest.approx(right)
+    assert frame.gain.notna().sum() == 4  # two students, paired with the copy, in both rows

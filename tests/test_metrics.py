@@ -760,3 +760,22 @@ def test_mcnemar_counts_all_ways_to_swap_the_systems(items):
 def test_mcnemar_refuses_what_is_neither_right_nor_wrong(a, b, message):
     with pytest.raises(ValueError, match=message):
         metrics.mcnemar(a, b)
+
+
+def test_kl_divergence_by_hand():
+    p, q = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), np.array([[0.25, 0.25, 0.5], [0.5, 0.5, 0.0]])
+    assert metrics.kl_divergence(p, q) == pytest.approx([log(2), log(2)])
+    assert metrics.kl_divergence(p, p) == pytest.approx([0, 0], abs=1e-9)
+    assert np.isfinite(metrics.kl_divergence(q, p)).all()
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_counts_of_the_distribution_lie_inside_the_binomial_interval_and_others_do_not(k):
+    rng = np.random.default_rng(k)
+    p = rng.dirichlet(np.ones(k), size=2000)
+    counts = np.array([rng.multinomial(64, row) for row in p])
+    assert metrics.inside_binomial(counts, p).mean() >= 0.99
+    assert 0.93 < metrics.inside_binomial(counts, p, level=0.9).mean() < 0.995  # intervals of whole numbers are wider
+    shifted = np.array([rng.multinomial(64, row) for row in np.roll(p, 1, axis=0)])
+    assert metrics.inside_binomial(shifted, p).mean() < 0.5
+    assert metrics.inside_binomial(np.array([[64, 0]]), np.array([[0.5, 0.5]])).tolist() == [False]

@@ -18,7 +18,7 @@ def tagged(notebook, tag: str) -> list:
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -29,6 +29,8 @@ class TestNotebook:
         own = {
             "01_teachers": {"teacher": "", "questions": ""},
             "08_your_own_student": {"teacher": "smollm2-135m", "questions": ""},
+            "09_api_to_student": {"base_url": "", "model": "", "api": {}, "questions": ""}
+            | {"price_in": 0.15, "price_out": 0.6, "max_cost": 1.0},
         }
         assert values == {"profile": "smoke", "output": "", "scores": ""} | own.get(path.stem, {})
         assert values["profile"] in profiles.PROFILES

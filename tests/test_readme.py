@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -55,7 +56,7 @@ def several_questions(path: Path, n: int = 3) -> None:
 @pytest.mark.slow
 def test_own_model_and_questions_in_the_notebook(tmp_path):
     several_questions(tmp_path / "mine.jsonl")
-    (command,) = block("sh", "papermill").strip().splitlines()
+    (command,) = block("sh", "papermill notebooks/01").strip().splitlines()
     program, notebook, *arguments = command.split()
     assert program == ".venv/bin/papermill"
     command = [sys.executable, "-m", "papermill", str(ROOT / notebook), *arguments]
@@ -76,6 +77,24 @@ def test_scores_from_another_harness(tmp_path):
     # Always the third position: right in one rotation of three, and never the same option twice.
     assert table.loc["biased", ["accuracy", "consistency", "circular"]].tolist() == pytest.approx([1 / 3, 0, 0])
     assert table.loc["cyclic average", "ps"] == 0
+
+
+def test_plan_of_an_api_run_asks_nothing(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    done = command_line("permdistill ask", tmp_path)
+    assert "3 items, 96 calls: 0 in the store, 96 to make" in done.stdout and "limits: cost 1.0" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+@pytest.mark.slow
+def test_decisions_of_a_real_server(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    command = [sys.executable, "-c", block("python", "Server(")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 items, 24 calls: 0 in the store, 24 to make" in done.stdout and "not asked" in done.stdout
+    targets = np.array(re.findall(r"[01]\.\d*", done.stdout.split("\n[[")[1]), dtype=float).reshape(3, 3)
+    assert targets.sum(axis=1) == pytest.approx(1, abs=1e-6) and (tmp_path / "replies" / "replies.jsonl").exists()
 
 
 def test_first_two_commands():

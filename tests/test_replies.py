@@ -87,8 +87,23 @@ def test_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "replies.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join([lines[0], lines[1][:10], *lines[2:]]))
-    with pytest.raises(ValueError, match=r"replies.jsonl, line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"replies.jsonl, line 2 is no line of a store \(JSONDecodeError"):
         Replies(tmp_path)
+    for other in ("null", '{"key": "k1"}', '{"attempt": "r-1", "bound": 5}'):
+        path.write_text("\n".join([lines[0], other, *lines[2:]]))
+        with pytest.raises(ValueError, match=r"line 2 is no line of a store .*restore it, or delete that line"):
+            Replies(tmp_path)
+
+
+def test_what_the_dearest_replies_cost_is_known_again(tmp_path):
+    store = Replies(tmp_path)
+    assert store.dearest is None
+    store.append(*reply(1, tokens=None))
+    assert store.dearest == Replies(tmp_path).dearest == (0, 1)
+    for number, (n_bytes, bound, tokens) in enumerate([(100, 100, (150, 3)), (100, 150, (170, 1)), (300, 370, (200, 2))], 2):
+        store.append({"attempt": f"r-{number}", "bytes": n_bytes, "bound": [bound, 1]}, reply(number, tokens)[1])
+    store.append({"attempt": "r-9", "bytes": 10, "bound": [900, 1]}, {"attempt": "r-9", "free": "429"})
+    assert store.dearest == Replies(tmp_path).dearest == (70, 3)
 
 
 def test_appends_of_many_threads_are_all_there(tmp_path):

@@ -1,0 +1,334 @@
+"""A job for a black-box teacher: its calls, what they will cost, how replies are read, and the arrays that come of them.
+
+Nothing here asks anything: :mod:`permdistill.blackbox` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from permdistill.data import Question
+from permdistill.endpoint import FREE, Endpoint, Prices
+from permdistill.orders import all_orders
+from permdistill.prompts import Template
+from permdistill.replies import Replies, content_key
+
+CHAT_TOKENS = 32  # of a chat template around the message, about; for estimates only
+BYTES_PER_TOKEN = 3.5  # of English, about; for estimates without a tokenizer
+
+
+class MissingReplies(LookupError):
+    """The store lacks replies that were asked for; the message counts and names them."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question in one order; ``draw`` tells apart calls that are otherwise the same."""
+
+    question: Question
+    order: tuple[int, ...]
+    draw: int = 0
+
+
+def drawn_calls(questions: Sequence[Question], n: int, seed: int = 0) -> list[Call]:
+    """``n`` calls for each question, each in a uniformly drawn order (with replacement): (item x draw) calls.
+
+    The order of a draw depends on the question's texts, the seed and the draw's number only. So a larger ``n`` begins with
+    the draws of a smaller one, and other questions change nothing. Raises ValueError when ``n`` is not positive.
+    """
+    if n < 1:
+        raise ValueError(f"n = {n} draws: give at least 1")
+    calls = []
+    every = {k: all_orders(k) for k in {len(question.options) for question in questions}}
+    for question in questions:
+        orders = every[len(question.options)]
+        texts = json.dumps([question.context, question.question, list(question.options), seed])
+        own_seed = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:16], "big")
+        # One generator a question: its stream's first n numbers do not depend on n.
+        places = np.random.default_rng(own_seed).random(n) * len(orders)
+        calls += [Call(question, tuple(orders[int(place)].tolist()), draw) for draw, place in enumerate(places)]
+    return calls
+
+
+def calls_in_orders(questions: Sequence[Question], orders: np.ndarray | None = None) -> list[Call]:
+    """One call for each question and order: (item x order) calls. ``orders`` (order, K); None: all K! of each question."""
+    return [
+        Call(question, tuple(map(int, order)))
+        for question in questions
+        for order in (all_orders(len(question.options)) if orders is None else orders)
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of whom, and how. The same job finds its replies in any store again.
+
+    mode   decisions or logprobs
+    tries  replies to one call that may name no option before it counts as failed
+    """
+
+    endpoint: Endpoint
+    template: Template
+    calls: Sequence[Call]
+    mode: str = "decisions"
+    tries: int = 3
+
+    def __post_init__(self) -> None:
+        self.endpoint.sampling(self.mode)
+        if self.tries < 1:
+            raise ValueError(f"tries = {self.tries}: give at least 1")
+        for call in self.calls:  # an impossible question must fail here, not after hours
+            self.template.user_message(call.question, call.order)
+            if sorted(call.order) != list(range(len(call.question.options))):
+                raise ValueError(f"question {call.question.id!r}: order {call.order} is no permutation of its options")
+
+    @cached_property
+    def _keys(self) -> dict[int, list[str]]:
+        return {}
+
+    def keys(self, call: Call) -> Iterator[str]:
+        """The keys of a call's replies, one try after the other."""
+        known = self._keys.setdefault(id(call), [])
+        for number in range(self.tries):
+            if number == len(known):
+                model, sampling = self.endpoint.model_key, self.endpoint.sampling(self.mode)
+                known.append(content_key(call.question, call.order, self.template, model, sampling, call.draw, number))
+            yield known[number]
+
+    def identity(self, call: Call) -> str:
+        """The same for calls with the same content."""
+        return next(self.keys(call))
+
+    def found(self, store: Replies, call: Call) -> tuple[dict[str, Any] | None, str | None]:
+        """The reply that answers a call, and the key under which to ask next: (row, None) when it is answered, (None, key)
+        when it is to be asked, (None, None) when it failed for good."""
+        for key in self.keys(call):
+            row = store.get(key)
+            if row is None:
+                return None, key
+            if answers(row):
+                return row, None
+            if row.get("failed") == NO_LABEL_LISTED:
+                return None, None  # the next reply would list the same
+        return None, None
+
+    def todo(self, store: Replies) -> dict[str, Call]:
+        """Calls that the store does not answer, by the key to ask under: the same content under two ids is asked once.
+
+        Logprobs are asked for context by context, and within one in the order of the prompts' texts, which is the
+        depth-first order of their shared prefixes: a server that caches prefixes then computes each of them once.
+        """
+        result: dict[str, Call] = {}
+        contexts: dict[str, int] = {}
+        for call in self.calls:
+            contexts.setdefault(call.question.context or call.question.id, len(contexts))
+            _, key = self.found(store, call)
+            if key is not None:
+                result.setdefault(key, call)
+        if self.mode != "logprobs":
+            return result
+
+        def place(call: Call) -> tuple[int, str]:
+            context = contexts[call.question.context or call.question.id]
+            return context, self.template.user_message(call.question, call.order)
+
+        return dict(sorted(result.items(), key=lambda item: place(item[1])))
+
+    def record(self, store: Replies, call: Call) -> dict[str, Any] | None:
+        """An answered call as a record: id, order, draw, and decision (the option's index) or probabilities (by position, as
+        :func:`permdistill.scores.from_records` reads them; a label that is not listed has 0). None without an answer."""
+        row, _ = self.found(store, call)
+        if row is None:
+            return None
+        record = {"id": call.question.id, "order": list(call.order), "draw": call.draw}
+        if self.mode == "decisions":
+            return record | {"decision": call.order[row["position"]]}
+        return record | {"probabilities": [0.0 if v is None else math.exp(v) for v in row["log_probs"]]}
+
+    def failure(self, store: Replies, call: Call) -> str:
+        """Why a call failed for good, according to the store."""
+        rows = [row for key in self.keys(call) if (row := store.get(key)) is not None]
+        return f"{rows[-1]['failed']} in {len(rows)} repl{'y' if len(rows) == 1 else 'ies'}"
+
+
+NO_OPTION, NO_LOGPROBS, NO_LABEL_LISTED = "no option named", "no logprobs given", "no label among the top logprobs"
+
+
+def answers(row: dict[str, Any]) -> bool:
+    return "failed" not in row
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What it will cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will ask, before it is asked. Without retries and second tries; tokens are an estimate.
+
+    stored  calls that the store answers already (or has given up)
+    calls   calls to make
+    """
+
+    items: int
+    stored: int
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.items} items, {self.stored + self.calls} calls: {self.stored} in the store, {self.calls} to make\n"
+            f"about {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens, cost {self.cost:.4f} "
+            "(without retries)"
+        )
+
+
+def plan(job: Job, store: Replies, prices: Prices = FREE, count_tokens: Callable[[str], int] | None = None) -> Plan:
+    """What the job will ask and cost. ``count_tokens`` counts a text's tokens; None: an estimate by length."""
+    count = count_tokens or (lambda text: math.ceil(len(text.encode()) / BYTES_PER_TOKEN))
+    todo = job.todo(store)
+    prompt = 0
+    for call in todo.values():
+        chat = job.endpoint.messages(call.question, call.order, job.template)
+        prompt += CHAT_TOKENS + sum(count(message["content"]) for message in chat)
+    items = len({call.question.id for call in job.calls})
+    return Plan(items, len(job.calls) - len(todo), len(todo), prompt, len(todo), prices.cost(prompt, len(todo)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading a reply
+
+
+def read_decision(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """{"position": k} if the reply is the k-th label and nothing else but white space, brackets and punctuation around it;
+    otherwise {"failed": reason}. "a" is no "A", and "The answer is B." names nothing: reading prose would be guessing."""
+    text = choice["message"].get("content")
+    named = text.strip(" \t\r\n()[].:,;*\"'`") if isinstance(text, str) else ""
+    bare = [label.strip() for label in labels]
+    return {"position": bare.index(named)} if named in bare else {"failed": NO_OPTION}
+
+
+def read_logprobs(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """{"log_probs": [by position, null where the label is not listed], "floor": the least listed}, or {"failed": reason}.
+
+    A label is read where it stands as in the template (" A" is not "A"), as a white-box teacher reads it.
+    """
+    try:
+        first = choice["logprobs"]["content"][0]
+        listed = {str(top["token"]): float(top["logprob"]) for top in (*first["top_logprobs"], first)}
+    except (KeyError, TypeError, IndexError, ValueError):
+        return {"failed": NO_LOGPROBS}
+    values = [listed.get(label, -math.inf) for label in labels]
+    finite = [value if math.isfinite(value) else None for value in values]
+    if all(value is None for value in finite):
+        return {"failed": NO_LABEL_LISTED}
+    return {"log_probs": finite, "floor": min(value for value in listed.values() if math.isfinite(value))}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Replies -> arrays
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Sampled decisions, each in an order of its own.
+
+    orders     (item, draw, K)
+    decisions  (item, draw) option indices; -1 where the draw has no decision
+    """
+
+    orders: np.ndarray
+    decisions: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each option was decided for, (item, option)."""
+        return (self.decisions[..., None] == np.arange(self.orders.shape[-1])).sum(axis=1)
+
+    def targets(self) -> np.ndarray:
+        """The histogram of the decisions, (item, option): the hierarchical Monte-Carlo targets. Raises MissingReplies when
+        an item has no decision at all."""
+        counts = self.counts
+        if empty := np.flatnonzero(counts.sum(axis=1) == 0).tolist():
+            raise MissingReplies(
+                f"{len(empty)} of {len(counts)} items have no decision (first: item {empty[0]}): leave them out"
+            )
+        return counts / counts.sum(axis=1, keepdims=True)
+
+
+def _by_item(job: Job) -> list[list[Call]]:
+    """The job's calls, item by item. Raises ValueError unless all items have the same K and number of calls."""
+    items: dict[str, list[Call]] = {}
+    for call in job.calls:
+        items.setdefault(call.question.id, []).append(call)
+    shapes = {(len(calls), len(calls[0].order)) for calls in items.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"items with (calls, options) {sorted(shapes)}: make a job for each number of options and of calls")
+    return list(items.values())
+
+
+def drawn(job: Job, store: Replies, partial: bool = False) -> Drawn:
+    """Decisions of a job made of :func:`drawn_calls`, or of :func:`calls_in_orders`.
+
+    A draw that failed for good is -1. Raises MissingReplies when a draw is still to be asked, unless ``partial``.
+    """
+    _expect(job, "decisions")
+    items = _by_item(job)
+    rows = [[job.found(store, call) for call in calls] for calls in items]
+    lacking = [calls[0].question.id for calls, own in zip(items, rows, strict=True) if any(key for _, key in own)]
+    if lacking and not partial:
+        raise _missing(job, store, lacking, len(items))
+    decisions = [
+        [-1 if row is None else call.order[row["position"]] for call, (row, _) in zip(calls, own, strict=True)]
+        for calls, own in zip(items, rows, strict=True)
+    ]
+    return Drawn(np.array([[call.order for call in calls] for calls in items]), np.array(decisions))
+
+
+def probabilities(job: Job, store: Replies) -> tuple[np.ndarray, float]:
+    """Label probabilities of a job made of :func:`calls_in_orders`, renormalised: P (item, order, option), and how wrong the
+    worst of them may be because labels were not among the top logprobs (they count as 0; at most so much is missing).
+
+    P is what :func:`permdistill.scores.probabilities` gives for a white-box teacher. Raises MissingReplies.
+    """
+    _expect(job, "logprobs")
+    items, lacking, P, worst = _by_item(job), [], [], 0.0
+    for calls in items:
+        rows = [job.found(store, call)[0] for call in calls]
+        answered = [row for row in rows if row is not None]
+        if len(answered) < len(calls):
+            lacking.append(calls[0].question.id)
+            continue
+        own = np.empty((len(calls), len(calls[0].order)))
+        for p, call, row in zip(own, calls, answered, strict=True):
+            values = np.array([-np.inf if value is None else value for value in row["log_probs"]])
+            p[list(call.order)] = np.exp(values - values.max())
+            absent = np.isinf(values).sum() * np.exp(row["floor"] - values.max())
+            worst = max(worst, absent / (p.sum() + absent))
+            p /= p.sum()
+        P.append(own)
+    if lacking:
+        raise _missing(job, store, lacking, len(items))
+    return np.stack(P), float(worst)
+
+
+def _expect(job: Job, mode: str) -> None:
+    if job.mode != mode:
+        raise ValueError(f"the job's mode is {job.mode!r}, these arrays are made of {mode!r}")
+
+
+def _missing(job: Job, store: Replies, names: list[str], n: int) -> MissingReplies:
+    return MissingReplies(
+        f"{len(names)} of {n} items lack replies in {store.folder} (first: {names[0]!r}; model {job.endpoint.model!r}, "
+        f"template {job.template.name!r}). Ask with `permdistill ask` (see --help) or ask(), or leave these items out."
+    )
