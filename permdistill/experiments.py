@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from permdistill import debias, scores
 from permdistill.data import Question, content_free, from_jsonl, unlabelled
 from permdistill.orders import all_orders, cyclic_orders, to_positions
-from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, SUMMEVAL, Profile, Run, Task, load_task
+from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, Profile, Run, Task, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
@@ -155,7 +155,7 @@ def kinds(scored: Sequence[Scored]) -> dict[str, list[str]]:
     """Tasks by kind: {title: names}, SummEval's pairs apart from questions with as many options."""
     result: dict[str, list[str]] = {}
     for s in scored:
-        title = "SummEval, K = 2" if s.task.name in SUMMEVAL else f"multiple choice, K = {s.task.k}"
+        title = "SummEval, K = 2" if s.task.name.startswith("summeval") else f"multiple choice, K = {s.task.k}"
         result.setdefault(title, []).append(s.task.name)
     return result
 
