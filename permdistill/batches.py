@@ -78,7 +78,8 @@ def next_token_log_probs(
 
 def _at(model: PreTrainedModel, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
     """Logits (prompt, vocabulary) of a causal model at one place of each prompt."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    spread = hasattr(model, "hf_device_map")  # over several devices: places of a batch would lie on another than its logits
+    if "logits_to_keep" in inspect.signature(model.forward).parameters and not spread:
         return model(**inputs, logits_to_keep=places[:, None].to(model.device), use_cache=False).logits[:, 0]
     return model(**inputs).logits[torch.arange(len(places)), places]
 

@@ -114,8 +114,10 @@ SUMMEVAL_DOCUMENTS, SUMMEVAL_SYSTEMS, SUMMEVAL_WORDS = 100, 16, (359, 6, 63)
 def _rows(repo: str, config: str | None, split: str, columns: Sequence[str]) -> datasets.Dataset:
     """The rows of a split. Raises AssetError when they cannot be had, or lack columns."""
     source, revision = locate(repo)
+    # Of a local folder datasets would take another folder's data, or old ones, from its cache: nothing tells them apart.
+    anew = {} if revision else {"download_mode": "reuse_cache_if_exists", "verification_mode": "no_checks"}
     try:
-        rows = datasets.load_dataset(source, config, split=split, revision=revision)
+        rows = datasets.load_dataset(source, config, split=split, revision=revision, **anew)
     except Exception as error:  # the hub's, the network's, and the file formats' own errors
         raise AssetError(f"{repo}, configuration {config}, split {split!r} cannot be loaded: {error}") from error
     if missing := [name for name in columns if name not in rows.column_names]:

@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 from types import TracebackType
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import psutil
 import torch
@@ -36,7 +36,14 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
         return model.to("cuda")  # type: ignore[arg-type]  # a decorated method of torch
     whole = list(model._no_split_modules or [])
     memory = get_balanced_memory(model, no_split_module_classes=whole)
-    return dispatch_model(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole))
+    return spread(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole))
+
+
+def spread(model: PreTrainedModel, device_map: dict[str, Any], **settings: Any) -> PreTrainedModel:
+    """accelerate's dispatch_model, with the places at which logits are wanted left on the CPU: the output layer may lie on
+    another device than the input, and indices on the CPU suit any."""
+    skipped = [*(model._skip_keys_device_placement or []), "logits_to_keep"]
+    return dispatch_model(model, device_map, skip_keys=skipped, **settings)
 
 
 # --------------------------------------------------------------------------------------------------------------------
