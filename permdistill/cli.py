@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import blackbox, data, experiments, matrix, profiles, scores, tables
+from permdistill import blackbox, data, experiments, hub, matrix, profiles, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
-from permdistill.orders import cyclic_orders
+from permdistill.orders import all_orders, cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
 from permdistill.students import HEADS, INPUTS, StudentConfig
@@ -48,9 +48,34 @@ def _questions(args: argparse.Namespace) -> dict[str, list[data.Question]]:
 
 
 def _score(args: argparse.Namespace) -> None:
-    jobs = _questions(args)
-    teacher = load_teacher(args.teacher, getattr(torch, args.dtype))
-    store = scores.Store(Path(args.scores) / teacher.name)
+    if not args.profile:
+        _score_with(args.teacher, _questions(args), args)
+        return
+    settings = profiles.PROFILES[args.profile]
+    hub.check(profiles.repositories(settings))
+    by_teacher: dict[str, dict[str, list[data.Question]]] = {name: {} for name in settings.teachers}
+    for need in profiles.needs(settings):
+        task = need.load()
+        questions = data.unlabelled(task.questions) + data.content_free(task.questions)
+        by_teacher[need.teacher].setdefault(task.template.name, []).extend(questions)
+    for name, jobs in by_teacher.items():
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the teacher before is gone
+        _score_with(name, jobs, args)
+
+
+def _score_with(name: str, jobs: dict[str, list[data.Question]], args: argparse.Namespace) -> None:
+    store, dtype = scores.Store(Path(args.scores) / Path(name).name), getattr(torch, args.dtype)
+    key = model_key(name, dtype)
+    missing = (
+        scores.content_key(q, all_orders(len(q.options)), TEMPLATES[template], key) not in store
+        for template, questions in jobs.items()
+        for q in questions
+    )
+    if not any(missing):
+        print(f"{Path(name).name}: all {sum(map(len, jobs.values()))} questions were in the store")
+        return
+    teacher = load_teacher(name, dtype)
     for template, questions in jobs.items():
         done = scores.score(store, teacher, questions, TEMPLATES[template])
         print(f"{teacher.name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
@@ -235,6 +260,9 @@ def parser() -> argparse.ArgumentParser:
         _add_questions(command)
         command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="part of the scores' key")
         command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
+        if name == "score":
+            text = "all that this profile needs, of all of its teachers, instead of --teacher, --tasks and the like"
+            command.add_argument("--profile", choices=list(profiles.PROFILES), help=text)
         if name == "audit":
             command.add_argument("--n", type=int, default=8, help="questions per template")
             command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
@@ -313,8 +341,9 @@ def _json_object(text: str) -> dict:
 def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None = profiles.TASKS) -> None:
     """Which questions. ``tasks`` is the default; None: there is none, where a forgotten option would cost money."""
     where = command if tasks else command.add_mutually_exclusive_group(required=True)
-    names = ", ".join(profiles.TASKS)
-    where.add_argument("--tasks", nargs="+", choices=profiles.TASKS, default=tasks, metavar="TASK", help=names)
+    every = (*profiles.TASKS, *profiles.HUB_TASKS)
+    names = ", ".join(every)
+    where.add_argument("--tasks", nargs="+", choices=every, default=tasks, metavar="TASK", help=names)
     where.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
     command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
     command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")

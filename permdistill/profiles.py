@@ -309,6 +309,42 @@ PROFILES = {
 }
 
 
+@dataclass(frozen=True)
+class Need:
+    """Scores that a table needs: the first ``n`` questions of a task and split, in a template ("": the usual one)."""
+
+    table: str
+    teacher: str
+    task: str
+    split: str
+    n: int
+    template: str = ""
+
+    def load(self) -> Task:
+        """The questions."""
+        return load_task(self.task, self.split, self.template).first(self.n)
+
+
+def needs(settings: Profile) -> list[Need]:
+    """All scores that a profile's tables are made of, none twice: T1 (and D1) of every teacher, and of the first one the
+    training questions of T2 and T3, and R1, the same questions in other words."""
+    found = [
+        Need("T1", teacher, task, "test", n)
+        for teacher in settings.teachers
+        for task in settings.tasks
+        if (n := settings.n_questions(teacher, task))
+    ]
+    first = settings.teachers[0]
+    for table, tasks, place in (("T2", settings.learnt, 0), ("T3", settings.compared, 1)):
+        found += [Need(table, first, task, "train", settings.n_train) for task in tasks]
+        found += [Need(table, first, t, "test", settings.n_students[place]) for t in tasks if t not in settings.tasks]
+    for (kind, tasks), n in zip(PUT_DIFFERENTLY.items(), settings.n_prompts, strict=True):
+        usual, *others = PROMPTS[kind]
+        templates = [usual] * (not set(tasks) <= set(settings.tasks)) + others
+        found += [Need("R1", first, task, "test", n, template) for template in templates for task in tasks]
+    return found
+
+
 def repositories(settings: Profile) -> list[str]:
     """What a profile needs of :data:`permdistill.hub.REPOS`: teachers, encoders, data."""
     sets = [hubsets.SETS[task].repo for task in settings.tasks if task in hubsets.SETS]
