@@ -1,4 +1,4 @@
-"""Command line: ``permdistill fetch | score | audit | ask | measure`` (see ``permdistill COMMAND --help``)."""
+"""Command line: ``permdistill fetch | plan | score | audit | ask | measure ..`` (see ``permdistill COMMAND --help``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import blackbox, data, experiments, hub, matrix, profiles, scores, tables
+from permdistill import blackbox, data, experiments, hub, matrix, plan, profiles, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
 from permdistill.orders import all_orders, cyclic_orders
@@ -82,6 +82,16 @@ def _score_with(name: str, jobs: dict[str, list[data.Question]], args: argparse.
     store.compact()
 
 
+def _plan(args: argparse.Namespace) -> None:
+    settings, speed = profiles.PROFILES[args.profile], None
+    if args.measure:
+        task = profiles.load_task("arc_easy", "test")
+        groups = plan.sample(plan.grouped(data.unlabelled(task.questions)), 4)
+        speed = plan.rate(load_teacher(args.measure), groups, task.template)
+        print(f"{args.measure} here: {speed / 1e9:,.1f} GFLOP/s\n")
+    print(plan.report(settings, args.sample, speed))
+
+
 def _audit(args: argparse.Namespace) -> None:
     jobs = _questions(args)
     stored = model_key(args.teacher, getattr(torch, args.dtype))
@@ -135,9 +145,9 @@ def _ask(args: argparse.Namespace) -> None:
         blackbox.Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries)
         for template, questions in _questions(args).items()
     ]
-    plans = [blackbox.plan(job, store, prices, _token_counter(args.tokenizer)) for job in jobs]
-    for job, plan in zip(jobs, plans, strict=True):
-        print(f"{args.model}, template {job.template.name}, {args.mode}: {plan}")
+    costs = [blackbox.plan(job, store, prices, _token_counter(args.tokenizer)) for job in jobs]
+    for job, cost in zip(jobs, costs, strict=True):
+        print(f"{args.model}, template {job.template.name}, {args.mode}: {cost}")
     spent = store.spent
     total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
     print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
@@ -267,6 +277,14 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--n", type=int, default=8, help="questions per template")
             command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
         command.set_defaults(run=run, content_free=True)
+
+    text = "what a profile takes: questions, tokens, operations, GPU-hours, downloads, disk; downloads and loads no model"
+    command = commands.add_parser("plan", help=text, description=text)
+    command.add_argument("--profile", choices=list(profiles.PROFILES), default="full", help="(%(default)s)")
+    command.add_argument("--sample", type=int, default=plan.SAMPLE, help="groups of questions that are tokenised (%(default)s)")
+    text = "load this teacher, measure what this machine reaches with it, and say hours for this machine too"
+    command.add_argument("--measure", metavar="TEACHER", help=text)
+    command.set_defaults(run=_plan)
 
     text = "train the matrix of students (hours), and keep their predictions; continues where it was stopped"
     command = commands.add_parser("students", help=text, description=text)
