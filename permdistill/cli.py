@@ -281,7 +281,9 @@ def parser() -> argparse.ArgumentParser:
     text = "what a profile takes: questions, tokens, operations, GPU-hours, downloads, disk; downloads and loads no model"
     command = commands.add_parser("plan", help=text, description=text)
     command.add_argument("--profile", choices=list(profiles.PROFILES), default="full", help="(%(default)s)")
-    command.add_argument("--sample", type=int, default=plan.SAMPLE, help="groups of questions that are tokenised (%(default)s)")
+    command.add_argument(
+        "--sample", type=int, default=plan.SAMPLE, help="groups of questions that are tokenised (%(default)s)"
+    )
     text = "load this teacher, measure what this machine reaches with it, and say hours for this machine too"
     command.add_argument("--measure", metavar="TEACHER", help=text)
     command.set_defaults(run=_plan)

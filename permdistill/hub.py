@@ -1,8 +1,8 @@
 """What the profile "paper" takes from the model hub: which revision, from where, and whether we may have it.
 
 Every repository stands once, in :data:`REPOS`, with its revision. A revision that is a commit is final; one that is a name
-("main") is resolved to its commit when it is first needed, kept in ``revisions.json`` of :func:`permdistill.assets.cache_dir`,
-and used from then on; the manifest of a run lists them all.
+("main") is resolved to its commit when it is first needed, kept in ``revisions.json`` of the cache
+(:func:`permdistill.assets.cache_dir`), and used from then on; the manifest of a run lists them all.
 
 ``PERMDISTILL_HUB=/path`` puts a folder in the place of the hub, laid out as ``owner/name/..``: nothing is downloaded, and
 nothing outside it is looked at. A token, where one is needed, is the hub client's own (``HF_TOKEN``, ``hf auth login``);
@@ -68,7 +68,9 @@ _LLAMA = "Llama 2 Community License"
 # Commits are those that many public projects name for these repositories. Where none was found, the revision is a name.
 REPOS: dict[str, Repo] = {
     # Teachers
-    "google/flan-t5-xl": Repo("7d6315df2c2fb742f0f5b556879d730926ca9001", "Apache-2.0", 11.4, config=_flan_t5(32, 2048, 5120)),
+    "google/flan-t5-xl": Repo(
+        "7d6315df2c2fb742f0f5b556879d730926ca9001", "Apache-2.0", 11.4, config=_flan_t5(32, 2048, 5120)
+    ),
     "google/flan-t5-xxl": Repo(
         "ae7c9136adc7555eeccc78cdd960dfd60fb346ce", "Apache-2.0", 45.1, config=_flan_t5(64, 4096, 10240)
     ),
@@ -119,7 +121,7 @@ def local(name: str) -> Path | None:
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """What ``from_pretrained`` and ``load_dataset`` take as source and revision. What is not in :data:`REPOS` stays as it is."""
+    """What ``from_pretrained`` and ``load_dataset`` take as source and revision; what is not in :data:`REPOS` as it is."""
     if name not in REPOS:
         return name, None
     folder = local(name)

@@ -74,15 +74,13 @@ _ALL = {"train": "train", "val": "validation", "test": "test"}
 _RACE = ("article", "question", "options", "answer")
 _COSMOS = ("context", "question", "answer0", "answer1", "answer2", "answer3", "label")
 _MED = ("question", "opa", "opb", "opc", "opd", "cop")
-# Sizes as the authors publish them. Words are rough means after their papers: they plan (permdistill.plan), no more, and only
-# where the questions themselves are not at hand.
+# Sizes as the authors publish them. Words are rough means after their papers, which serve to plan (permdistill.plan) where
+# the questions themselves are not at hand, and nothing else.
 SETS: dict[str, HubSet] = {
     "race_middle": HubSet(
         "ehovy/race", "middle", _ALL, _RACE, _race, {"train": 25421, "val": 1436, "test": 1436}, (231, 9, 4)
     ),
-    "race_high": HubSet(
-        "ehovy/race", "high", _ALL, _RACE, _race, {"train": 62445, "val": 3451, "test": 3498}, (353, 10, 6)
-    ),
+    "race_high": HubSet("ehovy/race", "high", _ALL, _RACE, _race, {"train": 62445, "val": 3451, "test": 3498}, (353, 10, 6)),
     "race_c": HubSet(
         "tasksource/race-c",
         None,
@@ -93,9 +91,7 @@ SETS: dict[str, HubSet] = {
         (424, 12, 8),
     ),
     "cosmosqa": HubSet("allenai/cosmos_qa", None, {"test": "validation"}, _COSMOS, _cosmos, {"test": 2985}, (69, 11, 8)),
-    "medmcqa": HubSet(
-        "openlifescienceai/medmcqa", None, {"test": "validation"}, _MED, _medmcqa, {"test": 4183}, (0, 14, 3)
-    ),
+    "medmcqa": HubSet("openlifescienceai/medmcqa", None, {"test": "validation"}, _MED, _medmcqa, {"test": 4183}, (0, 14, 3)),
     "reclor": HubSet(
         "metaeval/reclor",
         None,
@@ -149,12 +145,12 @@ def read(task: str, split: str) -> Split:
             left_out["does not fit the schema"] += 1
             first = first or f"{record}: {'; '.join(wrong) or 'no answer'}"
             continue
-        record["id"] = question_id(task, split, context, question, options)
-        if record["id"] in seen:
+        name = question_id(task, split, context, question, options)
+        if name in seen:
             left_out["repeated"] += 1
             continue
-        seen.add(record["id"])
-        kept.append(record)
+        seen.add(name)
+        kept.append(record | {"id": name})
     if (bad := left_out["does not fit the schema"]) > max(2, MAX_BAD * len(rows)):
         raise ValueError(f"{own.repo}, {split}: {bad} of {len(rows)} rows do not fit, so its layout has changed: {first}")
     return Split(validate(kept, own.repo), dict(left_out))

@@ -3,8 +3,8 @@
     permdistill plan --profile paper                 (`make plan PROFILE=paper`)
 
 Lengths are read off a sample of the questions, put into prompts and tokenised, where questions and tokenizer are at hand
-(``PERMDISTILL_HUB``, or the hub client's cache): "measured". Where they are not, made-up texts of about the published lengths
-and a simple rule for tokens stand in: "guessed". Nothing is downloaded from the hub, and no weights are loaded.
+(``PERMDISTILL_HUB``, or the hub client's cache): "measured". Where they are not, made-up texts of about the published
+lengths and a simple rule for tokens stand in: "guessed". Nothing is downloaded from the hub, and no weights are loaded.
 
 Operations are counted by formula (:func:`permdistill.bench.flops`): 2 per weight and token in linear layers, and attention.
 Hours are operations over the GPU's peak times :data:`UTILISATION`, an assumption: on a CPU the trie reaches 40 to 50% of the
@@ -36,11 +36,21 @@ from transformers import (
 )
 
 from permdistill import bench, hub, hubsets, trie
-from permdistill.assets import ASSETS, AssetError, cache_dir
+from permdistill.assets import ASSETS, cache_dir
 from permdistill.data import Question
 from permdistill.hub import REPOS
 from permdistill.orders import all_orders, cyclic_orders
-from permdistill.profiles import SEED, WHOLE_SUMMEVAL, WHOLE_TEST_DOCUMENTS, Need, Profile, Run, load_task, needs, repositories
+from permdistill.profiles import (
+    SEED,
+    WHOLE_SUMMEVAL,
+    WHOLE_TEST_DOCUMENTS,
+    Need,
+    Profile,
+    Run,
+    load_task,
+    needs,
+    repositories,
+)
 from permdistill.prompts import TEMPLATES, Template
 from permdistill.students import texts
 from permdistill.teachers import CausalTeacher, Seq2SeqTeacher
@@ -101,14 +111,11 @@ def architecture(name: str) -> PreTrainedModel:
 
 def _at_hand(name: str) -> Path | None:
     """The folder of a model's configuration and tokenizer, without any download; None if there is none."""
-    if name not in REPOS:
-        weights = f"{name}.gguf" if f"{name}.gguf" in ASSETS else f"{name}/model.safetensors"
-        made = "dequantised" if weights.endswith("gguf") else "folders"
-        folder = cache_dir() / made / (ASSETS[weights].sha256[:16] if made == "dequantised" else name)
-        return folder if folder.is_dir() else None
-    if (folder := hub.local(name)) is not None:
-        return folder
-    return _cached(name, "tokenizer_config.json")
+    if name in REPOS:
+        return hub.local(name) or _cached(name, "tokenizer_config.json")
+    unpacked = f"{name}.gguf" in ASSETS
+    made = cache_dir() / (f"dequantised/{ASSETS[f'{name}.gguf'].sha256[:16]}" if unpacked else f"folders/{name}")
+    return made if made.is_dir() else None
 
 
 def _cached(name: str, file: str = "") -> Path | None:
@@ -145,7 +152,9 @@ def flops(model: PreTrainedModel, tokens: int, pairs: int, rows: int) -> int:
                 read += module.weight.numel()
             else:
                 step += module.weight.numel()
-    attention = 4 * config.num_heads * config.d_kv * (config.num_layers * pairs + config.num_decoder_layers * (tokens + rows))
+    attention = (
+        4 * config.num_heads * config.d_kv * (config.num_layers * pairs + config.num_decoder_layers * (tokens + rows))
+    )
     return 2 * read * tokens + attention + 2 * (step + head.weight.numel()) * rows
 
 
@@ -161,7 +170,7 @@ def encoder_flops(model: PreTrainedModel, lengths: np.ndarray) -> int:
 
 
 def guessed_tokens(text: str) -> list[str]:
-    """Tokens of English text by a rule: words in pieces of up to six letters, punctuation. About 1.35 a word, like Llama's."""
+    """Tokens of English text by a rule: words in pieces of up to six letters, and punctuation. About 1.35 a word."""
     return re.findall(r"\w{1,6}|[^\w\s]", text)
 
 
@@ -364,7 +373,11 @@ def downloads(settings: Profile) -> pd.DataFrame:
     for name in dict.fromkeys([*settings.teachers, *sorted(encoders), *repositories(settings)]):
         repo = REPOS.get(name)
         weights = 0 if repo and repo.kind == "dataset" else sum(p.numel() for p in architecture(name).parameters())
-        licence = repo.licence if repo else next(a.licence for key, a in ASSETS.items() if key.split(".gguf")[0].split("/")[0] == name)
+        licence = (
+            repo.licence
+            if repo
+            else next(a.licence for key, a in ASSETS.items() if key.split(".gguf")[0].split("/")[0] == name)
+        )
         rows.append(
             {"name": name, "revision": repo.revision[:12] if repo else "sha256", "licence": licence}
             | {"gated": "yes" if repo and repo.gated else "no", "GB": repo.gigabytes if repo else LAPTOP[name][1]}
@@ -425,8 +438,8 @@ def report(settings: Profile, n: int = SAMPLE, speed: float | None = None) -> st
             "\nModels and data",
             needed.to_string(index=False),
             "\nIn all: " + ", ".join(f"{name} {h:,.3g} h" for name, h in total.items()),
-            f"Hours: operations / ({UTILISATION:.0%} of the dense bfloat16 peak in TFLOP/s: {peaks}; NVIDIA's data sheets; the "
-            "share is assumed).",
+            f"Hours: operations / ({UTILISATION:.0%} of the dense bfloat16 peak, TFLOP/s: {peaks}; peaks: NVIDIA's data "
+            "sheets, the share is assumed).",
             f"Downloads: {weights:,.1f} GB. Disk: {stored:,.2f} GB of scores, {checkpoints:,.1f} GB of students, besides.",
         ]
     )

@@ -340,6 +340,7 @@ def needs(settings: Profile) -> list[Need]:
         found += [Need(table, first, t, "test", settings.n_students[place]) for t in tasks if t not in settings.tasks]
     for (kind, tasks), n in zip(PUT_DIFFERENTLY.items(), settings.n_prompts, strict=True):
         usual, *others = PROMPTS[kind]
+        tasks = tasks if n else ()
         templates = [usual] * (not set(tasks) <= set(settings.tasks)) + others
         found += [Need("R1", first, task, "test", n, template) for template in templates for task in tasks]
     return found

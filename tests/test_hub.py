@@ -1,4 +1,4 @@
-"""The model hub without the hub: revisions, refusals, and every model of the profile "paper" end to end on tiny stand-ins."""
+"""The model hub without the hub: revisions, refusals, every model of the profile "paper" end to end on tiny stand-ins."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny_hub
 import torch
-from huggingface_hub import errors
 from httpx import Request, Response
+from huggingface_hub import errors
 
 from permdistill import batches, experiments, hub, manifest, profiles, trie
 from permdistill.assets import AssetError
@@ -54,7 +54,11 @@ def online(monkeypatch, tmp_path):
         def auth_check(self, name, repo_type):
             asked.append((name, repo_type))
             if kind := self.refused.get(name):
-                raise kind("no", response=Response(403, request=Request("GET", "https://hub/"))) if kind is not OSError else kind()
+                raise (
+                    kind("no", response=Response(403, request=Request("GET", "https://hub/")))
+                    if kind is not OSError
+                    else kind()
+                )
 
         def repo_info(self, name, revision, repo_type):
             asked.append((name, revision, repo_type))
@@ -197,7 +201,9 @@ def test_model_spread_by_accelerate_answers_alike(tiny, name, tmp_path):
     model = with_float32_head(kind.from_pretrained(tiny / name, dtype=torch.float32).eval())
     stacks = {"google": ("encoder.block", "decoder.block"), "meta-llama": ("model.layers",)}[name.split("/")[0]]
     second = [f"{stack}.1" for stack in stacks]
-    rest = [n for n, m in model.named_modules() if not list(m.children()) and not n.startswith(tuple(f"{s}." for s in stacks))]
+    rest = [
+        n for n, m in model.named_modules() if not list(m.children()) and not n.startswith(tuple(f"{s}." for s in stacks))
+    ]
     places = dict.fromkeys([*rest, *(f"{stack}.0" for stack in stacks)], "cpu") | dict.fromkeys(second, "disk")
     model = spread(model, places, main_device="cpu", offload_dir=str(tmp_path))
     assert any(parameter.device.type == "meta" for parameter in model.parameters())

@@ -66,7 +66,14 @@ def test_questions_and_gold_answers_are_those_of_the_files(task):
 def test_ids_name_the_texts_whatever_the_rows_order(folder, tmp_path, monkeypatch):
     before = {q.id: q for q in hubsets.load("race_high", "test").questions}
     assert all(name.startswith("race_high/test/") for name in before)
-    changed(folder, tmp_path, monkeypatch, "ehovy/race", "high/test-00000-of-00001.parquet", lambda rows: rows.select(range(7, 1, -1)))
+    changed(
+        folder,
+        tmp_path,
+        monkeypatch,
+        "ehovy/race",
+        "high/test-00000-of-00001.parquet",
+        lambda rows: rows.select(range(7, 1, -1)),
+    )
     after = {q.id: q for q in hubsets.load("race_high", "test").questions}
     assert len(after) == 6 and after.items() <= before.items()
     # Two questions on one passage, whose example_id they share, are two.
@@ -113,7 +120,9 @@ def test_changed_columns_and_missing_data_are_errors_with_their_names(folder, tm
 
 def test_training_questions_that_stand_in_any_held_out_part_of_race_are_left_out(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "ehovy/race", tmp_path / "ehovy/race")
-    test = datasets.load_dataset("parquet", data_files=str(folder / "ehovy/race/middle/test-00000-of-00001.parquet"), split="train")
+    test = datasets.load_dataset(
+        "parquet", data_files=str(folder / "ehovy/race/middle/test-00000-of-00001.parquet"), split="train"
+    )
 
     def leak(rows):
         taken = test[0]

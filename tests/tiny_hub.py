@@ -1,5 +1,5 @@
-"""A folder that stands for the model hub: every repository of permdistill.hub.REPOS in the layout that it has there, with tiny
-random models of the real architectures, tokenizers trained here, and a few made-up questions.
+"""A folder that stands for the model hub: every repository of permdistill.hub.REPOS in the layout that it has there, with
+tiny random models of the real architectures, tokenizers trained here, and a few made-up questions.
 
     write(folder)                      everything
     write_model(folder, name)          one model
@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,7 +27,6 @@ from transformers import (
     BertTokenizer,
     DebertaV2Tokenizer,
     LlamaTokenizer,
-    PreTrainedTokenizerFast,
     RobertaTokenizer,
     T5Tokenizer,
 )
@@ -202,7 +201,9 @@ def _summeval(n: int, systems: int) -> list[dict]:
     for number, (passage, *_) in enumerate(islice(texts(9), n)):
         made = [f"Summary of {number}: the {NOUNS[(number + i) % 15]} is {ADJECTIVES[i % 12]} {i}." for i in range(systems)]
         scores = {attribute: (rng.integers(3, 16, systems) / 3).tolist() for attribute in ATTRIBUTES}
-        rows.append({"machine_summaries": made, "human_summaries": [passage], **scores, "text": passage, "id": f"dm-{number}"})
+        rows.append(
+            {"machine_summaries": made, "human_summaries": [passage], **scores, "text": passage, "id": f"dm-{number}"}
+        )
     return rows
 
 
