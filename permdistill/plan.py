@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -386,21 +386,26 @@ def downloads(settings: Profile) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rate(teacher: CausalTeacher, groups: Sequence[Sequence[Question]], template: Template) -> float:
+def rate(
+    teacher: CausalTeacher,
+    groups: Sequence[Sequence[Question]],
+    template: Template,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """FLOP/s that this machine reaches with a loaded teacher on these groups of questions, after one pass to warm up."""
-    done = 0
     teacher.log_probs(groups[0], all_orders(len(groups[0][0].options)), template)
-    started = time.perf_counter()
+    done, seconds = 0, 0.0
     for group in groups:
-        orders = all_orders(len(group[0].options))
+        orders, started = all_orders(len(group[0].options)), clock()
         teacher.log_probs(group, orders, template)
+        seconds += clock() - started
         prompts = teacher.tokenize(group, orders, template)
         lengths, packed = np.array([len(p) for p in prompts]), trie.build(prompts)
         if teacher.model.config.is_encoder_decoder:
             done += flops(teacher.model, int(lengths.sum()), int((lengths**2).sum()), len(prompts))
         else:
             done += flops(teacher.model, len(packed), trie.attended(packed), len(prompts))
-    return done / (time.perf_counter() - started)
+    return done / seconds
 
 
 def hours(operations: float, speeds: Mapping[str, float]) -> dict[str, str]:

@@ -160,14 +160,14 @@ def test_report_says_what_is_guessed_and_what_has_to_be_downloaded(tiny, monkeyp
 
 @pytest.mark.long
 def test_estimates_hold_for_a_real_llm_at_laptop_scale():
-    """SmolLM2, 40 questions of three sets: tokens with and without sharing, and seconds, from samples of other questions."""
-    torch.set_num_threads(1)
+    """SmolLM2 on three sets: tokens with and without sharing, and seconds, from samples of other questions. Seconds
+    are the processor's for this process, so that a machine with other work to do measures the same."""
     teacher = load_teacher("smollm2-135m", torch.float32)
     first = plan.sample(plan.grouped(unlabelled(profiles.load_task("openbookqa", "test").questions)), 4)
-    speed = plan.rate(teacher, first, TEMPLATES["letters"])
+    speed = plan.rate(teacher, first, TEMPLATES["letters"], time.process_time)
     for task in ("arc_easy", "hellaswag", "socialiqa"):
         questions = unlabelled(profiles.load_task(task, "test").questions)
-        asked, others = questions[:40], plan.sample(plan.grouped(questions[40:]))
+        asked, others = questions[:16], plan.sample(plan.grouped(questions[16:]))
         counted = plan.count("smollm2-135m", others, TEMPLATES["letters"])
         scale = len(asked) / len(others)
         groups, before, started = plan.grouped(asked), teacher.tokens_forwarded, time.process_time()
