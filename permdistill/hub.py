@@ -182,7 +182,7 @@ def _why(name: str, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     address = f"https://huggingface.co/{'datasets/' * (REPOS[name].kind == 'dataset')}{name}"
-    if REPOS[name].gated and isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
+    if isinstance(error, GatedRepoError) or (REPOS[name].gated and isinstance(error, RepositoryNotFoundError)):
         return (
             f"gated under the {REPOS[name].licence}: accept it at {address} with your account, and set HF_TOKEN to a token "
             "of that account (or run `hf auth login`)"
