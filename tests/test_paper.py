@@ -30,7 +30,7 @@ def checkout(folder: Path) -> Path:
         text, n = re.subn(rf"^{name} = \d+", f"{name} = 12", text, flags=re.M)
         assert n == 1
     text, n = re.subn(
-        r"n_prompts=\(80, 5 \* 28\),\n        n_students=\(10\*\*9", "n_prompts=(12, 56),\n        n_students=(10**9", text
+        r"n_prompts=\(80, 5 \* 28\),\n        n_students=\(10\*\*9", "n_prompts=(12, 5 * 28),\n        n_students=(10**9", text
     )
     assert n == 1
     path.write_text(text, encoding="utf-8")
