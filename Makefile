@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ## TEACHER=committed    committed: read scores/ and check a sample of it live; live: score everything anew (hours)
 TEACHER ?= committed
-## PROFILE=full         full: the paper's tables and figures; smoke: the same in small, to see that it runs
+## PROFILE=full         full: the paper's tables and figures; smoke: in small, to see that it runs; paper: its own models, on GPUs
 PROFILE ?= full
 ## BUILD=build          where executed notebooks, tables and checkpoints go
 BUILD ?= build
@@ -16,8 +16,12 @@ NOTEBOOKS ?= notebooks
 ifeq ($(filter committed live,$(TEACHER)),)
 $(error TEACHER is '$(TEACHER)': give committed or live)
 endif
-ifeq ($(filter smoke full,$(PROFILE)),)
-$(error PROFILE is '$(PROFILE)': give smoke or full)
+ifeq ($(filter smoke full paper,$(PROFILE)),)
+$(error PROFILE is '$(PROFILE)': give smoke, full or paper)
+endif
+# No scores of the paper's own models are committed.
+ifeq ($(PROFILE),paper)
+override TEACHER := live
 endif
 
 .DEFAULT_GOAL := help
@@ -82,7 +86,7 @@ endef
 
 ifeq ($(TEACHER),live)
 SCORES := $(OUT)/scores
-SCORED := $(BUILD)/scores/.complete
+SCORED := $(BUILD)/scores/.complete$(if $(filter paper,$(PROFILE)),-paper)
 AUDITED :=
 else
 SCORES := $(abspath scores)
@@ -91,11 +95,16 @@ AUDITED := $(BUILD)/audit.ok
 endif
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
-SCORING := $(addprefix permdistill/,assets.py attention.py batches.py data.py machine.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
+SCORING := $(addprefix permdistill/,assets.py attention.py batches.py data.py hub.py hubsets.py machine.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
 
 $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
 	$(call score,"$(OUT)/scores")
+	@touch $@
+
+$(BUILD)/scores/.complete-paper: $(SCORING) | $(INSTALLED)
+	@mkdir -p $(@D)
+	$(PY) -m permdistill.cli score --profile paper --scores "$(OUT)/scores"
 	@touch $@
 
 $(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
@@ -145,6 +154,10 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
 .PHONY: paper
 paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks (within the hour on 2 cores)
 	@echo "$(if $(MADE),done,nothing to do): tables and figures are up to date, see $(BUILD)/ and $(BUILD)/manifest.json"
+
+.PHONY: plan
+plan: $(INSTALLED) ## what PROFILE takes: questions, tokens, FLOPs, GPU-hours, downloads and disk
+	$(PY) -m permdistill.cli plan --profile $(PROFILE)
 
 .PHONY: audit
 audit: $(BUILD)/audit.ok ## re-score a random sample of the committed scores, fail if it differs

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-MAX_TOKENS = 2048  # tokens a forward pass, padding included
+MAX_TOKENS, MAX_TOKENS_GPU = 2048, 16384  # tokens a forward pass, padding included
 
 
 def by_length(lengths: np.ndarray, max_tokens: int, equal: bool = False) -> Iterator[np.ndarray]:
@@ -60,9 +60,11 @@ def next_token_log_probs(
             f"a prompt has {max(lengths)} tokens; beyond {limit}, {model.config.model_type}'s rope type dynamic lets a pass "
             "depend on the passes before it: shorten the context, or use another rope type"
         )
+    if max_tokens is None:
+        max_tokens = MAX_TOKENS if model.device.type == "cpu" else MAX_TOKENS_GPU
     result = np.empty((len(prompts), len(tokens)), dtype=np.float32)
     forwarded = 0
-    for batch in by_length(lengths, max_tokens or MAX_TOKENS, equal=positions_change_at(model) is not None):
+    for batch in by_length(lengths, max_tokens, equal=positions_change_at(model) is not None):
         own = torch.from_numpy(lengths[batch])
         mask = (torch.arange(int(own.max())) < own[:, None]).long()  # (prompt, token)
         ids = torch.zeros_like(mask)
@@ -76,7 +78,8 @@ def next_token_log_probs(
 
 def _at(model: PreTrainedModel, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
     """Logits (prompt, vocabulary) of a causal model at one place of each prompt."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    spread = hasattr(model, "hf_device_map")  # over several devices: places of a batch would lie on another than its logits
+    if "logits_to_keep" in inspect.signature(model.forward).parameters and not spread:
         return model(**inputs, logits_to_keep=places[:, None].to(model.device), use_cache=False).logits[:, 0]
     return model(**inputs).logits[torch.arange(len(places)), places]
 

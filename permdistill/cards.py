@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from permdistill import tables
+from permdistill import hubsets, tables
 from permdistill.assets import ASSETS
 from permdistill.experiments import Scored
+from permdistill.hub import REPOS
 from permdistill.profiles import Run
 from permdistill.students import CONFIG_FILE
 from permdistill.training import read_log
@@ -24,9 +25,13 @@ _USE = {
 
 
 def _licence(name: str) -> str:
-    return next(
-        (asset.licence for key, asset in ASSETS.items() if key.startswith(f"{name}.") or key.startswith(f"{name}/")), ""
+    """Of a model or task, as tables name it; "" where it is not known."""
+    repo = (
+        hubsets.SETS[name].repo if name in hubsets.SETS else hubsets.SUMMEVAL_REPO if name.startswith("summeval") else name
     )
+    of_repos = (declared.licence for key, declared in REPOS.items() if repo in (key, key.split("/")[1]))
+    of_assets = (asset.licence for key, asset in ASSETS.items() if key.startswith((f"{name}.", f"{name}/")))
+    return next(of_assets, next(of_repos, ""))
 
 
 def card(folder: str | Path, measured: pd.DataFrame, teacher: str, train_tasks: Sequence[str]) -> str:

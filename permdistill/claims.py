@@ -13,13 +13,32 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from permdistill import debias, matrix, metrics, profiles, tables
+from permdistill import debias, hubsets, matrix, metrics, profiles, tables
 from permdistill.experiments import Scored
 from permdistill.metrics import Interval
+from permdistill.profiles import WHOLE_SUMMEVAL
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
 CLOSE = 0.02  # claim (c): accuracies within so much of each other are close
 TARGETS = Path(__file__).parent / "targets.csv"
+PAPERS_TEACHERS = {
+    "flan-t5-xl": "FlanT5-3B",
+    "flan-t5-xxl": "FlanT5-11B",
+    "Llama-2-7b-chat-hf": "Llama-2-7B",
+    "Llama-2-13b-chat-hf": "Llama-2-13B",
+}
+PAPERS_STUDENTS = {
+    "bert-base-uncased": "BERT-base",
+    "bert-large-uncased": "BERT-large",
+    "roberta-base": "RoBERTa-base",
+    "roberta-large": "RoBERTa-large",
+    "deberta-v3-base": "DeBERTa-base",
+    "deberta-v3-large": "DeBERTa-large",
+}
+RACE_PARTS = set(hubsets.RACE)
+# Which of our tasks make up what the paper calls multiple choice and SummEval.
+PAPERS_TASKS = dict.fromkeys((*hubsets.SETS, "arc_easy", "arc_challenge", "hellaswag"), "multiple choice")
+PAPERS_TASKS |= dict.fromkeys(WHOLE_SUMMEVAL, "SummEval")
 
 
 class Verdict(NamedTuple):
@@ -213,10 +232,41 @@ def targets(source: str, path: Path = TARGETS) -> pd.DataFrame:
     return frame[frame.source == source].drop(columns="source").reset_index(drop=True)
 
 
+def in_the_papers_words(t1: pd.DataFrame, t2: pd.DataFrame, t3: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The cells of T1, T2 and T3 that stand for the paper's, under its names, for :func:`check` with targets("paper").
+
+    RACE++ is T2 over its three parts together, SummEval's coherence a part of T3; students are those with the paper's joint
+    head. Sensitivity is that of the biased teacher, the mean over the paper's sets. Models or tasks that are not the paper's
+    give no cell.
+    """
+    parts = []
+    for name, table, task, ours in (
+        ("RACE++", t2 if RACE_PARTS <= set(t2.task) else t2[:0], "RACE++", "all"),
+        ("SummEval", t3, "SummEval coherence", "summeval16_coherence"),
+    ):
+        for row in table[table.task == ours].itertuples(index=False):
+            encoder, _, rest = str(row.system).partition(", joint head, ")
+            if row.kind == "student" and encoder in PAPERS_STUDENTS and rest in ("distillation", "error correction"):
+                who, treatment = PAPERS_STUDENTS[encoder], rest
+            elif row.kind in ("teacher", "debiased"):
+                who, treatment = {"teacher": "biased teacher", "debiased": "debiased teacher"}[str(row.kind)], ""
+            else:
+                continue
+            parts.append((f"paper_{name}", who, task, treatment, row.n, row.accuracy, row.ps))
+    biased = t1[t1.treatment == tables.BIASED]
+    for (teacher, task), rows in biased.groupby(["teacher", biased.task.map(PAPERS_TASKS)], sort=False):
+        if teacher in PAPERS_TEACHERS:
+            cell = (PAPERS_TEACHERS[str(teacher)], task, "biased", rows.n.sum(), rows.accuracy.mean(), rows.ps.mean())
+            parts.append(("paper_sensitivity", *cell))
+    cells = pd.DataFrame(parts, columns=["table", "teacher", "task", "treatment", "n", "accuracy", "ps"])
+    return {str(name): part for name, part in cells.groupby("table", sort=False)}
+
+
 def check(expected: pd.DataFrame, found: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Each target beside what ``found`` ({table name: table}) has for it, and whether it lies within the tolerance.
 
-    A target whose cell is not there, or has another number of questions, is "not testable here".
+    A target whose cell is not there, or has another number of questions, is "not testable here". A target without a number
+    of questions or a treatment asks for none.
     """
     rows = []
     for target in expected.itertuples(index=False):
@@ -224,9 +274,9 @@ def check(expected: pd.DataFrame, found: dict[str, pd.DataFrame]) -> pd.DataFram
         if (table := found.get(str(target.table))) is not None:
             who = table["teacher"] if "teacher" in table else table["system"]
             cell = table[(who == target.teacher) & (table.task == target.task)]
-            if "treatment" in table:
+            if "treatment" in table and not pd.isna(target.treatment):
                 cell = cell[cell.treatment == target.treatment]
-            if len(cell) == 1 and cell.n.iloc[0] == target.n:
+            if len(cell) == 1 and (pd.isna(target.n) or cell.n.iloc[0] == target.n):
                 value = float(cell[str(target.metric)].iloc[0])
         within = abs(value - float(target.value)) <= float(target.tolerance)
         verdict = NOT_TESTABLE if np.isnan(value) else CONFIRMED if within else NOT_CONFIRMED

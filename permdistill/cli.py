@@ -1,4 +1,4 @@
-"""Command line: ``permdistill fetch | score | audit | ask | measure`` (see ``permdistill COMMAND --help``)."""
+"""Command line: ``permdistill fetch | plan | score | audit | ask | measure ..`` (see ``permdistill COMMAND --help``)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import blackbox, data, experiments, matrix, profiles, scaleout, scores, tables
+from permdistill import blackbox, data, experiments, hub, matrix, plan, profiles, scaleout, scores, tables
 from permdistill.assets import ASSETS, AssetError, fetch
 from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
-from permdistill.jobs import Call, Job, calls_in_orders, drawn_calls, plan
+from permdistill.jobs import Call, Job, calls_in_orders, drawn_calls
+from permdistill.jobs import plan as plan_of
 from permdistill.orders import cyclic_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
@@ -50,19 +51,50 @@ def _questions(args: argparse.Namespace) -> dict[str, list[data.Question]]:
 
 
 def _score(args: argparse.Namespace) -> None:
-    jobs = _questions(args)
-    name, dtype = Path(args.teacher).name, getattr(torch, args.dtype)
-    teacher = None if args.workers else load_teacher(args.teacher, dtype)
-    store = scores.Store(Path(args.scores) / name)
+    if not args.profile:
+        _score_with(args.teacher, _questions(args), args)
+        return
+    settings = profiles.PROFILES[args.profile]
+    hub.check(profiles.repositories(settings))
+    by_teacher: dict[str, dict[str, list[data.Question]]] = {name: {} for name in settings.teachers}
+    for need in profiles.needs(settings):
+        task = need.load()
+        questions = data.unlabelled(task.questions) + data.content_free(task.questions)
+        by_teacher[need.teacher].setdefault(task.template.name, []).extend(questions)
+    for name, jobs in by_teacher.items():
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the teacher before is gone
+        _score_with(name, jobs, args)
+
+
+def _score_with(name: str, jobs: dict[str, list[data.Question]], args: argparse.Namespace) -> None:
+    store, dtype = scores.Store(Path(args.scores) / Path(name).name), getattr(torch, args.dtype)
+    key = model_key(name, dtype)
+    if not any(scores.lacking(store, questions, TEMPLATES[template], key) for template, questions in jobs.items()):
+        print(f"{Path(name).name}: all {sum(map(len, jobs.values()))} questions were in the store")
+        return
+    teacher = None if args.workers else load_teacher(name, dtype)
     for template, questions in jobs.items():
         if teacher is None:
-            make, key = partial(load_teacher, args.teacher, dtype), model_key(args.teacher, dtype)
+            make = partial(load_teacher, name, dtype)
             per_worker = (args.worker_cpus, args.worker_gpus)
             done = scaleout.score(store, make, key, questions, TEMPLATES[template], args.workers, *per_worker)
         else:
             done = scores.score(store, teacher, questions, TEMPLATES[template])
-        print(f"{name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
+        print(
+            f"{Path(name).name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store"
+        )
     store.compact()
+
+
+def _plan(args: argparse.Namespace) -> None:
+    settings, speed = profiles.PROFILES[args.profile], None
+    if args.measure:
+        task = profiles.load_task("arc_easy", "test")
+        groups = plan.sample(plan.grouped(data.unlabelled(task.questions)), 4)
+        speed = plan.rate(load_teacher(args.measure), groups, task.template)
+        print(f"{args.measure} here: {speed / 1e9:,.1f} GFLOP/s\n")
+    print(plan.report(settings, args.sample, speed))
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -120,7 +152,7 @@ def _ask(args: argparse.Namespace) -> None:
     ]
     count_tokens = _token_counter(args.tokenizer)
     for job in jobs:
-        print(f"{args.model}, template {job.template.name}, {args.mode}: {plan(job, store, prices, count_tokens)}")
+        print(f"{args.model}, template {job.template.name}, {args.mode}: {plan_of(job, store, prices, count_tokens)}")
     spent = store.spent
     total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
     print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
@@ -248,10 +280,22 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--workers", type=int, default=0, help=text)
             command.add_argument("--worker-cpus", type=float, default=1, help="of each worker: its threads (%(default)s)")
             command.add_argument("--worker-gpus", type=float, help="of each worker (default: 1 where the cluster has some)")
+            text = "all that this profile needs, of all of its teachers, instead of --teacher, --tasks and the like"
+            command.add_argument("--profile", choices=list(profiles.PROFILES), help=text)
         if name == "audit":
             command.add_argument("--n", type=int, default=8, help="questions per template")
             command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
         command.set_defaults(run=run, content_free=True)
+
+    text = "what a profile takes: questions, tokens, operations, GPU-hours, downloads, disk; downloads and loads no model"
+    command = commands.add_parser("plan", help=text, description=text)
+    command.add_argument("--profile", choices=list(profiles.PROFILES), default="full", help="(%(default)s)")
+    command.add_argument(
+        "--sample", type=int, default=plan.SAMPLE, help="groups of questions that are tokenised (%(default)s)"
+    )
+    text = "load this teacher, measure what this machine reaches with it, and say hours for this machine too"
+    command.add_argument("--measure", metavar="TEACHER", help=text)
+    command.set_defaults(run=_plan)
 
     text = "train the matrix of students (hours), and keep their predictions; continues where it was stopped"
     together = "; started with torchrun or accelerate launch, all processes train each student together"
@@ -328,8 +372,9 @@ def _json_object(text: str) -> dict:
 def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None = profiles.TASKS) -> None:
     """Which questions. ``tasks`` is the default; None: there is none, where a forgotten option would cost money."""
     where = command if tasks else command.add_mutually_exclusive_group(required=True)
-    names = ", ".join(profiles.TASKS)
-    where.add_argument("--tasks", nargs="+", choices=profiles.TASKS, default=tasks, metavar="TASK", help=names)
+    every = (*profiles.TASKS, *profiles.HUB_TASKS)
+    names = ", ".join(every)
+    where.add_argument("--tasks", nargs="+", choices=every, default=tasks, metavar="TASK", help=names)
     where.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
     command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
     command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import datasets
@@ -63,7 +63,8 @@ class BadRecords(ValueError):
     """Some records do not fit the schema; the message lists every one with its id, field, value and the fix."""
 
 
-def _problems(record: Mapping[str, Any]) -> list[str]:
+def problems(record: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one record, a line for each field; an empty list if it fits the schema."""
     found = []
 
     def bad(name: str, fix: str) -> None:
@@ -98,17 +99,17 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
 def validate(records: Iterable[Mapping[str, Any]], source: str = "records") -> list[Question]:
     """Records -> questions. Raises :class:`BadRecords` that lists every bad record."""
     questions: list[Question] = []
-    problems: list[str] = []
+    bad: list[str] = []
     seen: dict[str, int] = {}
     for row, record in enumerate(records):
         if not isinstance(record, Mapping):
-            problems.append(f"record {row}: is {record!r}: give an object with the fields {', '.join(FEATURES)}")
+            bad.append(f"record {row}: is {record!r}: give an object with the fields {', '.join(FEATURES)}")
             continue
-        found = _problems(record)
+        found = problems(record)
         name = record.get("id")
         if isinstance(name, str) and seen.setdefault(name, row) != row:
             found.append(f"field 'id' is {name!r}: already used by record {seen[name]}; ids must be unique")
-        problems += [f"record {row} (id {record.get('id')!r}): {p}" for p in found]
+        bad += [f"record {row} (id {record.get('id')!r}): {p}" for p in found]
         if not found:
             answer = record.get("answer")
             questions.append(
@@ -120,8 +121,8 @@ def validate(records: Iterable[Mapping[str, Any]], source: str = "records") -> l
                     None if answer is None else int(answer),
                 )
             )
-    if problems:
-        raise BadRecords(f"{source}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    if bad:
+        raise BadRecords(f"{source}: {len(bad)} problem(s)\n  " + "\n  ".join(bad))
     return questions
 
 
@@ -346,27 +347,44 @@ def load_summeval_pairs(
     carries no information about the systems. The documents keep the file's order; split them by document, never by pair.
     """
     rows = json.loads(fetch("summeval").read_text(encoding="utf-8"))
-    by_document: dict[str, list[dict]] = {}
-    for row in rows:
-        by_document.setdefault(row["doc_id"], []).append(row)
+    documents: dict[str, tuple[str, list[Summary]]] = {}
+    for row in sorted(rows, key=lambda row: row["system_id"]):
+        summary = Summary(row["system_id"], row["system_output"], row["scores"])
+        documents.setdefault(row["doc_id"], (row["source"], []))[1].append(summary)
+    in_order = {name: documents[name] for name in dict.fromkeys(row["doc_id"] for row in rows)}
+    return summary_pairs(in_order, n_systems, seed, attributes)
+
+
+class Summary(NamedTuple):
+    """One system's summary of a document, with its mean expert score for each attribute."""
+
+    system: str
+    text: str
+    scores: Mapping[str, float]
+
+
+def summary_pairs(
+    documents: Mapping[str, tuple[str, Sequence[Summary]]], n_systems: int, seed: int, attributes: Sequence[str]
+) -> dict[str, list[Question]]:
+    """{document id: (article, summaries)} -> {document id: questions}; see :func:`load_summeval_pairs`."""
     result = {}
-    for number, (document, summaries) in enumerate(by_document.items()):
+    for number, (document, (article, summaries)) in enumerate(documents.items()):
         # Some systems wrote the same summary; a pair of equal options is no question.
-        summaries = list({s["system_output"].strip(): s for s in sorted(summaries, key=lambda s: s["system_id"])}.values())
-        chosen = sorted(np.random.default_rng((seed, number)).permutation(len(summaries))[:n_systems])
+        different = list({s.text.strip(): s for s in summaries}.values())
+        chosen = sorted(np.random.default_rng((seed, number)).permutation(len(different))[:n_systems])
         records = []
         for i, j in combinations(chosen, 2):
-            a, b = summaries[i], summaries[j]
-            if crc32(f"{document} {a['system_id']} {b['system_id']}".encode()) % 2:
+            a, b = different[i], different[j]
+            if crc32(f"{document} {a.system} {b.system}".encode()) % 2:
                 a, b = b, a
             for attribute in attributes:
-                x, y = a["scores"][attribute], b["scores"][attribute]
+                x, y = a.scores[attribute], b.scores[attribute]
                 records.append(
                     {
-                        "id": f"summeval/{attribute}/{document}/{a['system_id']}-{b['system_id']}",
-                        "context": a["source"],
+                        "id": f"summeval/{attribute}/{document}/{a.system}-{b.system}",
+                        "context": article,
                         "question": ATTRIBUTES[attribute],
-                        "options": [a["system_output"], b["system_output"]],
+                        "options": [a.text, b.text],
                         "answer": None if x == y else int(y > x),
                     }
                 )

@@ -26,7 +26,7 @@ from permdistill.data import Question, content_free, from_jsonl, unlabelled
 from permdistill.endpoint import Endpoint
 from permdistill.jobs import Drawn, Job, calls_in_orders, drawn_calls
 from permdistill.orders import all_orders, cyclic_orders, to_positions
-from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, SUMMEVAL, Profile, Run, Task, load_task
+from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, Profile, Run, Task, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
@@ -162,7 +162,7 @@ def kinds(scored: Sequence[Scored]) -> dict[str, list[str]]:
     """Tasks by kind: {title: names}, SummEval's pairs apart from questions with as many options."""
     result: dict[str, list[str]] = {}
     for s in scored:
-        title = "SummEval, K = 2" if s.task.name in SUMMEVAL else f"multiple choice, K = {s.task.k}"
+        title = "SummEval, K = 2" if s.task.name.startswith("summeval") else f"multiple choice, K = {s.task.k}"
         result.setdefault(title, []).append(s.task.name)
     return result
 

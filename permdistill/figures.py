@@ -30,6 +30,12 @@ _LABELS = {
     "mmlu": "MMLU",
     "socialiqa": "SocialIQA",
     "piqa": "PIQA",
+    "race_middle": "RACE-M",
+    "race_high": "RACE-H",
+    "race_c": "RACE-C",
+    "cosmosqa": "COSMOS QA",
+    "medmcqa": "MedMCQA",
+    "reclor": "ReClor",
     "all": "all tasks",
 }
 

@@ -7,10 +7,12 @@ import gc
 import threading
 import time
 from types import TracebackType
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import psutil
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from transformers import PreTrainedModel
 
 
@@ -19,6 +21,29 @@ def has_bfloat16(device: torch.device | str = "cpu") -> bool:
     if torch.device(device).type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+SPARE = 4 << 30  # bytes of a GPU that a model's weights leave free, for the passes
+
+
+def placed(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a model where it computes: on the CPU where there is no GPU, on one GPU that holds it, else over all GPUs, and
+    main memory where they do not suffice (accelerate's device_map="auto"), whole layers at a time."""
+    if not torch.cuda.is_available():
+        return model
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if size + SPARE <= torch.cuda.mem_get_info()[0]:
+        return model.to("cuda")  # type: ignore[arg-type]  # a decorated method of torch
+    whole = list(model._no_split_modules or [])
+    memory = get_balanced_memory(model, no_split_module_classes=whole)
+    return spread(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole))
+
+
+def spread(model: PreTrainedModel, device_map: dict[str, Any], **settings: Any) -> PreTrainedModel:
+    """accelerate's dispatch_model, with the places at which logits are wanted left on the CPU: the output layer may lie on
+    another device than the input, and indices on the CPU suit any."""
+    skipped = [*(model._skip_keys_device_placement or []), "logits_to_keep"]
+    return dispatch_model(model, device_map, skip_keys=skipped, **settings)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The manifest of a run: what was run, on what, and what came of it.
 
 ``python -m permdistill.manifest BUILD`` writes ``BUILD/manifest.json``, the last file of ``make paper``: commit, versions,
-sha256 of every score file, parameters and times of every executed notebook, sha256 of every figure and table.
+revisions of the hub's repositories, sha256 of every score file, parameters and times of every executed notebook, sha256 of
+every figure and table.
 
 ``python -m permdistill.manifest BUILD --measure NAME -- COMMAND ...`` runs a command, hands on its exit status, and keeps
 its time and peak memory in ``BUILD/resources/NAME.json`` for the manifest.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from permdistill.assets import sha256_of
+from permdistill.hub import revisions
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +88,7 @@ def write(build: Path) -> Path:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "packages": dict(sorted({d.metadata["Name"].lower(): d.version for d in distributions()}.items())),
+        "revisions": revisions(),
         "scores": _hashes(ROOT / "scores", "*.parquet") | _hashes(build / "scores", "*.parquet", build.parent),
         "notebooks": _notebooks(build),
         "resources": resources,

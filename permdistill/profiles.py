@@ -6,7 +6,7 @@ audit and the tables always speak of the same questions. A :class:`Profile` says
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from permdistill import hubsets
 from permdistill.data import (
     ATTRIBUTES,
     MULTIPLE_CHOICE,
@@ -24,6 +25,7 @@ from permdistill.data import (
     sample,
     stratified,
 )
+from permdistill.hub import REPOS
 from permdistill.prompts import TEMPLATES, Template
 from permdistill.students import StudentConfig
 from permdistill.teachers import TEACHERS
@@ -37,6 +39,10 @@ TRAIN_DOCUMENTS = tuple(range(25, 43))
 SYSTEMS = 8  # of SummEval's 16, per document
 SUMMEVAL = tuple(f"summeval_{attribute}" for attribute in ATTRIBUTES)
 TASKS = (*MULTIPLE_CHOICE, *TEST_ONLY, *SUMMEVAL)
+# The paper's own, from the model hub, whole: all questions, and all pairs of SummEval's 16 systems.
+WHOLE_SUMMEVAL = tuple(f"summeval16_{attribute}" for attribute in ATTRIBUTES)
+HUB_TASKS = (*hubsets.SETS, *WHOLE_SUMMEVAL)
+WHOLE_TEST_DOCUMENTS = 50  # of 100; students learn from the others
 # Other ways to put the questions of some tasks; the first of each kind is the one that everything else uses.
 PROMPTS = {"letters": ("letters", "numbers", "brief"), "summaries": ("summaries", "summaries_letters")}
 PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "mmlu", "socialiqa", "piqa"), "summaries": SUMMEVAL}
@@ -74,17 +80,22 @@ class Task:
 
 
 def splits(name: str) -> tuple[str, ...]:
-    """The splits of one of :data:`TASKS`."""
-    return ("test",) if name in TEST_ONLY else ("test", "train")
+    """The splits of one of :data:`TASKS` or :data:`HUB_TASKS`."""
+    untrained = name in TEST_ONLY or (name in hubsets.SETS and "train" not in hubsets.SETS[name].splits)
+    return ("test",) if untrained else ("test", "train")
 
 
 def load_task(name: str, split: str, template: str = "") -> Task:
-    """One of :data:`TASKS`, with its usual template or another one. SummEval's splits have different documents."""
-    if name not in TASKS or split not in splits(name):
+    """One of :data:`TASKS` or :data:`HUB_TASKS`, with its usual template or another one. SummEval's splits have different
+    documents."""
+    every = (*TASKS, *HUB_TASKS)
+    if name not in every or split not in splits(name):
         raise ValueError(
-            f"task {name!r}, split {split!r}: give one of {', '.join(TASKS)} and test, or train, which "
-            f"{', '.join(TEST_ONLY)} do not have here"
+            f"task {name!r}, split {split!r}: give one of {', '.join(every)} and test, or train, which "
+            f"{', '.join(t for t in every if 'train' not in splits(t))} do not have here"
         )
+    if name in HUB_TASKS:
+        return _load_hub_task(name, split, template)
     if name not in SUMMEVAL:
         whole = load_multiple_choice(name, split)
         n = TEST_ONLY_QUESTIONS if name in TEST_ONLY else QUESTIONS
@@ -93,11 +104,27 @@ def load_task(name: str, split: str, template: str = "") -> Task:
         usual = TEMPLATES[template or "letters"]
         return Task(name, questions, usual, [q.id for q in questions], [name] * len(questions), whole.left_out)
     documents = load_summeval_pairs(SYSTEMS, SEED, [name.removeprefix("summeval_")])
+    return _pairs(name, documents, TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS, template or "summaries")
+
+
+def _pairs(name: str, documents: dict[str, list[Question]], places: Iterable[int], template: str) -> Task:
     every = list(documents)
-    names = [every[place] for place in (TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS)]
+    names = [every[place] for place in places]
     questions = [q for n in names for q in documents[n]]
     groups = [n for n in names for _ in documents[n]]
-    return Task(name, questions, TEMPLATES[template or "summaries"], groups, [name] * len(questions), {})
+    return Task(name, questions, TEMPLATES[template], groups, [name] * len(questions), {})
+
+
+def _load_hub_task(name: str, split: str, template: str) -> Task:
+    """The usual templates are the paper's: options as "A) ..", summaries as "Summary A: ..", labels " A"."""
+    if name in WHOLE_SUMMEVAL:
+        documents = hubsets.load_summeval([name.removeprefix("summeval16_")])
+        cut = min(WHOLE_TEST_DOCUMENTS, len(documents) // 2)
+        places = range(cut) if split == "test" else range(cut, len(documents))
+        return _pairs(name, documents, places, template or "summaries_letters")
+    whole = hubsets.load(name, split)
+    names = [q.id for q in whole.questions]
+    return Task(name, whole.questions, TEMPLATES[template or "brief"], names, [name] * len(names), whole.left_out)
 
 
 @dataclass(frozen=True)
@@ -190,6 +217,8 @@ class Profile:
     pairs            students for SummEval
     api_teacher      whom the black-box notebook asks, where the user has no API of her own
     n_api, draws     its questions, for training and testing together, and decisions for each training question
+    learnt           tasks that multiple-choice students learn and answer, as one
+    compared         the same for the students of pairs
     """
 
     teachers: tuple[str, ...]
@@ -204,13 +233,15 @@ class Profile:
     api_teacher: str = TEACHERS[1]
     n_api: int = 160
     draws: int = 16
+    learnt: tuple[str, ...] = tuple(MULTIPLE_CHOICE)
+    compared: tuple[str, ...] = SUMMEVAL
 
     def n_questions(self, teacher: str, task: str) -> int:
         """How many test questions of ``task`` are asked of ``teacher``, at most."""
         if teacher == self.teachers[0]:
             return self.n_test
         kinds: tuple[Collection[str], ...] = (MULTIPLE_CHOICE, TEST_ONLY, SUMMEVAL)
-        return next(n for n, kind in zip(self.n_others, kinds, strict=True) if task in kind)
+        return next((n for n, kind in zip(self.n_others, kinds, strict=True) if task in kind), self.n_test)
 
 
 def own_student(k: int) -> Run:
@@ -228,6 +259,34 @@ def black_box_students(k: int, draws: int) -> tuple[Run, ...]:
     return tuple(
         Run(StudentConfig("all-MiniLM-L6-v2", "per_option", inputs, k, 256), training, draws=draws)
         for inputs in ("prediction", "plain")
+    )
+
+
+# The paper does not say here which teacher's targets its students learn: Llama-2-13B is the one for which a gain of 7 points
+# from 61% on RACE++ is plausible (FlanT5's gains are small, Llama-2-7B's sensitivity is 0.66). Put another one first to see.
+PAPER_TEACHERS = (
+    "meta-llama/Llama-2-13b-chat-hf",
+    "meta-llama/Llama-2-7b-chat-hf",
+    "google/flan-t5-xxl",
+    "google/flan-t5-xl",
+)
+PAPER_ENCODERS = {  # and the learning rate of each: the paper gives none, these are the usual ones for RACE
+    "google-bert/bert-base-uncased": 2e-5,
+    "FacebookAI/roberta-base": 2e-5,
+    "microsoft/deberta-v3-base": 2e-5,
+    "google-bert/bert-large-uncased": 1e-5,
+    "FacebookAI/roberta-large": 1e-5,
+    "microsoft/deberta-v3-large": 1e-5,
+}
+
+
+def _paper_runs(k: int, epochs: int) -> tuple[Run, ...]:
+    """The paper's students, both inputs to the joint head, and beside each base encoder an exactly invariant one."""
+    return tuple(
+        Run(StudentConfig(encoder, head, inputs, k, 512), TrainingConfig(epochs, rate, micro_tokens=16384))
+        for encoder, rate in PAPER_ENCODERS.items()
+        for head, inputs in (("joint", "plain"), ("joint", "prediction"), ("per_option", "plain"))
+        if head == "joint" or "large" not in encoder
     )
 
 
@@ -277,7 +336,66 @@ PROFILES = {
             _bi_encoder("all-mpnet-base-v2", 2, 256, TrainingConfig(epochs=1, learning_rate=5e-5, batch_size=28)),
         ),
     ),
+    # The paper at its own scale: for GPUs, and whoever may use Llama 2.
+    "paper": Profile(
+        teachers=PAPER_TEACHERS,
+        tasks=(*hubsets.SETS, *MULTIPLE_CHOICE, *TEST_ONLY, *WHOLE_SUMMEVAL),
+        n_test=10**9,
+        n_train=10**9,
+        n_others=(10**9, 10**9, 10**9),
+        n_prompts=(80, 5 * 28),
+        n_students=(10**9, 10**9),
+        multiple_choice=_paper_runs(4, epochs=2),
+        pairs=_paper_runs(2, epochs=3),
+        learnt=hubsets.RACE,
+        compared=WHOLE_SUMMEVAL,
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Need:
+    """Scores that a table needs: the first ``n`` questions of a task and split, in a template ("": the usual one)."""
+
+    table: str
+    teacher: str
+    task: str
+    split: str
+    n: int
+    template: str = ""
+
+    def load(self) -> Task:
+        """The questions."""
+        return load_task(self.task, self.split, self.template).first(self.n)
+
+
+def needs(settings: Profile) -> list[Need]:
+    """All scores that a profile's tables are made of, none twice: T1 (and D1) of every teacher, and of the first one the
+    training questions of T2 and T3, and R1, the same questions in other words."""
+    found = [
+        Need("T1", teacher, task, "test", n)
+        for teacher in settings.teachers
+        for task in settings.tasks
+        if (n := settings.n_questions(teacher, task))
+    ]
+    first = settings.teachers[0]
+    for table, tasks, place in (("T2", settings.learnt, 0), ("T3", settings.compared, 1)):
+        found += [Need(table, first, task, "train", settings.n_train) for task in tasks]
+        found += [Need(table, first, t, "test", settings.n_students[place]) for t in tasks if t not in settings.tasks]
+    for (kind, tasks), n in zip(PUT_DIFFERENTLY.items(), settings.n_prompts, strict=True):
+        usual, *others = PROMPTS[kind]
+        tasks = tasks if n else ()
+        templates = [usual] * (not set(tasks) <= set(settings.tasks)) + others
+        found += [Need("R1", first, task, "test", n, template) for template in templates for task in tasks]
+    return found
+
+
+def repositories(settings: Profile) -> list[str]:
+    """What a profile needs of :data:`permdistill.hub.REPOS`: teachers, encoders, data."""
+    sets = [hubsets.SETS[task].repo for task in settings.tasks if task in hubsets.SETS]
+    sets += [hubsets.SUMMEVAL_REPO] * bool(set(WHOLE_SUMMEVAL) & set(settings.tasks))
+    encoders = [run.student.encoder for run in (*settings.multiple_choice, *settings.pairs)]
+    return [name for name in dict.fromkeys([*settings.teachers, *encoders, *sets]) if name in REPOS]
 
 
 @dataclass(frozen=True)

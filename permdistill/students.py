@@ -49,6 +49,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from permdistill import hub
 from permdistill.assets import ASSETS, fetch_folder, sha256_of
 from permdistill.batches import by_length
 from permdistill.data import Question
@@ -386,20 +387,25 @@ def encoder_key(name: str) -> str:
     """Identifies an encoder by the content of its weights where they are at hand: changed weights, changed key."""
     if _is_asset(name):
         return f"sha256:{ASSETS[f'{name}/model.safetensors'].sha256}"
-    weights = sorted(Path(name).glob("*.safetensors"))
-    return f"sha256:{','.join(sha256_of(w) for w in weights)}" if weights else f"hub:{name}"
+    source, revision = hub.locate(name)
+    weights = sorted(Path(source).glob("*.safetensors"))
+    if weights:
+        return f"sha256:{','.join(sha256_of(w) for w in weights)}"
+    return f"hub:{name}@{revision}" if revision else f"hub:{name}"
 
 
 def _is_asset(name: str) -> bool:
     return f"{name}/model.safetensors" in ASSETS
 
 
-def _load(config: StudentConfig, source: str, seed: int = 0) -> Student:
-    tokenizer = AutoTokenizer.from_pretrained(source)
+def _load(config: StudentConfig, name: str, seed: int = 0) -> Student:
+    source, revision = hub.locate(name)
+    at: dict[str, Any] = {"revision": revision} if revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(source, **at)
     labels = dict(enumerate(LABELS[: config.k]))
-    settings: dict[str, Any] = {"dtype": torch.float32}
+    settings: dict[str, Any] = {"dtype": torch.float32, **at}
     # Dropout on attention probabilities keeps torch from its fused attention: training takes 3 times as long with it.
-    if hasattr(AutoConfig.from_pretrained(source), "attention_probs_dropout_prob"):
+    if hasattr(AutoConfig.from_pretrained(source, **at), "attention_probs_dropout_prob"):
         settings["attention_probs_dropout_prob"] = 0.0
     with _quiet():
         torch.manual_seed(seed)  # what a checkpoint lacks, here the head, is drawn inside from_pretrained

@@ -1,8 +1,9 @@
 """Teachers: questions and orders -> scores. A score array has the axes (item, order, option).
 
 :class:`CausalTeacher` is the white-box teacher: a decoder-only language model behind its own chat template, whose
-next-token probabilities of the K label words are read at the start of the assistant's turn. :class:`PlantedTeacher` has a
-bias that is known in closed form, for tests and for trying out one's own analysis.
+next-token probabilities of the K label words are read at the start of the assistant's turn. :class:`Seq2SeqTeacher` is an
+encoder-decoder (FlanT5): they are read at the decoder's first step. :class:`PlantedTeacher` has a bias that is known in
+closed form, for tests and for trying out one's own analysis.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from permdistill import batches, trie
+from permdistill import batches, hub, trie
 from permdistill.assets import ASSETS, cache_dir, fetch, locked, sha256_of
 from permdistill.data import Question
-from permdistill.machine import has_bfloat16, with_packed_linears
+from permdistill.machine import has_bfloat16, placed, with_packed_linears
 from permdistill.orders import to_options
 from permdistill.prompts import Template
 
@@ -125,6 +134,37 @@ class CausalTeacher:
 
 
 @dataclass
+class Seq2SeqTeacher(CausalTeacher):
+    """An encoder-decoder: the encoder reads the question, and the decoder's first token is the answer.
+
+    There is no chat template, and no place for a template's ``answer_prefix``: the label stands alone in the decoder. (T5's
+    tokenizer reads a line break as a space.)
+    """
+
+    def prompt(self, question: Question, order: Sequence[int], template: Template) -> str:
+        """What the encoder reads, as text."""
+        return template.user_message(question, order)
+
+    def label_tokens(self, k: int, template: Template) -> list[int]:
+        """Ids of the first K label words as the decoder's first token. Raises ValueError as for a decoder-only LM."""
+        encoded = [self.tokenizer.encode(label, add_special_tokens=False) for label in template.labels[:k]]
+        for label, tokens in zip(template.labels, encoded, strict=False):
+            if len(tokens) != 1:
+                raise ValueError(
+                    f"label {label!r} of template {template.name!r} is not one token of {self.name} (token ids {tokens}): "
+                    "choose other labels"
+                )
+        if len({tokens[0] for tokens in encoded}) != k:
+            raise ValueError(f"labels {template.labels[:k]} of template {template.name!r} share a token: {encoded}")
+        return [tokens[0] for tokens in encoded]
+
+    def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:
+        """Token ids of the encoder's inputs with the tokenizer's end of text: (item x order) lists."""
+        texts = [self.prompt(q, order, template) for q in questions for order in orders]
+        return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+
+
+@dataclass
 class PlantedTeacher:
     """log P(o | x, order) = preference of the option + bias of the position it stands at, renormalised.
 
@@ -162,20 +202,25 @@ def model_key(name: str, dtype: torch.dtype = DTYPE) -> str:
     """Identifies a teacher's weights and number format: part of the content key of its scores.
 
     ``name`` is one of :data:`TEACHERS`, a local folder with safetensors (its config, tokenizer and chat template count
-    too), or a repository of the model hub (by name: a repository that changes keeps its key). Raises ValueError for a
-    folder without safetensors, whose weights could not be told from others.
+    too), or a repository of the model hub (by name and, for those of :data:`permdistill.hub.REPOS`, commit: any other
+    repository that changes keeps its key). Raises ValueError for a folder without safetensors, whose weights could not be
+    told from others.
     """
     if f"{name}.gguf" in ASSETS:
         weights = f"sha256:{ASSETS[f'{name}.gguf'].sha256}"
-    elif Path(name).is_dir():
-        if not (files := sorted(Path(name).glob("*.safetensors"))):
-            raise ValueError(f"{name} has no *.safetensors: save the model there with save_pretrained")
-        for pattern in ("config.json", "tokenizer*", "chat_template*"):
-            files += sorted(Path(name).glob(pattern))
-        weights = "sha256:" + ",".join(sha256_of(f) for f in files)
     else:
-        weights = f"hub:{name}"
+        source, revision = hub.locate(name)
+        weights = _folder_key(source) if Path(source).is_dir() else f"hub:{name}{f'@{revision}' if revision else ''}"
     return f"{weights} {str(dtype).removeprefix('torch.')}, float32 head"
+
+
+def _folder_key(folder: str) -> str:
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors: save the model there with save_pretrained")
+    for pattern in ("config.json", "tokenizer*", "chat_template*"):
+        files += sorted(Path(folder).glob(pattern))
+    return "sha256:" + ",".join(sha256_of(f) for f in files)
 
 
 def fast_dtype() -> torch.dtype:
@@ -190,13 +235,15 @@ def teacher_folder(name: str) -> str:
 
 def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int | None = None) -> CausalTeacher:
     """A teacher of the registry by name (:data:`TEACHERS`), a local folder, or a repository of the model hub."""
-    folder = teacher_folder(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a decorated method of torch
-    model.eval()
-    model = with_packed_linears(with_float32_head(model))
-    return CausalTeacher(Path(name).name, model, tokenizer, model_key(name, dtype), max_tokens)
+    key = model_key(name, dtype)
+    source, revision = (teacher_folder(name), None) if f"{name}.gguf" in ASSETS else hub.locate(name)
+    at: dict[str, Any] = {"revision": revision} if revision else {}
+    tokenizer = AutoTokenizer.from_pretrained(source, **at)
+    seq2seq = AutoConfig.from_pretrained(source, **at).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_pretrained(source, dtype=dtype, **at).eval()
+    model = with_packed_linears(placed(with_float32_head(model)))
+    return (Seq2SeqTeacher if seq2seq else CausalTeacher)(Path(name).name, model, tokenizer, key, max_tokens)
 
 
 def with_float32_head(model: PreTrainedModel) -> PreTrainedModel:

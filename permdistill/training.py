@@ -321,7 +321,7 @@ def _run(
         losses, kls, seconds = state["losses"], state.get("kls", []), state["seconds"]
         student.scale = state.get("scale", 1.0)
     elif config.head == "bi_encoder":
-        student.scale = _first_scale(student, training, taught, autocast)
+        student.scale = processes.share(_first_scale(student, training, taught, autocast))
     started = time.monotonic() - seconds
     saved = time.monotonic()
 

@@ -184,7 +184,7 @@ def _forward(model: PreTrainedModel, trie: Trie, tokens: Sequence[int], max_toke
             attention_mask=_mask(trie, step, model),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=torch.from_numpy(ends - step.start).to(model.device) if len(ends) else 1,
+            logits_to_keep=torch.from_numpy(ends - step.start) if len(ends) else 1,  # on the CPU: see machine.placed
         ).logits[0]
         held = step.held
         if len(ends):

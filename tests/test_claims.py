@@ -120,6 +120,40 @@ def test_the_targets_file_holds_the_papers_numbers_and_ours():
         claims.targets("mine")
 
 
+def test_the_papers_cells_are_found_under_its_names():
+    race, pairs = ("race_middle", "race_high", "race_c"), "summeval16_coherence"
+    rows = [("t, biased", "teacher", 0.61, 0.3), ("t, all-orders average", "debiased", 0.7, 0.0)]
+    rows += [("roberta-large, joint head, error correction", "student", 0.675, 0.1)]
+    rows += [("roberta-large, joint head, distillation", "student", 0.5, 0.1)]
+    rows += [("roberta-large, per-option head, distillation", "student", 0.9, 0.0)]
+    rows += [("deberta-v3-large, joint head, distillation", "student", 0.65, 0.1)]
+    rows += [("all-MiniLM-L6-v2, joint head, distillation", "student", 0.2, 0.1)]
+    systems = pd.DataFrame(rows, columns=["system", "kind", "accuracy", "ps"]).assign(n=100)
+    t2, t3 = (pd.concat([systems.assign(task=task) for task in tasks]) for tasks in ((*race, "all"), (pairs, "all")))
+    t1 = pd.DataFrame(
+        [("flan-t5-xl", task, ps) for task, ps in (("race_c", 0.1), ("medmcqa", 0.14), (pairs, 0.4), ("piqa", 0.9))]
+        + [("flan-t5-xxl", pairs, 0.5), ("smollm2-135m", "race_c", 0.1)],
+        columns=["teacher", "task", "ps"],
+    ).assign(treatment=tables.BIASED, n=100, accuracy=0.5)
+    checked = claims.check(claims.targets("paper"), claims.in_the_papers_words(t1, t2, t3))
+    rows = checked.fillna({"treatment": "", "found": -1.0}).itertuples()
+    found = {(r.table.removeprefix("paper_"), r.teacher, r.treatment, r.task): (r.found, r.verdict) for r in rows}
+    assert found["RACE++", "biased teacher", "", "RACE++"] == (0.61, CONFIRMED)
+    assert found["RACE++", "debiased teacher", "", "RACE++"] == (0.7, CONFIRMED)
+    assert found["RACE++", "RoBERTa-large", "error correction", "RACE++"] == (0.675, CONFIRMED)
+    assert found["RACE++", "RoBERTa-large", "distillation", "RACE++"] == (0.5, NOT_CONFIRMED)
+    assert found["RACE++", "BERT-base", "distillation", "RACE++"] == (-1, NOT_TESTABLE)
+    assert found["SummEval", "DeBERTa-large", "distillation", "SummEval coherence"] == (0.65, CONFIRMED)
+    # Means over the paper's sets, of which PIQA is none.
+    assert found["sensitivity", "FlanT5-3B", "biased", "multiple choice"] == (pytest.approx(0.12), CONFIRMED)
+    assert found["sensitivity", "FlanT5-11B", "biased", "SummEval"] == (0.5, NOT_CONFIRMED)
+    assert found["sensitivity", "FlanT5-11B", "biased", "multiple choice"] == (-1, NOT_TESTABLE)
+    # The laptop's tables hold no cell of the paper's.
+    laptop = [t.assign(task=t.task.replace(dict.fromkeys((*race, pairs), "arc_easy"))) for t in (t2, t3)]
+    nothing = claims.in_the_papers_words(t1[t1.teacher == "smollm2-135m"], *laptop)
+    assert set(claims.check(claims.targets("paper"), nothing).verdict) == {NOT_TESTABLE}
+
+
 def test_difference_of_independent_intervals():
     difference = claims._difference(Interval(0.5, 0.47, 0.54), Interval(0.2, 0.16, 0.23))
     assert difference == pytest.approx((0.3, 0.3 - 0.03 * 2**0.5, 0.3 + 0.04 * 2**0.5))

@@ -176,6 +176,7 @@ def test_profiles_name_each_run_once_and_fit_their_tasks():
         names = [run.name for run in (*profile.multiple_choice, *profile.pairs)]
         assert len(set(names)) == len(names)
         assert {run.student.k for run in profile.multiple_choice} == {4} and {run.student.k for run in profile.pairs} == {2}
+    for profile in (profiles.PROFILES["smoke"], profiles.PROFILES["full"]):
         assert {run.student.head for run in profile.pairs} == set(HEADS)
         assert {(run.student.head, run.student.inputs) for run in profile.multiple_choice} >= {
             *((head, inputs) for head in ("joint", "per_option") for inputs in ("plain", "prediction")),

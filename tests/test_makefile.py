@@ -30,7 +30,7 @@ def test_help_lists_every_target_and_setting():
     assert make().stdout == shown
 
 
-@pytest.mark.parametrize("setting, known", [("TEACHER=alive", "committed or live"), ("PROFILE=ful", "smoke or full")])
+@pytest.mark.parametrize("setting, known", [("TEACHER=alive", "committed or live"), ("PROFILE=ful", "smoke, full or paper")])
 def test_unknown_values_are_refused_with_the_known_ones(setting, known):
     result = make("paper", setting)
     assert result.returncode != 0

@@ -1,0 +1,159 @@
+"""Loaders of the hub's data sets, on files in each set's true layout that :mod:`tiny_hub` writes."""
+
+from __future__ import annotations
+
+import shutil
+
+import datasets
+import pytest
+import tiny_hub
+
+from permdistill import hub, hubsets, profiles
+from permdistill.assets import AssetError
+from permdistill.hub import REPOS
+from permdistill.hubsets import RACE, SETS
+
+N = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    home = tmp_path_factory.mktemp("hub")
+    for name, repo in REPOS.items():
+        if repo.kind == "dataset":
+            tiny_hub.write_data(home, name, N)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def tiny(folder, monkeypatch):
+    monkeypatch.setenv(hub.LOCAL, str(folder))
+    return folder
+
+
+def changed(folder, tmp_path, monkeypatch, name: str, path: str, change) -> None:
+    """Another hub, in which a function has changed the rows of one file."""
+    shutil.copytree(folder / name, tmp_path / name)
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / name / path), split="train")
+    change(rows).to_parquet(str(tmp_path / name / path))
+    monkeypatch.setenv(hub.LOCAL, str(tmp_path))
+
+
+@pytest.mark.parametrize("task", SETS)
+def test_questions_and_gold_answers_are_those_of_the_files(task):
+    own = SETS[task]
+    seeds = {"race_high": (0, 2), "race_middle": (3, 5), "race_c": (20, 22), "cosmosqa": (None, 31), "medmcqa": (None, 41)}
+    for split, seed in zip(("train", "test"), seeds.get(task, (None, 51)), strict=True):
+        if split not in own.splits:
+            with pytest.raises(ValueError, match=f"task '{task}', split 'train': give one of test"):
+                hubsets.load(task, split)
+            continue
+        loaded = hubsets.load(task, split)
+        assert len(loaded.questions) == N and not loaded.left_out
+        for number, (question, made) in enumerate(zip(loaded.questions, tiny_hub.texts(seed), strict=False)):
+            passage, text, options, answer = made
+            assert question.options == tuple(options) and question.options[question.answer] == options[answer]
+            assert question.question == (f"{number}. {text}" if task == "medmcqa" else text)
+            if task == "medmcqa":
+                assert question.context == ""
+            elif not task.startswith("race_") or task == "race_c" or number % 2 == 0:
+                assert question.context == passage
+            else:
+                assert question.context == loaded.questions[number - 1].context
+        assert {question.answer for question in loaded.questions} > {loaded.questions[0].answer}
+
+
+def test_ids_name_the_texts_whatever_the_rows_order(folder, tmp_path, monkeypatch):
+    before = {q.id: q for q in hubsets.load("race_high", "test").questions}
+    assert all(name.startswith("race_high/test/") for name in before)
+    changed(
+        folder,
+        tmp_path,
+        monkeypatch,
+        "ehovy/race",
+        "high/test-00000-of-00001.parquet",
+        lambda rows: rows.select(range(7, 1, -1)),
+    )
+    after = {q.id: q for q in hubsets.load("race_high", "test").questions}
+    assert len(after) == 6 and after.items() <= before.items()
+    # Two questions on one passage, whose example_id they share, are two.
+    (first, *_), (second, *_) = [(q.id, q) for q in before.values()][:2]
+    assert first != second
+
+
+def test_rows_that_do_not_fit_are_counted_and_many_are_an_error(folder, tmp_path, monkeypatch):
+    path = "data/validation-00000-of-00001.parquet"
+
+    def spoil(n):
+        def change(rows):
+            kept = rows.to_list()
+            for row in kept[:n]:
+                row["answers"] = [row["answers"][0]] * 4
+            return datasets.Dataset.from_list([*kept, kept[-1]], features=rows.features)
+
+        return change
+
+    changed(folder, tmp_path, monkeypatch, "metaeval/reclor", path, spoil(2))
+    loaded = hubsets.load("reclor", "test")
+    assert loaded.left_out == {"does not fit the schema": 2, "repeated": 1} and len(loaded.questions) == N - 2
+    shutil.rmtree(tmp_path / "metaeval")
+    (tmp_path / "more").mkdir()
+    changed(folder, tmp_path / "more", monkeypatch, "metaeval/reclor", path, spoil(3))
+    with pytest.raises(ValueError, match="metaeval/reclor, test: 3 of 9 rows do not fit.*repeated"):
+        hubsets.load("reclor", "test")
+
+
+def test_changed_columns_and_missing_data_are_errors_with_their_names(folder, tmp_path, monkeypatch):
+    path = "data/test-00000-of-00001.parquet"
+    changed(folder, tmp_path, monkeypatch, "tasksource/race-c", path, lambda rows: rows.rename_column("option", "options"))
+    with pytest.raises(AssetError, match="tasksource/race-c"):  # datasets itself finds that the splits differ
+        hubsets.load("race_c", "test")
+    for split in ("train", "validation"):
+        file = tmp_path / "tasksource/race-c" / path.replace("test", split)
+        rows = datasets.load_dataset("parquet", data_files=str(file), split="train").rename_column("option", "options")
+        rows.to_parquet(str(file))
+    with pytest.raises(AssetError, match=r"no column 'option' \(columns: id, article, question, options, label\)"):
+        hubsets.load("race_c", "test")
+    with pytest.raises(AssetError, match="holds no folder ehovy/race"):
+        hubsets.load("race_high", "test")
+
+
+def test_training_questions_that_stand_in_any_held_out_part_of_race_are_left_out(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "ehovy/race", tmp_path / "ehovy/race")
+    test = datasets.load_dataset(
+        "parquet", data_files=str(folder / "ehovy/race/middle/test-00000-of-00001.parquet"), split="train"
+    )
+
+    def leak(rows):
+        taken = test[0]
+        row = {"id": "x", "article": "Else.", "question": taken["question"], "option": taken["options"][::-1], "label": 0}
+        return datasets.Dataset.from_list([*rows.to_list(), row], features=rows.features)
+
+    changed(folder, tmp_path, monkeypatch, "tasksource/race-c", "data/train-00000-of-00001.parquet", leak)
+    loaded = hubsets.load("race_c", "train")
+    assert loaded.left_out == {"also held out": 1} and len(loaded.questions) == N
+
+
+def test_all_pairs_of_summeval_by_document():
+    tests, trains = (profiles.load_task("summeval16_coherence", split) for split in ("test", "train"))
+    assert len(tests.questions) == len(trains.questions) == N // 2 * 6  # 4 systems: 6 pairs
+    assert not set(tests.groups) & set(trains.groups)
+    assert tests.template.name == "summaries_letters" and tests.k == 2
+    rows = {row["id"]: row for row in tiny_hub._summeval(N, 4)}
+    for question in tests.questions:
+        _, _, document, pair = question.id.split("/")
+        first, second = (rows[document]["coherence"][int(system)] for system in pair.split("-"))
+        assert question.options == tuple(rows[document]["machine_summaries"][int(system)] for system in pair.split("-"))
+        assert question.answer == (None if first == second else int(second > first))
+        assert question.context == rows[document]["text"]
+
+
+def test_paper_tasks_are_known_and_race_is_what_students_learn():
+    for task in profiles.PROFILES["paper"].tasks:
+        assert "test" in profiles.splits(task)
+    assert profiles.PROFILES["paper"].learnt == RACE
+    assert profiles.splits("medmcqa") == ("test",) and profiles.splits("race_c") == ("test", "train")
+    with pytest.raises(ValueError, match="task 'race', split 'test'.*race_middle"):
+        profiles.load_task("race", "test")
+    assert sum(SETS[task].sizes["train"] for task in RACE) == 100_568  # as the paper counts them
+    assert sum(SETS[task].sizes["test"] for task in RACE) == 5_642

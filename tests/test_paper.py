@@ -1,0 +1,82 @@
+"""`make paper PROFILE=paper` to the last figure, offline, with a folder of tiny models and data in the place of the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import tiny_hub
+
+from permdistill import claims, hub, profiles
+
+ROOT = Path(__file__).parent.parent
+PAPER = profiles.PROFILES["paper"]
+
+
+def checkout(folder: Path) -> Path:
+    """The sources, with fewer questions of the sets that do not come from the hub: those alone would take half an hour."""
+    skipped = shutil.ignore_patterns(".*", "build", "scores", "predictions", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, folder, ignore=skipped)
+    path = folder / "permdistill" / "profiles.py"
+    text = path.read_text(encoding="utf-8")
+    for name in ("QUESTIONS", "TEST_ONLY_QUESTIONS"):
+        text, n = re.subn(rf"^{name} = \d+", f"{name} = 12", text, flags=re.M)
+        assert n == 1
+    text, n = re.subn(
+        r"n_prompts=\(80, 5 \* 28\),\n        n_students=\(10\*\*9",
+        "n_prompts=(12, 5 * 28),\n        n_students=(10**9",
+        text,
+    )
+    assert n == 1
+    path.write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.long
+def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
+    tiny_hub.write(tmp_path / "hub", n=10)
+    home = checkout(tmp_path / "checkout")
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), hub.LOCAL: str(tmp_path / "hub")}
+    environment = os.environ | settings | {"PYTHONPATH": str(home), "TQDM_DISABLE": "1"}
+    command = ["make", "paper", "PROFILE=paper", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    build = home / "build"
+    made = json.loads((build / "manifest.json").read_text())
+    assert list(made["notebooks"]) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert all(notebook["parameters"]["profile"] == "paper" for notebook in made["notebooks"].values())
+    assert set(made["revisions"]) == set(hub.REPOS)
+    scores = {path.parent.name for path in (build / "scores").glob("*/scores.parquet")}
+    assert scores == {Path(name).name for name in PAPER.teachers}
+    tables = {path.stem: pd.read_csv(path) for path in (build / "paper" / "tables").glob("*.csv")}
+    figures = {path.stem for path in (build / "paper" / "figures").glob("*.png")}
+    assert {"T1_teachers", "T2_students_multiple_choice", "T3_students_summeval", "F5_sensitivity_accuracy"} <= figures
+    assert set(tables["T1_teachers"].teacher) == scores
+    assert set(tables["T1_teachers"].task) == set(PAPER.tasks)
+    students = tables["T2_students_multiple_choice"]
+    assert set(students.task) == {*PAPER.learnt, "all"}
+    assert set(students[students.kind == "student"].system) == {run.title for run in PAPER.multiple_choice}
+
+    # Whoever runs the profile gets a verdict for each cell of the paper.
+    names = ("T1_teachers", "T2_students_multiple_choice", "T3_students_summeval")
+    checked = claims.check(claims.targets("paper"), claims.in_the_papers_words(*(tables[name] for name in names)))
+    assert set(checked.verdict) <= {claims.CONFIRMED, claims.NOT_CONFIRMED} and checked.found.notna().all()
+
+    again = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert "nothing to do" in again.stdout, again.stdout[-2000:]
+
+
+def test_make_scores_the_papers_own_models_itself(tmp_path):
+    command = ["make", "-n", "paper", "PROFILE=paper", "TEACHER=committed", f"BUILD={tmp_path}/build"]
+    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert f'permdistill.cli score --profile paper --scores "{tmp_path}/build/scores"' in planned
+    assert "permdistill.cli audit" not in planned and "--teacher" not in planned
+    assert f'-r scores "{tmp_path}/build/scores"' in planned and "-r profile paper" in planned
