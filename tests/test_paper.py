@@ -26,15 +26,13 @@ def checkout(folder: Path) -> Path:
     shutil.copytree(ROOT, folder, ignore=skipped)
     path = folder / "permdistill" / "profiles.py"
     text = path.read_text(encoding="utf-8")
-    for name in ("QUESTIONS", "TEST_ONLY_QUESTIONS"):
-        text, n = re.subn(rf"^{name} = \d+", f"{name} = 12", text, flags=re.M)
-        assert n == 1
-    text, n = re.subn(
-        r"n_prompts=\(80, 5 \* 28\),\n        n_students=\(10\*\*9",
-        "n_prompts=(12, 5 * 28),\n        n_students=(10**9",
-        text,
-    )
-    assert n == 1
+    for pattern, fewer in (
+        (r"^QUESTIONS = \d+", "QUESTIONS = 12"),
+        (r"^TEST_ONLY_QUESTIONS = \d+", "TEST_ONLY_QUESTIONS = 12"),
+        (r"n_prompts=\(80, 5 \* 28\),(?=\n +n_students=\(10)", "n_prompts=(12, 5 * 28),"),  # the paper profile's
+    ):
+        text, n = re.subn(pattern, fewer, text, flags=re.M)
+        assert n == 1, pattern
     path.write_text(text, encoding="utf-8")
     return folder
 
