@@ -198,7 +198,7 @@ class Profile:
     multiple_choice: tuple[Run, ...]
     pairs: tuple[Run, ...]
     api_teacher: str = TEACHERS[1]
-    n_api: int = 160
+    n_api: int = 100
     draws: int = 16
 
     def n_questions(self, teacher: str, task: str) -> int:
