@@ -231,7 +231,7 @@ class Profile:
     multiple_choice: tuple[Run, ...]
     pairs: tuple[Run, ...]
     api_teacher: str = TEACHERS[1]
-    n_api: int = 160
+    n_api: int = 100
     draws: int = 16
     learnt: tuple[str, ...] = tuple(MULTIPLE_CHOICE)
     compared: tuple[str, ...] = SUMMEVAL
