@@ -173,8 +173,11 @@ def rivals(test: Scored) -> list[System]:
 
 
 def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
-    """Cells by teacher and tasks: the teacher's name, the test questions, and the cells, none twice."""
+    """Cells by teacher and tasks: the teacher's name, the test questions, and the cells, none twice. Raises
+    MissingPredictions when there are none."""
     cells = list(dict.fromkeys(cells))
+    if not cells:
+        raise MissingPredictions("none of these students' predictions are stored: run `make students`")
     for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
         own = [cell for cell in cells if (cell.teacher, cell.tasks) == (teacher, tasks)]
         yield Path(teacher).name, data(teacher, tasks)[1], own

@@ -361,7 +361,9 @@ def _sequences(run: Run, question: Question) -> list[int]:
     if tokenizer is None:
         found = [len(guessed_tokens(" ".join(pair))) + 3 for pair in pairs]
     else:
-        found = [len(ids) for ids in tokenizer([a for a, _ in pairs], [b for _, b in pairs], verbose=False)["input_ids"]]
+        together = ([a for a, _ in pairs], [b for _, b in pairs])
+        given = ([a or b for a, b in pairs],) if run.student.head == "bi_encoder" else together
+        found = [len(ids) for ids in tokenizer(*given, verbose=False)["input_ids"]]
     return [min(length, run.student.max_length) for length in found]
 
 

@@ -83,6 +83,8 @@ def test_levels_and_coverage(cell, tmp_path, monkeypatch):
     assert levels["student of exact targets"] == pytest.approx(metrics.accuracy(student, gold).mean())
     monkeypatch.setattr(matrix, "MATRIX", {"first": (cell,), "both": (cell, other, other)})
     assert matrix.coverage(tmp_path / "kept").to_numpy().tolist() == [["first", 1, 1], ["both", 1, 2]]
+    with pytest.raises(matrix.MissingPredictions, match="none of these .* run `make students`"):
+        matrix.effects(matrix.available([other], tmp_path / "kept"), "draws")
     # A student that stands in two parts counts once, and "all questions" has a number.
     table = matrix.effects([cell, cell], "n_train", folder=tmp_path / "kept")
     assert table.n_train.tolist() == [24] and table.seeds.tolist() == [1]
