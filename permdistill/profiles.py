@@ -300,7 +300,7 @@ PROFILES = {
         n_train=32,
         n_others=(84, 84, 84),
         n_prompts=(40, 140),
-        n_students=(84, 84),
+        n_students=(48, 84),
         multiple_choice=(
             *_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
             _bi_encoder("all-MiniLM-L6-v2", 4, 128, _TINY),

@@ -81,7 +81,7 @@ def test_scores_from_another_harness(tmp_path):
 
 def test_plan_of_an_api_run_asks_nothing(tmp_path):
     several_questions(tmp_path / "mine.jsonl")
-    done = command_line("permdistill ask", tmp_path)
+    done = command_line("--dry-run", tmp_path)
     assert "3 items, 96 calls: 0 in the store, 96 to make" in done.stdout and "limits: cost 1.0" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
