@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from permdistill import bench
 from permdistill.data import MULTIPLE_CHOICE, Question, unlabelled
+from permdistill.machine import PackedLinear
 from permdistill.orders import all_orders
 from permdistill.profiles import LENGTH, load_task
 from permdistill.prompts import TEMPLATES
@@ -52,10 +53,21 @@ def _questions() -> list[Question]:
     return unlabelled([question for several in zip(*tasks, strict=False) for question in several])
 
 
+def parameters_of(teacher: CausalTeacher) -> int:
+    """How many parameters a teacher has. Packed weights are not among its module's own; an output layer that is tied to the
+    input embedding counts once, also where it is a float32 copy."""
+    model = teacher.model
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    more = [t for m in packed for t in (m.weight, m.bias) if t is not None]
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    twice = head.numel() if model.config.get_text_config().tie_word_embeddings and head is not embedding else 0
+    return sum(t.numel() for t in (*model.parameters(), *more)) - twice
+
+
 def teacher_rows(teacher: CausalTeacher, rounds: int, each: int) -> list[dict[str, Any]]:
     """Every arm of a teacher in every round, on ``each`` questions a round."""
     template, questions, rows = TEMPLATES["letters"], _questions(), []
-    parameters = sum(p.numel() for p in teacher.model.parameters())
+    parameters = parameters_of(teacher)
     for number in tqdm(range(rounds), desc=teacher.name, unit="round"):
         chosen = questions[number * each : (number + 1) * each]
         orders = all_orders(len(chosen[0].options))

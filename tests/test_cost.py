@@ -54,4 +54,5 @@ def test_every_arm_answers_alike():
     works = {arm: run(teacher.model, groups, teacher.label_tokens(4, template)) for arm, run in cost.ARMS.items()}
     assert works[cost.EACH].log_probs == pytest.approx(works[cost.SHARED].log_probs, abs=0.2)  # bfloat16
     assert works[cost.EACH].log_probs[:1] == pytest.approx(works[cost.ONE].log_probs, abs=1e-6)
+    assert cost.parameters_of(teacher) == pytest.approx(134.5e6, rel=0.01)
     assert works[cost.EACH].tokens > works[cost.SHARED].tokens > works[cost.ONE].tokens
