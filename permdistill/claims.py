@@ -214,9 +214,37 @@ def ablations(folder: str | Path = "") -> list[Verdict]:
     return found
 
 
+def stored(folder: str | Path = "") -> list[Verdict]:
+    """(f) and (k), per teacher, from the stored students on multiple choice, paired by question.
+
+    (f): an error-correction student has its whole interval above the copy of the decision that it sees. (k): a trained
+    student has its whole interval above the biased teacher.
+    """
+    cells = matrix.available((*profiles.MATRIX["heads and inputs"], *profiles.MATRIX["encoders"]), folder)
+    if not cells:
+        return []
+    gaps, result = matrix.differences(cells, folder), []
+    greedy = gaps.system.str.contains("greedy")
+    seen = np.where(greedy, "copy of the most probable decision", "copy of one sampled decision")
+    corrected = gaps[gaps.system.str.contains(", error correction") & (gaps.rival == seen)]
+    for claim, rows in (
+        ("(f) error correction beats copying the biased decision", corrected),
+        ("(k) compact encoder students beat their larger biased teacher", gaps[gaps.rival == "biased teacher"]),
+    ):
+        for teacher, own in rows.groupby("teacher", sort=False):
+            best = own.loc[own.difference.idxmax()]
+            gain = Interval(best.difference, best.difference_low, best.difference_high).percent()
+            above = int((own.difference_low > 0).sum())
+            evidence = (
+                f"{above} of {len(own)} students' differences have their whole interval above 0; best: {best.system} {gain}"
+            )
+            result.append(_verdict(claim, f"stored students of {teacher}", above > 0, evidence))
+    return result
+
+
 def verdicts(scored: Sequence[Scored], t1: pd.DataFrame, t2: pd.DataFrame, t3: pd.DataFrame) -> pd.DataFrame:
     """Every claim with its verdict and evidence."""
-    found = [*debiasing(t1), *prior_matching(scored), *task_specific(scored), *students(t2, t3), *ablations()]
+    found = [*debiasing(t1), *prior_matching(scored), *task_specific(scored), *students(t2, t3), *stored(), *ablations()]
     return pd.DataFrame(found).sort_values("claim", kind="stable", ignore_index=True)
 
 

@@ -286,6 +286,15 @@ def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> F
     return figure
 
 
+_SHORT = {
+    "biased teacher": "biased",
+    "prior-matching, 1 call": "prior-matching",
+    "mean over 2 orders": "2 orders",
+    "mean over 4 cyclic orders": "4 orders",
+    "all-orders average": "all orders",
+}
+
+
 def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     """Accuracy against what an answer costs, a panel a teacher: seconds a question on one machine, log scale. Up and to the
     left is better.
@@ -300,22 +309,29 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     markers = {"joint head": "s", "per-option head": "o", "bi-encoder head": "D"}
     for ax, teacher in zip(axes[0], teachers, strict=True):
         for row in systems[systems.teacher == teacher].itertuples():
-            encoder, head, *method = row.system.split(", ")
             student = row.kind == "student"
+            encoder, head, *method = row.system.split(", ") if student else ("", "", "")
             large = student and row.parameters_millions > 50
-            label = f"{head}, {'mpnet' if large else 'MiniLM'}" if student else row.system
             spread = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
             style = {"marker": markers[head] if student else "o", "ms": 8 if large else 5, "lw": 0.8, "capsize": 1.5}
-            full = not student or method[0] == "distillation"
-            style |= {"mfc": COLOURS[row.kind] if full else "white", "color": COLOURS[row.kind]}
+            called = "error correction" in method[0]
+            style |= {"mfc": "white" if called else COLOURS[row.kind], "color": COLOURS[row.kind]}
             ax.errorbar(row.seconds, 100 * row.accuracy, yerr=spread, ls="none", **style)
-            ax.annotate(
-                label if student and full else "" if student else label,
-                (row.seconds, 100 * row.accuracy),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=6,
+            left = method[0] == "untrained" or not student
+            label = (
+                "untrained"
+                if method[0] == "untrained"
+                else f"{head.removesuffix(' head')}, {'mpnet' if large else 'MiniLM'}"
             )
+            ax.annotate(
+                _SHORT.get(row.system, "") if not student else "" if called else label,
+                (row.seconds, 100 * row.accuracy),
+                xytext=(-6 if left else 6, 3),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=7,
+            )
+        ax.set_xlim(systems.seconds.min() / 4, systems.seconds.max() * 2)
         ax.set(title=teacher, xscale="log", xlabel="seconds a question")
     axes[0, 0].set_ylabel("accuracy (%)")
     kinds = [plt.Line2D([], [], marker="o", ls="none", color=COLOURS[k], label=NAMES[k]) for k in COLOURS]

@@ -96,6 +96,34 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     assert by_claim(claims.ablations())["(g)"] == NOT_CONFIRMED
 
 
+def test_stored_students_are_compared_with_what_they_see(monkeypatch):
+    rows = [
+        ("weak", "m, bi-encoder head, distillation", "biased teacher", 0.1),
+        ("weak", "m, bi-encoder head, distillation", "copy of one sampled decision", 0.2),
+        ("weak", "m, bi-encoder head, error correction", "biased teacher", 0.0),
+        ("weak", "m, bi-encoder head, error correction", "copy of one sampled decision", 0.1),
+        ("weak", "m, bi-encoder head, error correction", "copy of the most probable decision", -0.1),
+        ("strong", "m, bi-encoder head, error correction (greedy)", "biased teacher", -0.1),
+        ("strong", "m, bi-encoder head, error correction (greedy)", "copy of one sampled decision", 0.1),
+        ("strong", "m, bi-encoder head, error correction (greedy)", "copy of the most probable decision", 0.0),
+        ("strong", "m, bi-encoder head, white-box error correction", "biased teacher", 0.01),
+    ]
+    gaps = pd.DataFrame(rows, columns=["teacher", "system", "rival", "difference"])
+    gaps = gaps.assign(difference_low=gaps.difference - 0.02, difference_high=gaps.difference + 0.02)
+    monkeypatch.setattr(matrix, "available", lambda cells, folder: list(cells))
+    monkeypatch.setattr(matrix, "differences", lambda cells, folder: gaps)
+    found = {(v.claim[:3], v.about.split()[-1]): v for v in claims.stored()}
+    assert {key: v.verdict for key, v in found.items()} == {
+        ("(f)", "weak"): CONFIRMED,
+        ("(f)", "strong"): NOT_CONFIRMED,
+        ("(k)", "weak"): CONFIRMED,
+        ("(k)", "strong"): NOT_CONFIRMED,
+    }
+    assert found["(k)", "weak"].evidence.endswith("m, bi-encoder head, distillation 10.0 [8.0, 12.0]")
+    monkeypatch.setattr(matrix, "available", lambda cells, folder: [])
+    assert claims.stored() == []
+
+
 def test_targets_are_found_missed_or_not_there():
     t1 = tables.teachers([planted("one"), planted("two", bias=0.5)])
     expected = claims.as_targets(t1, "T1_teachers", 0.001).drop(columns="source")

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 
-from permdistill import cost
+from permdistill import cost, figures
 from permdistill.orders import all_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.teachers import load_teacher
@@ -56,3 +56,15 @@ def test_every_arm_answers_alike():
     assert works[cost.EACH].log_probs[:1] == pytest.approx(works[cost.ONE].log_probs, abs=1e-6)
     assert cost.parameters_of(teacher) == pytest.approx(134.5e6, rel=0.01)
     assert works[cost.EACH].tokens > works[cost.SHARED].tokens > works[cost.ONE].tokens
+
+
+def test_the_figure_shows_every_system():
+    names = [("biased teacher", "teacher"), ("all-orders average", "debiased")]
+    names += [(f"{e}, bi-encoder head, {m}", "student") for e in ("mini", "big") for m in ("distillation", "untrained")]
+    names += [("mini, joint head, white-box error correction", "student")]
+    systems = pd.DataFrame([{"system": s, "kind": k, "teacher": "t", "accuracy": 0.5} for s, k in names])
+    systems = systems.assign(accuracy_low=0.4, accuracy_high=0.6, parameters_millions=20.0, seconds=range(1, 8))
+    (ax,) = figures.accuracy_and_cost(systems).axes
+    shown = {text.get_text() for text in ax.texts}
+    assert {"biased", "all orders", "bi-encoder, MiniLM", "untrained", ""} == shown
+    assert len(ax.containers) == len(names)
