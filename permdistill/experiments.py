@@ -114,7 +114,7 @@ def _live(name: str) -> CausalTeacher:
     return load_teacher(name)
 
 
-def example_questions(folder: Path, n: int = 48) -> str:
+def example_questions(folder: Path, n: int = 32) -> str:
     """Write the first ``n`` training questions of ARC-Easy as JSONL into ``folder``, to stand in for your own; its path."""
     path = folder / "example_questions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
