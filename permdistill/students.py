@@ -165,8 +165,8 @@ class Student:
         orders (item, order, K) and decisions (item, order) -> (sequences, index). ``index`` says which sequence belongs
         where: (item, order) for the joint head, (item, order, option) for the per-option head, (item, order, 1 + option)
         for the bi-encoder, whose first is the question's. A sequence that is too long loses the end of its context, then
-        the beginning of its question, never options or the prediction; raises
-        ValueError when that is not enough, and when questions or decisions do not fit the config.
+        the beginning of its question, never options or the prediction; raises ValueError when that is not enough, and
+        when questions or decisions do not fit the config.
         """
         self._check(questions, orders, decisions)
         seen: dict[Text, int] = {}
