@@ -381,12 +381,23 @@ def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None
     command.add_argument("--limit", type=int, help="only the first so many questions of each task and split")
 
 
+_REFUSALS = (
+    AssetError,
+    data.BadRecords,
+    scores.MissingScores,
+    scaleout.MissingRay,
+    EndpointError,
+    ValueError,
+    OSError,
+)  # whose messages say all that a user needs
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the ``permdistill`` command."""
     args = parser().parse_args(argv)
     try:
         lead(lambda: args.run(args))
-    except (AssetError, data.BadRecords, scores.MissingScores, EndpointError, ValueError, OSError, ImportError) as error:
+    except _REFUSALS as error:
         sys.exit(f"permdistill: {error}")
 
 

@@ -4,13 +4,15 @@
 
 A teacher answers in one order (a biased answer), in all orders one by one (24 prompts), and in all orders through the
 shared-prefix engine. A student answers in one order, tokenisation included; its weights do not matter, so they are
-untrained. What error correction adds to that is one call of the teacher.
+untrained. What error correction adds to that is one call of the teacher. Training is measured too, beside the machine's
+limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import reduce
@@ -18,25 +20,24 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from permdistill import bench
 from permdistill.data import MULTIPLE_CHOICE, Question, unlabelled
-from permdistill.machine import PackedLinear
+from permdistill.machine import PackedLinear, matmul_peak
 from permdistill.orders import all_orders
 from permdistill.profiles import LENGTH, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.students import StudentConfig, build
 from permdistill.teachers import TEACHERS, CausalTeacher, load_teacher
+from permdistill.training import TrainingConfig, read_log, train
 
 ENCODERS = ("all-MiniLM-L6-v2", "all-mpnet-base-v2")
 ONE, EACH, SHARED = "one order", "all orders, one by one", "all orders, shared prefixes"
-CALLS = {
-    "mean over 2 orders": 2,
-    "mean over 4 cyclic orders": 4,
-}  # of matrix.rivals; the others take one call, or all orders
 
 
 def one_by_one(model: Any, groups: bench.Groups, labels: Sequence[int]) -> bench.Work:
@@ -113,6 +114,39 @@ def student_rows(rounds: int, each: int) -> list[dict[str, Any]]:
     return rows
 
 
+def training_rows(rounds: int, n: int) -> list[dict[str, Any]]:
+    """Training of every encoder and head in every round, one epoch of ``n`` questions with whatever belongs to it
+    (tokenising, optimiser, checkpoint), and before each the machine's fastest matrix product."""
+    questions, rows = _questions(), []
+    k = len(questions[0].options)
+    targets = np.random.default_rng(0).dirichlet(np.ones(k), size=n)  # what they are costs nothing
+    for number in tqdm(range(rounds), desc="training", unit="round"):
+        chosen = questions[number * n : (number + 1) * n]
+        for encoder in ENCODERS:
+            for head, length in LENGTH.items():
+                config = StudentConfig(encoder, head, "plain", k, length)
+                peak = matmul_peak(torch.device("cpu"), torch.float32, seconds=0.5)
+                with tempfile.TemporaryDirectory() as folder:
+                    train(config, TrainingConfig(epochs=1), chosen, targets, folder=folder)
+                    seconds = read_log(folder)["seconds"]
+                    with FlopCounterMode(display=False) as counter:
+                        train(config, TrainingConfig(epochs=1, seed=1), chosen, targets, folder=folder)
+                rows.append(
+                    {"system": f"{encoder}, {head.replace('_', '-')} head", "round": number, "peak": peak}
+                    | {"seconds": seconds / n, "flops": counter.get_total_flops() / n}
+                )
+    return rows
+
+
+def training_table(result: dict[str, Any]) -> pd.DataFrame:
+    """One row a system: medians over rounds of questions/s in training, operations a question (forward and backward), and
+    the share that both make of the fastest matrix product of the machine."""
+    frame = pd.DataFrame(result["training"])
+    frame = frame.assign(share=frame.flops / frame.seconds / frame.peak, speed=1 / frame.seconds, gflop=frame.flops / 1e9)
+    by = frame.groupby("system", sort=False)[["speed", "gflop", "share"]].median().reset_index()
+    return by.rename(columns={"speed": "questions/s", "gflop": "GFLOP a question", "share": "share of the peak"})
+
+
 def read(path: str | Path = bench.ROOT / "figures" / "cost.json") -> dict[str, Any]:
     """What an earlier run wrote; by default the committed one."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -146,21 +180,12 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
 
 def of_systems(systems: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """The rows of :func:`permdistill.matrix.compare` with ``seconds`` and ``flops`` of an answer to a question in one order:
-    a student's own and, where it sees what the teacher says, one call; for averages as many calls as they take, over all
-    orders the shared-prefix engine."""
+    as many calls of the teacher as it takes (all orders through the shared-prefix engine), and a student's own share."""
     by = costs.set_index("system")[["seconds", "flops"]]
     rows = []
-    for system, kind, teacher in systems[["system", "kind", "teacher"]].itertuples(index=False):
-        if kind == "student":
-            encoder, head, *rest = system.split(", ")
-            cost = by.loc[f"{encoder}, {head}"]
-            if "error correction" in " ".join(rest):
-                cost = cost + by.loc[f"{teacher}, {ONE}"]
-        elif system == "all-orders average":
-            cost = by.loc[f"{teacher}, {SHARED}"]
-        else:
-            cost = CALLS.get(system, 1) * by.loc[f"{teacher}, {ONE}"]
-        rows.append(cost)
+    for system, kind, teacher, calls in systems[["system", "kind", "teacher", "calls"]].itertuples(index=False):
+        cost = by.loc[f"{teacher}, {SHARED}"] if system == "all-orders average" else calls * by.loc[f"{teacher}, {ONE}"]
+        rows.append(cost + by.loc[", ".join(system.split(", ")[:2])] if kind == "student" else cost)
     return systems.assign(seconds=[row.seconds for row in rows], flops=[row.flops for row in rows])
 
 
@@ -172,12 +197,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--questions", nargs=2, type=int, default=(2, 64), help="a round, of teachers and students")
     args = parser.parse_args()
-    result: dict[str, Any] = {"machine": bench.machine(), "rows": student_rows(args.rounds, args.questions[1])}
+    result: dict[str, Any] = {"machine": bench.machine(), "training": training_rows(args.rounds, args.questions[1])}
+    result["rows"] = student_rows(args.rounds, args.questions[1])
     for name in args.teachers:
         result["rows"] += teacher_rows(load_teacher(name), args.rounds, args.questions[0])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(pretty(table(result)).to_string(index=False))
+    print(f"\nTraining\n{training_table(result).to_string(index=False, float_format='{:.3g}'.format)}")
 
 
 if __name__ == "__main__":

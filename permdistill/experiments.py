@@ -209,15 +209,17 @@ class System:
 
     name        as it stands in tables
     kind        teacher | debiased | copy | student
-    parameters  number of parameters that answer one question, None where not known
     P           (item, order, option) probabilities
     orders      (order, K)
+    calls       of the teacher that an answer in one order takes
+    parameters  number of parameters that answer one question besides, None where not known
     """
 
     name: str
     kind: str
     P: np.ndarray
     orders: np.ndarray
+    calls: int
     parameters: int | None = None
 
 
@@ -244,9 +246,9 @@ def baselines(test: Scored) -> list[System]:
     averaged = debias.broadcast(debias.permutation_average(test.P), k)
     copied = debias.one_hot(black_box_decisions(test), k)
     return [
-        System(f"{test.teacher}, biased", "teacher", in_cyclic_orders(test.P), cyclic_orders(k)),
-        System(f"{test.teacher}, all-orders average", "debiased", averaged, cyclic_orders(k)),
-        System("copy of one sampled decision", "copy", copied, cyclic_orders(k)),
+        System(f"{test.teacher}, biased", "teacher", in_cyclic_orders(test.P), cyclic_orders(k), 1),
+        System(f"{test.teacher}, all-orders average", "debiased", averaged, cyclic_orders(k), len(test.orders)),
+        System("copy of one sampled decision", "copy", copied, cyclic_orders(k), 1),
     ]
 
 
@@ -297,7 +299,7 @@ def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     parameters = sum(p.numel() for p in student.model.parameters())
     orders = cyclic_orders(run.student.k)
     save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P, {"parameters": parameters})
-    return System(run.title, "student", P, orders, parameters)
+    return System(run.title, "student", P, orders, run.calls, parameters)
 
 
 def save_predictions(path: Path, test: Scored, orders: np.ndarray, P: np.ndarray, about: dict[str, Any]) -> None:
@@ -357,7 +359,7 @@ def white_box(teacher: str, task: Task, folder: Path, committed: str = "") -> np
 
 def copied(task: Task, said: Drawn) -> System:
     """The API's decision in :func:`one_call`, taken as it is."""
-    return System("copy of the one decision", "copy", debias.one_hot(said.decisions, task.k), np.arange(task.k)[None])
+    return System("copy of the one decision", "copy", debias.one_hot(said.decisions, task.k), np.arange(task.k)[None], 1)
 
 
 def distil_decisions(run: Run, task: Task, said: Drawn, test: Task, one: Drawn, folder: Path) -> System:
@@ -380,4 +382,4 @@ def distil_decisions(run: Run, task: Task, said: Drawn, test: Task, one: Drawn, 
     )
     orders = np.arange(task.k)[None]
     P = student.predict_batch(unlabelled(test.questions), orders, one.decisions if correcting else None)
-    return System(run.title, "student", P, orders, sum(p.numel() for p in student.model.parameters()))
+    return System(run.title, "student", P, orders, run.calls, sum(p.numel() for p in student.model.parameters()))

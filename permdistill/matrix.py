@@ -3,7 +3,7 @@
     make(cells, folder, work)                train what is missing, answer the test questions, keep the answers
     answer(cell, folder) -> System           the kept answers, or MissingPredictions
     compare(cells, folder) -> table          students beside what they have to beat, teacher by teacher
-    effects(cells, "draws") -> table         what a setting does
+    effects(cells, "draws") -> table         what a setting does; fits(..): how close it lets students come to their targets
 
 Predictions are found by content, as scores are: their key covers whatever the student was trained on and asked, so that
 stored ones are never taken for those of another recipe, store of scores or question. Weights are not kept.
@@ -77,11 +77,17 @@ def path(cell: Cell, folder: str | Path = "") -> Path:
 
 def answer(cell: Cell, folder: str | Path = "") -> System:
     """The stored predictions of a cell. Raises MissingPredictions when there are none, or those of other data or recipe."""
+    P, orders, about = _kept(cell, folder)
+    return System(cell.run.title, "student", P, orders, cell.run.calls, about["parameters"])
+
+
+def _kept(cell: Cell, folder: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Probabilities (item, order, option), their orders, and what :func:`make` wrote beside them."""
     file = path(cell, folder)
     if file.exists():
-        ids, orders, P, about = read_predictions(file)
+        _, orders, P, about = read_predictions(file)
         if about["key"] == key(cell):
-            return System(cell.run.title, "student", P, orders, about["parameters"])
+            return P, orders, about
     found = "are those of another recipe, scores or questions" if file.exists() else "are not stored"
     raise MissingPredictions(f"predictions of {cell.run.name}, taught by {cell.teacher}, {found}: run `make students`")
 
@@ -164,10 +170,10 @@ def rivals(test: Scored) -> list[System]:
     return [
         replace(biased, name="biased teacher"),
         copied,
-        System("copy of the most probable decision", "copy", greedy, orders),
-        System("prior-matching, 1 call", "debiased", debias.prior_matching(P, orders), orders),
-        System("mean over 2 orders", "debiased", two, orders),
-        System(f"mean over {len(orders)} cyclic orders", "debiased", cyclic, orders),
+        System("copy of the most probable decision", "copy", greedy, orders, 1),
+        System("prior-matching, 1 call", "debiased", debias.prior_matching(P, orders), orders, 1),
+        System("mean over 2 orders", "debiased", two, orders, 2),
+        System(f"mean over {len(orders)} cyclic orders", "debiased", cyclic, orders, len(orders)),
         replace(averaged, name="all-orders average"),
     ]
 
@@ -227,6 +233,26 @@ def effects(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.D
             ends = {"seeds": len(seeds), "worst seed": min(alone), "best seed": max(alone)}
             rows.append({"teacher": teacher, **dict(zip(names, value, strict=True)), **ends, **row})
     return pd.DataFrame(rows).sort_values(["teacher", *names], ignore_index=True)
+
+
+def fits(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
+    """How close students came to what they were taught, by settings as in :func:`effects`: KL(targets || answer) in nats, of
+    1/K ("uniform") and of the students themselves over their last epoch ("training KL"), means over the students of a row.
+
+    A student that is no closer than 1/K has not even learnt the questions that it was shown.
+    """
+    rows = []
+    for teacher, _, own in _pools(cells):
+        for cell in own:
+            losses = _kept(cell, folder)[2]["losses"]
+            if not losses:  # untrained
+                continue
+            Q = lessons(cell.run, data(cell.teacher, cell.tasks)[0])["targets"]
+            uniform = np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1).mean()
+            row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1, "uniform": uniform}
+            rows.append(row | {"training KL": np.mean(losses[-(len(losses) // cell.run.training.epochs) :])})
+    by = pd.DataFrame(rows).groupby(["teacher", *names])
+    return by.mean().assign(students=by.students.sum()).reset_index()
 
 
 def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:

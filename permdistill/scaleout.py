@@ -57,7 +57,7 @@ def score(
 
     The same store, to the last byte after ``compact``, as far as the teacher's arithmetic does not depend on the number of
     threads or the kind of processor. Raises ValueError before any compute when a question does not suit template or
-    teacher, ImportError without Ray.
+    teacher, MissingRay without Ray.
     """
     if workers < 1 or cpus <= 0 or (gpus or 0) < 0:
         raise ValueError(f"workers {workers}, cpus {cpus}, gpus {gpus}: give at least 1 worker, and what it takes above 0")
@@ -142,13 +142,17 @@ class Worker:
         return np.asarray(self.teacher.log_probs(group, orders, self.template), dtype=np.float32)
 
 
+class MissingRay(ImportError):
+    """Ray is not installed; the message says how."""
+
+
 def _ray() -> Any:
-    """The ray package. Raises ImportError that says how to install it."""
+    """The ray package. Raises MissingRay."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     try:
         import ray.data
     except ImportError as error:
-        raise ImportError(f"several workers need Ray ({error}): pip install permdistill[scale]") from None
+        raise MissingRay(f"several workers need Ray ({error}): pip install permdistill[scale]") from None
     return ray
 
 

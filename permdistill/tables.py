@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -310,7 +311,8 @@ def answers(task: Task, systems: Sequence[System]) -> pd.DataFrame:
             compared = None if system is systems[0] else baseline[chosen]
             row = measure([s.P[chosen] for s in seeds], system.orders, questions, groups, compared)
             millions = np.nan if system.parameters is None else system.parameters / 1e6
-            key = {"task": name, "system": system.name, "kind": system.kind, "parameters_millions": millions}
+            key: dict[str, Any] = {"task": name, "system": system.name, "kind": system.kind}
+            key |= {"calls": system.calls, "parameters_millions": millions}
             rows.append({**key, "seeds": len(seeds) if system.kind == "student" else np.nan, **row})
     return pd.DataFrame(rows)
 

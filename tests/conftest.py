@@ -22,3 +22,25 @@ def hasty(monkeypatch):
 
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.05)
     monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.4)
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory):
+    """Tiny models and data sets in the hub's layout, written once."""
+    import tiny_hub
+
+    return tiny_hub.write(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def tiny(hub_folder, monkeypatch):
+    """The model hub, replaced by :func:`hub_folder`."""
+    from permdistill import hub, plan
+
+    monkeypatch.setenv(hub.LOCAL, str(hub_folder))
+    cached = (plan.architecture, plan._tokenizer)
+    for function in cached:
+        function.cache_clear()
+    yield hub_folder
+    for function in cached:
+        function.cache_clear()

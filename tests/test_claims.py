@@ -85,7 +85,7 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     def answer(cell: profiles.Cell, folder: str = "") -> System:
         if cell not in shares:
             raise matrix.MissingPredictions("run `make students`")
-        return System("s", "student", answers(shares[cell]), orders, 1)
+        return System("s", "student", answers(shares[cell]), orders, 0, 1)
 
     monkeypatch.setattr(matrix, "answer", answer)
     assert by_claim(claims.ablations()) == {"(g)": CONFIRMED, "(h)": NOT_TESTABLE, "(i)": CONFIRMED}

@@ -6,8 +6,11 @@ import json
 
 import pandas as pd
 import pytest
+from test_experiments import planted
+from test_students import make_encoder
 
 from permdistill import cost, figures
+from permdistill.data import unlabelled
 from permdistill.orders import all_orders
 from permdistill.prompts import TEMPLATES
 from permdistill.teachers import load_teacher
@@ -39,10 +42,29 @@ def test_systems_cost_what_they_call():
         ("mini, bi-encoder head, distillation", "student", 0.2),
         ("mini, bi-encoder head, white-box error correction, 8 draws", "student", 1.2),
     ]
-    systems = pd.DataFrame([{"system": s, "kind": k, "teacher": "big"} for s, k, _ in names])
+    calls = [1, 1, 2, 4, 24, 0, 1]
+    systems = pd.DataFrame(
+        [{"system": s, "kind": k, "teacher": "big", "calls": n} for (s, k, _), n in zip(names, calls, strict=True)]
+    )
     found = cost.of_systems(systems, cost.table({"rows": ROWS}))
     assert found.seconds.tolist() == pytest.approx([seconds for *_, seconds in names])
     assert found.flops.iloc[-1] == pytest.approx(12)
+
+
+def test_training_is_measured_beside_the_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost, "ENCODERS", (make_encoder(tmp_path / "encoder"),))
+    monkeypatch.setattr(cost, "LENGTH", {"joint": 128, "bi_encoder": 128})
+    monkeypatch.setattr(cost, "_questions", lambda: unlabelled(planted("test", n=24).task.questions))
+    rows = cost.training_rows(2, 8)
+    assert [row["round"] for row in rows] == [0, 0, 1, 1] and {row["system"].split(", ")[1] for row in rows} == {
+        "joint head",
+        "bi-encoder head",
+    }
+    table = cost.training_table({"training": rows})
+    assert len(table) == 2 and (table["share of the peak"] > 0).all() and (table["share of the peak"] < 1).all()
+    row = {"system": "s", "round": 0, "seconds": 0.5, "flops": 4e9, "peak": 16e9}
+    (one,) = cost.training_table({"training": [row]}).to_dict("records")
+    assert (one["questions/s"], one["GFLOP a question"], one["share of the peak"]) == (2, 4, 0.5)
 
 
 @pytest.mark.slow

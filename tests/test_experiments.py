@@ -133,7 +133,7 @@ def test_students_table_compares_with_the_biased_teacher_and_keeps_losers():
     right = np.array([q.answer for q in test.task.questions])
     good = debias.broadcast(debias.one_hot(right, 3), 3)
     bad = debias.broadcast(debias.one_hot((right + 1) % 3, 3), 3)
-    systems += [experiments.System(n, "student", P, cyclic_orders(3), 10) for n, P in (("good", good), ("bad", bad))]
+    systems += [experiments.System(n, "student", P, cyclic_orders(3), 0, 10) for n, P in (("good", good), ("bad", bad))]
     frame = tables.students(test, systems)
     assert frame.groupby("task", sort=False).size().to_dict() == {"one": 5, "two": 5, "all": 5}
     by = frame.set_index(["task", "system"])

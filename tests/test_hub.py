@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny_hub
 import torch
 from httpx import Request, Response
 from huggingface_hub import errors
@@ -28,17 +27,6 @@ QUESTIONS = [
     Question("one", "The tall cat is near the old dog.", "What is tall ?", ("the cat", "the dog", "the tree")),
     Question("two", "The tall cat is near the old dog.", "What is old ?", ("the bird", "the dog", "the lamp")),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_hub.write(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture
-def tiny(folder, monkeypatch):
-    monkeypatch.setenv(hub.LOCAL, str(folder))
-    return folder
 
 
 @pytest.fixture

@@ -71,6 +71,20 @@ def test_differences_and_effects(cell, tmp_path):
     assert by_seed.accuracy.tolist() == pytest.approx(alone[:2]) and set(by_seed.learning_rate) == {5e-5}
 
 
+def test_fits_says_whether_a_student_learnt_what_it_was_shown(cell, tmp_path):
+    folder = tmp_path / "predictions"
+    cells = [cell, with_run(cell, training=replace(cell.run.training, seed=1, epochs=2)), with_run(cell, power=np.inf)]
+    cells.append(with_run(cell, training=replace(cell.run.training, epochs=0)))
+    matrix.make(cells, folder, tmp_path / "work")
+    table = matrix.fits(cells, "power", "epochs", folder=folder)
+    assert table[["power", "epochs", "students"]].to_numpy().tolist() == [[1, 1, 1], [1, 2, 1], [np.inf, 1, 1]]
+    assert table.uniform[2] == pytest.approx(np.log(3), abs=1e-6) and 0 < table.uniform[0] < table.uniform[2]  # hard targets
+    losses = experiments.read_predictions(matrix.path(cells[1], folder))[3]["losses"]
+    assert len(losses) == 4 and table["training KL"][1] == pytest.approx(np.mean(losses[2:]))
+    both = matrix.fits(cells[:2], "power", folder=folder)
+    assert both.students.tolist() == [2] and both["training KL"][0] == pytest.approx(table["training KL"][:2].mean())
+
+
 def test_levels_and_coverage(cell, tmp_path, monkeypatch):
     other = with_run(cell, power=2.0)
     matrix.make([cell], tmp_path / "kept", tmp_path / "work")
@@ -177,7 +191,9 @@ def test_every_cell_has_a_file_of_its_own():
     assert {cell.about for cell in cells} <= {"multiple_choice", "summeval", *profiles.TASKS}
     assert all(set(cell.tasks) <= {*MULTIPLE_CHOICE, *profiles.SUMMEVAL} for cell in cells)
     titles = [(cell.teacher, cell.run.title) for cell in profiles.MATRIX["heads and inputs"]]
-    assert {titles.count(title) for title in titles} == {len(profiles.SEEDS)}  # seeds of one student share a title
+    # Seeds of one student share a title; the weak teacher's joint and per-option students have one seed.
+    assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(profiles.SEEDS)}
+    assert {titles.count(title) for title in titles} == {1, len(profiles.SEEDS)}
 
 
 @pytest.mark.slow

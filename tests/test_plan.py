@@ -28,21 +28,6 @@ SETTINGS = replace(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_hub.write(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture
-def tiny(folder, monkeypatch):
-    monkeypatch.setenv(hub.LOCAL, str(folder))
-    for cached in (plan.architecture, plan._tokenizer):
-        cached.cache_clear()
-    yield folder
-    for cached in (plan.architecture, plan._tokenizer):
-        cached.cache_clear()
-
-
 def test_needs_are_what_the_notebooks_read():
     needs = profiles.needs(profiles.PROFILES["full"])
     assert len({(n.teacher, n.task, n.split, n.template or "usual") for n in needs}) == len(needs)
