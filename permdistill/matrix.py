@@ -116,6 +116,7 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
             about |= {"parameters": sum(p.numel() for p in student.model.parameters()), "peak_flops": peak}
             about |= {name: round(log[name], 3) for name in ("seconds", "questions_per_second")}
             about |= cost(student, asked) | {"losses": [round(loss, 5) for loss in log["losses"]]}
+            about |= {"held_out_kl": [round(kl, 6) for kl in log["held_out_kl"]]}
             save_predictions(path(cell, folder), test, asked["orders"], P, about)
             shutil.rmtree(home / "student")
     return len(missing)
@@ -201,15 +202,19 @@ def compare(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
 
 
 def differences(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
-    """Accuracy of each student minus that of each of :func:`rivals`, paired by question: one row for each pair, with the 95%
-    interval over the questions (or documents) of the mean over the student's seeds."""
+    """Accuracy of each student minus that of each of :func:`rivals`, and of each untrained student among ``cells``, paired
+    by question: one row for each pair, with the 95% interval over the questions (or documents) of the mean over the
+    student's seeds."""
     rows = []
     for teacher, test, own in _pools(cells):
         questions, groups = test.task.questions, test.task.groups
-        against = {rival.name: tables.correct(rival.P, questions) for rival in rivals(test)}
+        untrained = [answer(cell, folder) for cell in own if not cell.run.training.epochs]
+        against = {rival.name: tables.correct(rival.P, questions) for rival in (*rivals(test), *untrained)}
         for student, seeds in _by_student(own).items():
             P = [answer(cell, folder).P for cell in seeds]
             for name, baseline in against.items():
+                if name == student:
+                    continue
                 row = tables.measure(P, cyclic_orders(test.task.k), questions, groups, baseline, ["accuracy"])
                 gain = {f"difference{part}": row[f"gain{part}"] for part in ("", "_low", "_high")}
                 rows.append({"teacher": teacher, "system": student, "rival": name, "seeds": len(seeds), **gain})

@@ -63,6 +63,14 @@ def test_differences_and_effects(cell, tmp_path):
     row = gaps.loc[(cell.run.title, "all-orders average")]  # which is always right
     assert row.difference == pytest.approx(np.mean(alone[:2]) - 1) and row.seeds == 2
     assert row.difference_low <= row.difference <= row.difference_high
+    untrained = with_run(cell, training=replace(cell.run.training, epochs=0))
+    matrix.make([untrained], folder, tmp_path / "work")
+    more = matrix.differences([*cells, untrained], folder).set_index(["system", "rival"])
+    row = more.loc[(cell.run.title, untrained.run.title)]
+    assert row.difference == pytest.approx(
+        np.mean(alone[:2]) - metrics.accuracy(matrix.answer(untrained, folder).P, right).mean()
+    )
+    assert (untrained.run.title, untrained.run.title) not in more.index and len(more) == 4 * len(matrix.rivals(test)) + 3
     found = matrix.effects(cells, "draws", folder=folder)
     assert found.draws.tolist() == [0, 2, 4] and found.seeds.tolist() == [2, 1, 1]
     assert found.accuracy.tolist() == pytest.approx([np.mean(alone[:2]), alone[3], alone[2]])
