@@ -242,20 +242,23 @@ def effects(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.D
 
 def fits(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
     """How close students came to what they were taught, by settings as in :func:`effects`: KL(targets || answer) in nats, of
-    1/K ("uniform") and of the students themselves over their last epoch ("training KL"), means over the students of a row.
+    1/K ("uniform"), of the students themselves over their last epoch ("training KL"), and on held-out questions where there
+    are some, after the best epoch; means over the students of a row.
 
     A student that is no closer than 1/K has not even learnt the questions that it was shown.
     """
     rows = []
     for teacher, _, own in _pools(cells):
         for cell in own:
-            losses = _kept(cell, folder)[2]["losses"]
+            about = _kept(cell, folder)[2]
+            losses = about["losses"]
             if not losses:  # untrained
                 continue
             Q = lessons(cell.run, data(cell.teacher, cell.tasks)[0])["targets"]
             uniform = np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1).mean()
             row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1, "uniform": uniform}
-            rows.append(row | {"training KL": np.mean(losses[-(len(losses) // cell.run.training.epochs) :])})
+            row["training KL"] = np.mean(losses[-(len(losses) // cell.run.training.epochs) :])
+            rows.append(row | {"held-out KL": min(about.get("held_out_kl", []), default=np.nan)})
     by = pd.DataFrame(rows).groupby(["teacher", *names])
     return by.mean().assign(students=by.students.sum()).reset_index()
 
