@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -41,7 +40,6 @@ from permdistill.experiments import (
     save_predictions,
     together,
 )
-from permdistill.machine import matmul_peak
 from permdistill.orders import cyclic_orders
 from permdistill.profiles import MATRIX, PROFILES, SUMMEVAL, Cell, Run
 from permdistill.students import Student
@@ -103,7 +101,6 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
             answer(cell, folder)
         except MissingPredictions:
             missing.append(cell)
-    peak = matmul_peak(torch.device("cpu"), torch.float32) if missing else 0.0
     for cell in tqdm(missing, desc="students", unit="student"):
         train_on, test = data(cell.teacher, cell.tasks)
         home = work / Path(cell.teacher).name / cell.about / cell.run.name
@@ -113,7 +110,7 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
             P = student.predict_batch(**asked)
             log = read_log(home / "student")
             about = {"key": key(cell), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
-            about |= {"parameters": sum(p.numel() for p in student.model.parameters()), "peak_flops": peak}
+            about |= {"parameters": sum(p.numel() for p in student.model.parameters())}
             about |= {name: round(log[name], 3) for name in ("seconds", "questions_per_second")}
             about |= cost(student, asked) | {"losses": [round(loss, 5) for loss in log["losses"]]}
             about |= {"held_out_kl": [round(kl, 6) for kl in log["held_out_kl"]]}

@@ -305,7 +305,7 @@ PROFILES = {
         n_train=32,
         n_others=(84, 84, 84),
         n_prompts=(40, 140),
-        n_students=(48, 56),
+        n_students=(48, 84),
         multiple_choice=(
             *_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
             _bi_encoder("all-MiniLM-L6-v2", 4, 128, _TINY),
@@ -442,8 +442,8 @@ def _cell(
 
 
 def _pairs_cell(tasks: tuple[str, ...], encoder: str = _MINILM, **training: Any) -> Cell:
-    # So low a rate that the student stays near the encoder that it begins with. Held-out KL prefers a higher one ("rates"), and
-    # the students that come nearer to this weak teacher answer worse: it is no choice that could be made without gold answers.
+    # So low a rate that the student stays near the encoder that it begins with. Held-out KL prefers a higher one ("rates"),
+    # and students that come nearer to this weak teacher answer worse: no choice that could be made without gold answers.
     usual = {"epochs": 2, "learning_rate": 1e-5, "batch_size": 28, "held_out": 0.1}
     student = StudentConfig(encoder, "bi_encoder", "plain", 2, 256)
     return Cell(TEACHERS[0], tasks, Run(student, TrainingConfig(**usual | training)))
