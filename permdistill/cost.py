@@ -199,7 +199,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("cost.json"))
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS[:2]))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--questions", nargs=2, type=int, default=(2, 64), help="a round, of teachers and students")
+    text = "a round, of teachers and students; half as many of the second to train on"
+    parser.add_argument("--questions", nargs=2, type=int, default=(2, 64), help=text)
     args = parser.parse_args()
     result: dict[str, Any] = {"machine": bench.machine(), "training": training_rows(args.rounds, args.questions[1] // 2)}
     result["rows"] = student_rows(args.rounds, args.questions[1])

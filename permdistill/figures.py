@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,9 @@ _SHORT = {
 }
 
 
+_UNTRAINED = "0.55"
+
+
 def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     """Accuracy against what an answer costs, a panel a teacher: seconds a question on one machine, log scale. Up and to the
     left is better.
@@ -310,33 +314,27 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     for ax, teacher in zip(axes[0], teachers, strict=True):
         for row in systems[systems.teacher == teacher].itertuples():
             student = row.kind == "student"
-            encoder, head, *method = row.system.split(", ") if student else ("", "", "")
+            head, method = row.system.split(", ")[1:3] if student else ("", "")
             large = student and row.parameters_millions > 50
             spread = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
-            style = {"marker": markers[head] if student else "o", "ms": 8 if large else 5, "lw": 0.8, "capsize": 1.5}
-            called = "error correction" in method[0]
-            style |= {"mfc": "white" if called else COLOURS[row.kind], "color": COLOURS[row.kind]}
+            colour = _UNTRAINED if method == "untrained" else COLOURS[row.kind]
+            style = {"marker": markers.get(head, "o"), "ms": 8 if large else 5, "lw": 0.8, "capsize": 1.5, "color": colour}
+            style |= {"mfc": "white" if student and row.calls else colour}
             ax.errorbar(row.seconds, 100 * row.accuracy, yerr=spread, ls="none", **style)
-            left = method[0] == "untrained" or not student
-            label = (
-                "untrained"
-                if method[0] == "untrained"
-                else f"{head.removesuffix(' head')}, {'mpnet' if large else 'MiniLM'}"
-            )
-            ax.annotate(
-                _SHORT.get(row.system, "") if not student else "" if called else label,
-                (row.seconds, 100 * row.accuracy),
-                xytext=(-6 if left else 6, 3),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                fontsize=7,
-            )
+            # Students are told apart by the legend: their names would lie on top of each other.
+            where, near = (row.seconds, 100 * row.accuracy), {"ha": "right", "fontsize": 7}
+            ax.annotate(_SHORT.get(row.system, ""), where, xytext=(-6, 3), textcoords="offset points", **near)
         ax.set_xlim(systems.seconds.min() / 4, systems.seconds.max() * 2)
         ax.set(title=teacher, xscale="log", xlabel="seconds a question")
     axes[0, 0].set_ylabel("accuracy (%)")
-    kinds = [plt.Line2D([], [], marker="o", ls="none", color=COLOURS[k], label=NAMES[k]) for k in COLOURS]
-    kinds.append(plt.Line2D([], [], marker="o", ls="none", mfc="white", color=COLOURS["student"], label="... with a call"))
-    figure.legend(handles=kinds, loc="outside lower center", ncols=len(kinds))
+    dot = partial(plt.Line2D, [], [], ls="none")
+    shown = {k: NAMES[k] for k in COLOURS} | {"debiased": "debiased teacher"}
+    kinds = [dot(marker="o", color=COLOURS[k], label=name) for k, name in shown.items()]
+    kinds.append(dot(marker="o", color=_UNTRAINED, label="untrained student"))
+    kinds += [dot(marker=marker, mfc="none", color="black", label=head) for head, marker in markers.items()]
+    kinds.append(dot(marker="o", ms=8, color="black", label="large: over 50M parameters"))
+    kinds.append(dot(marker="o", mfc="white", color=COLOURS["student"], label="white: with a teacher's call"))
+    figure.legend(handles=kinds, loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 

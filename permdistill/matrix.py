@@ -159,19 +159,22 @@ def sweep(runs: Iterable[Run], train_on: Scored, folder: str | Path) -> pd.DataF
 def rivals(test: Scored) -> list[System]:
     """What a student has to beat: :func:`permdistill.experiments.baselines`, under names that are the same for all teachers,
     and what else one or a few calls a question buy without a student: the teacher's most probable decision, prior-matching,
-    averages over 2 and over the cyclic orders."""
+    averages over 2 and over the cyclic orders (where these are not all orders anyway)."""
     P, orders = in_cyclic_orders(test.P), cyclic_orders(test.task.k)
     biased, averaged, copied = baselines(test)
     greedy = debias.one_hot(black_box_decisions(test, greedy=True), test.task.k)
     two = (P + np.roll(P, len(orders) // 2, axis=1)) / 2
     cyclic = debias.broadcast(debias.permutation_average(P), len(orders))
+    few = [
+        System("mean over 2 orders", "debiased", two, orders, 2),
+        System(f"mean over {len(orders)} cyclic orders", "debiased", cyclic, orders, len(orders)),
+    ]
     return [
         replace(biased, name="biased teacher"),
         copied,
         System("copy of the most probable decision", "copy", greedy, orders, 1),
         System("prior-matching, 1 call", "debiased", debias.prior_matching(P, orders), orders, 1),
-        System("mean over 2 orders", "debiased", two, orders, 2),
-        System(f"mean over {len(orders)} cyclic orders", "debiased", cyclic, orders, len(orders)),
+        *(system for system in few if system.calls < averaged.calls),
         replace(averaged, name="all-orders average"),
     ]
 
@@ -254,8 +257,10 @@ def fits(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.Data
             Q = lessons(cell.run, data(cell.teacher, cell.tasks)[0])["targets"]
             uniform = np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1).mean()
             row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1, "uniform": uniform}
-            row["training KL"] = np.mean(losses[-(len(losses) // cell.run.training.epochs) :])
-            rows.append(row | {"held-out KL": min(about.get("held_out_kl", []), default=np.nan)})
+            kls = about.get("held_out_kl", [])  # predictions stored before this was kept held nothing out
+            epochs = len(kls) or cell.run.training.epochs  # that were run: patience may end training early
+            row["training KL"] = np.mean(losses[-(len(losses) // epochs) :])
+            rows.append(row | {"held-out KL": min(kls, default=np.nan)})
     by = pd.DataFrame(rows).groupby(["teacher", *names])
     return by.mean().assign(students=by.students.sum()).reset_index()
 

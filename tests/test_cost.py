@@ -84,9 +84,17 @@ def test_the_figure_shows_every_system():
     names = [("biased teacher", "teacher"), ("all-orders average", "debiased")]
     names += [(f"{e}, bi-encoder head, {m}", "student") for e in ("mini", "big") for m in ("distillation", "untrained")]
     names += [("mini, joint head, white-box error correction", "student")]
-    systems = pd.DataFrame([{"system": s, "kind": k, "teacher": "t", "accuracy": 0.5} for s, k in names])
+    calls = [1, 24, 0, 0, 0, 0, 1]
+    systems = pd.DataFrame([{"system": s, "kind": k, "teacher": "t", "accuracy": 0.5} for s, k in names]).assign(calls=calls)
     systems = systems.assign(accuracy_low=0.4, accuracy_high=0.6, parameters_millions=20.0, seconds=range(1, 8))
-    (ax,) = figures.accuracy_and_cost(systems).axes
-    shown = {text.get_text() for text in ax.texts}
-    assert {"biased", "all orders", "bi-encoder, MiniLM", "untrained", ""} == shown
+    figure = figures.accuracy_and_cost(systems)
+    (ax,), (legend,) = figure.axes, figure.legends
+    assert {text.get_text() for text in ax.texts} == {"biased", "all orders", ""}
     assert len(ax.containers) == len(names)
+    points = [container.lines[0] for container in ax.containers]
+    assert [point.get_marker() for point in points] == ["o", "o", "D", "D", "D", "D", "s"]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [False] * 6 + [True]
+    colours = {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
+    untrained, trained = colours["untrained student"], colours[figures.NAMES["student"]]
+    assert [point.get_color() for point in points[2:]] == [trained, untrained, trained, untrained, trained]
+    assert {"joint head", "per-option head", "bi-encoder head"} <= set(colours)

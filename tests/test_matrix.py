@@ -90,6 +90,15 @@ def test_fits_says_whether_a_student_learnt_what_it_was_shown(cell, tmp_path):
     losses = experiments.read_predictions(matrix.path(cells[1], folder))[3]["losses"]
     assert len(losses) == 4 and table["training KL"][1] == pytest.approx(np.mean(losses[2:]))
     both = matrix.fits(cells[:2], "power", folder=folder)
+    assert table["held-out KL"].isna().all()
+    early = with_run(cell, training=replace(cell.run.training, epochs=8, held_out=0.5, patience=1, learning_rate=1.0))
+    matrix.make([early], folder, tmp_path / "work")
+    about = experiments.read_predictions(matrix.path(early, folder))[3]
+    assert len(about["held_out_kl"]) < 8  # it ended early, and the last epoch is still the last epoch
+    (row,) = matrix.fits([early], "epochs", folder=folder).to_dict("records")
+    per_epoch = len(about["losses"]) // len(about["held_out_kl"])
+    assert row["training KL"] == pytest.approx(np.mean(about["losses"][-per_epoch:]))
+    assert row["held-out KL"] == min(about["held_out_kl"])
     assert both.students.tolist() == [2] and both["training KL"][0] == pytest.approx(table["training KL"][:2].mean())
 
 
@@ -183,6 +192,17 @@ def test_rivals_cost_what_they_say():
     assert (by["copy of the most probable decision"].P.argmax(-1) == P.argmax(-1)).all()
     assert by["mean over 2 orders"].P[:, 0] == pytest.approx((P[:, 0] + P[:, 2]) / 2)
     assert by["mean over 3 cyclic orders"].P[:, 1] == pytest.approx(P.mean(axis=1))
+    assert {name: system.calls for name, system in by.items()} == {
+        "biased teacher": 1,
+        "copy of one sampled decision": 1,
+        "copy of the most probable decision": 1,
+        "prior-matching, 1 call": 1,
+        "mean over 2 orders": 2,
+        "mean over 3 cyclic orders": 3,
+        "all-orders average": 6,
+    }
+    pairs = [system.name for system in matrix.rivals(planted("pairs", k=2))]
+    assert pairs[-2:] == ["prior-matching, 1 call", "all-orders average"]  # two orders are all there are
     # The planted bias is what prior-matching assumes: one call then says what knowledge says.
     assert by["prior-matching, 1 call"].P.argmax(-1) == pytest.approx(
         np.array([[q.answer] * 3 for q in test.task.questions])
