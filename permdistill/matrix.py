@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -271,6 +272,23 @@ def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
     right = [tables.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
     labelled = ~np.isnan(right[0])
     return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
+
+
+def mixtures(cell: Cell, weights: Sequence[float], folder: str | Path = "") -> pd.DataFrame:
+    """What a student that sees no answer of the teacher can add to one: log P(prior-matching) + weight * log P(student), by
+    weight (0: prior-matching alone), with the gain over the biased teacher. The best row is what error correction could
+    reach as a product of the two, had it known the weight."""
+    test = data(cell.teacher, cell.tasks)[1]
+    orders = cyclic_orders(test.task.k)
+    biased, teacher = in_cyclic_orders(test.P), debias.prior_matching(in_cyclic_orders(test.P), orders)
+    log_teacher, log_student = (np.log(np.maximum(P, debias.EPSILON)) for P in (teacher, answer(cell, folder).P))
+    baseline = tables.correct(biased, test.task.questions)
+    rows = []
+    for weight in weights:
+        P = softmax(log_teacher + weight * log_student, axis=-1)
+        row = tables.measure([P], orders, test.task.questions, test.task.groups, baseline)
+        rows.append({"teacher": Path(cell.teacher).name, "weight": weight, **row})
+    return pd.DataFrame(rows)
 
 
 def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:

@@ -185,3 +185,14 @@ def test_the_papers_cells_are_found_under_its_names():
 def test_difference_of_independent_intervals():
     difference = claims._difference(Interval(0.5, 0.47, 0.54), Interval(0.2, 0.16, 0.23))
     assert difference == pytest.approx((0.3, 0.3 - 0.03 * 2**0.5, 0.3 + 0.04 * 2**0.5))
+
+
+def test_stored_students_are_judged_beside_their_own_teachers_only(monkeypatch):
+    monkeypatch.setattr(claims, "stored", lambda: [claims.Verdict("(f)", "stored", CONFIRMED, "")])
+    monkeypatch.setattr(claims, "ablations", lambda: [claims.Verdict("(g)", "stored", CONFIRMED, "")])
+    monkeypatch.setattr(claims, "task_specific", lambda scored: [])
+    monkeypatch.setattr(claims, "students", lambda t2, t3: [])
+    for name, expected in ((profiles.USUAL.teacher, {"(f)", "(g)"}), ("her-own/llm", set())):
+        t1 = tables.teachers([planted("one")]).assign(teacher=name)
+        found = claims.verdicts([planted("one")], t1, students(), students())
+        assert set(found[found.about == "stored"].claim) == expected

@@ -102,6 +102,23 @@ def test_fits_says_whether_a_student_learnt_what_it_was_shown(cell, tmp_path):
     assert both.students.tolist() == [2] and both["training KL"][0] == pytest.approx(table["training KL"][:2].mean())
 
 
+def test_mixtures_lie_between_one_call_and_the_student(cell, tmp_path):
+    folder = tmp_path / "predictions"
+    matrix.make([cell], folder, tmp_path / "work")
+    _, test = matrix.data("planted", cell.tasks)
+    named = {system.name: system for system in matrix.rivals(test)}
+    right = [q.answer for q in test.task.questions]
+    table = matrix.mixtures(cell, (0.0, 1.0, 1e4), folder)
+    assert table.weight.tolist() == [0, 1, 1e4] and table.teacher.tolist() == ["planted"] * 3
+    ends = (named["prior-matching, 1 call"].P, matrix.answer(cell, folder).P)
+    assert table.accuracy.tolist()[::2] == pytest.approx([metrics.accuracy(P, right).mean() for P in ends])
+    product = ends[0] * ends[1]
+    both = metrics.accuracy(product / product.sum(axis=-1, keepdims=True), right).mean()
+    biased = metrics.accuracy(named["biased teacher"].P, right).mean()
+    assert table.accuracy[1] == pytest.approx(both) and table.gain[1] == pytest.approx(both - biased)
+    assert table.ps[0] > table.ps[2] == pytest.approx(0, abs=1e-6)
+
+
 def test_levels_and_coverage(cell, tmp_path, monkeypatch):
     other = with_run(cell, power=2.0)
     matrix.make([cell], tmp_path / "kept", tmp_path / "work")

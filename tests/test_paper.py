@@ -28,7 +28,7 @@ def checkout(folder: Path) -> Path:
     text = path.read_text(encoding="utf-8")
     start = text.index('    "paper": Profile(')
     before, paper = text[:start], text[start:]
-    fewer = {"n_test": "12", "n_others": "(12, 12, 12)", "n_prompts": "(12, 12)", "n_students": "(12, 12)"}
+    fewer = {"n_test": "12", "n_others": "(12, 12, 12)", "n_prompts": "(12, 5 * 28)", "n_students": "(12, 12)"}
     for name, number in fewer.items():
         paper, found = re.subn(rf"{name}=.*,\n", f"{name}={number},\n", paper, count=1)
         assert found == 1, name
