@@ -170,6 +170,7 @@ def check(names: Iterable[str]) -> None:
         try:
             if local(name) is None and not constants.HF_HUB_OFFLINE:
                 HfApi().auth_check(name, repo_type=REPOS[name].kind)
+                HfApi().repo_info(name, revision=REPOS[name].revision, repo_type=REPOS[name].kind)
         except AssetError as error:
             problems.append(str(error))
         except Exception as error:  # whatever keeps the hub from saying yes, said in one line each
@@ -179,7 +180,7 @@ def check(names: Iterable[str]) -> None:
 
 
 def _why(name: str, error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     address = f"https://huggingface.co/{'datasets/' * (REPOS[name].kind == 'dataset')}{name}"
     if isinstance(error, GatedRepoError) or (REPOS[name].gated and isinstance(error, RepositoryNotFoundError)):
@@ -187,6 +188,8 @@ def _why(name: str, error: Exception) -> str:
             f"gated under the {REPOS[name].licence}: accept it at {address} with your account, and set HF_TOKEN to a token "
             "of that account (or run `hf auth login`)"
         )
+    if isinstance(error, RevisionNotFoundError):
+        return f"the hub has no revision {REPOS[name].revision!r} ({address}): give another one in permdistill.hub.REPOS"
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub does not show it ({address}): was it moved?"
     return f"the hub cannot be reached ({type(error).__name__}): connect, or put a folder in its place with {LOCAL}=/path"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from permdistill.assets import AssetError
 from permdistill.data import ATTRIBUTES, Question, Split, Summary, clean, problems, summary_pairs, validate
 from permdistill.hub import locate
 
+_ABOVE = re.compile(r"^\s*(none) of the above( choices)?\b", re.IGNORECASE)
 MAX_BAD = 0.01  # share of rows that may not fit the schema; more is a changed layout, not a slip of a set's authors
 
 Row = Mapping[str, Any]
@@ -59,7 +61,10 @@ def _race_c(row: Row) -> tuple[str, str, Sequence[str], int]:
 
 
 def _cosmos(row: Row) -> tuple[str, str, Sequence[str], int]:
-    return row["context"], row["question"], [row[f"answer{i}"] for i in range(4)], int(row["label"])
+    """Most of its questions have an option "None of the above choices .", which says where the others stand and so has no
+    meaning in another order. It becomes one that has: the same, without the place."""
+    options = [_ABOVE.sub(r"\1 of the other choices", row[f"answer{i}"]) for i in range(4)]
+    return row["context"], row["question"], options, int(row["label"])
 
 
 def _medmcqa(row: Row) -> tuple[str, str, Sequence[str], int]:

@@ -124,7 +124,8 @@ def _cached(name: str, file: str = "") -> Path | None:
 
     repo = REPOS[name]
     try:
-        folder = Path(snapshot_download(name, repo_type=repo.kind, revision=repo.revision, local_files_only=True))
+        revision = hub.revisions()[name]  # the commit that a name stood for when it was asked first
+        folder = Path(snapshot_download(name, repo_type=repo.kind, revision=revision, local_files_only=True))
     except Exception:  # whatever says that it is not there
         return None
     return folder if (folder / file).exists() else None
@@ -325,11 +326,12 @@ def students_plan(settings: Profile, n: int = SAMPLE) -> pd.DataFrame:
     checkpoint, without what a training in progress keeps).
     """
     rows = []
-    for table, runs, tasks in (("T2", settings.multiple_choice, settings.learnt), ("T3", settings.pairs, settings.compared)):
+    pools = (("T2", settings.multiple_choice, settings.learnt), ("T3", settings.pairs, settings.compared))
+    for (table, runs, tasks), n_test in zip(pools, settings.n_students, strict=True):
         first = settings.teachers[0]
         parts = {
-            split: [_questions(Need(table, first, task, split, settings.n_train)) for task in tasks]
-            for split in ("train", "test")
+            split: [_questions(Need(table, first, task, split, size)) for task in tasks]
+            for split, size in (("train", settings.n_train), ("test", n_test))
         }
         for run in runs:
             model, known = architecture(run.student.encoder), True

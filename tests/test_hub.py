@@ -95,7 +95,7 @@ def test_hub_that_does_not_answer_is_an_error_with_its_fix(online):
 def test_everything_is_asked_for_before_any_compute_and_gated_models_are_explained(online, monkeypatch):
     api, asked = online
     hub.check(profiles.repositories(PAPER))
-    assert len(asked) == len(hub.REPOS)
+    assert sorted(question[0] for question in asked) == sorted([*hub.REPOS] * 2)  # may it be had, is the commit there
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     llama, race = "meta-llama/Llama-2-7b-chat-hf", "ehovy/race"
     api.refused = {llama: errors.GatedRepoError, race: errors.RepositoryNotFoundError, "metaeval/reclor": OSError}
@@ -107,6 +107,19 @@ def test_everything_is_asked_for_before_any_compute_and_gated_models_are_explain
     assert "ehovy/race: the hub does not show it (https://huggingface.co/datasets/ehovy/race)" in message
     assert "metaeval/reclor: the hub cannot be reached (OSError)" in message
     assert len(message.splitlines()) == 4
+
+
+def test_commit_that_is_not_there_is_found_before_any_compute(online, monkeypatch):
+    api, _ = online
+    answer = Response(404, request=Request("GET", "https://hub/"))
+
+    def repo_info(self, name, revision, repo_type):
+        if name == "ehovy/race":
+            raise errors.RevisionNotFoundError("no", response=answer)
+
+    monkeypatch.setattr(api, "repo_info", repo_info)
+    with pytest.raises(AssetError, match=f"the hub has no revision '{hub.REPOS['ehovy/race'].revision}'"):
+        hub.check(["ehovy/race", "google/flan-t5-xl"])
 
 
 def test_folder_in_the_place_of_the_hub(tiny, monkeypatch, tmp_path):

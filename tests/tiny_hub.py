@@ -172,9 +172,12 @@ def _race_c(n: int, seed: int) -> list[dict]:
 
 
 def _cosmos(n: int, seed: int, hidden: bool) -> list[dict]:
-    rows = []
+    rows, rng = [], np.random.default_rng(seed)
     for number, (passage, question, options, answer) in enumerate(islice(texts(seed), n)):
         answers = {f"answer{i}": option for i, option in enumerate(options)}
+        if number % 2:  # most of the set's questions have it, anywhere
+            place = int(rng.choice([i for i in range(4) if i != answer]))
+            answers[f"answer{place}"] = "None of the above choices ."
         row = {"id": f"blog##{number}", "context": passage, "question": question, **answers}
         rows.append(row | {"label": -1 if hidden else answer})
     return rows
@@ -210,6 +213,14 @@ def _summeval(n: int, systems: int) -> list[dict]:
 _LABELS = datasets.ClassLabel(names=["a", "b", "c", "d"])
 
 
+def write_rows(rows: datasets.Dataset, path: Path) -> None:
+    """Parquet, a JSON object a line, or one JSON list, by the name."""
+    if path.suffix == ".parquet":
+        rows.to_parquet(str(path))
+    else:
+        rows.to_json(str(path), lines=path.suffix == ".jsonl")
+
+
 def write_data(folder: Path, name: str, n: int = 8) -> Path:
     """One data set with its columns, label coding, file names and configurations, ``n`` rows a split."""
     home = folder / name
@@ -224,7 +235,7 @@ def write_data(folder: Path, name: str, n: int = 8) -> Path:
             files[f"all/{split}-00000-of-00001.parquet"] = both
     elif name == "tasksource/race-c":
         for seed, split in enumerate(("train", "validation", "test")):
-            files[f"data/{split}-00000-of-00001.parquet"] = _race_c(n, 20 + seed)
+            files[f"{'dev' if split == 'validation' else split}.jsonl"] = _race_c(n, 20 + seed)
     elif name == "allenai/cosmos_qa":
         for seed, split in enumerate(("train", "validation", "test")):
             files[f"default/{split}/0000.parquet"] = _cosmos(n, 30 + seed, hidden=split == "test")
@@ -233,7 +244,8 @@ def write_data(folder: Path, name: str, n: int = 8) -> Path:
             files[f"data/{split}-00000-of-00001.parquet"] = _medmcqa(n, 40 + seed, hidden=split == "test")
     elif name == "metaeval/reclor":
         for seed, split in enumerate(("train", "validation")):
-            files[f"data/{split}-00000-of-00001.parquet"] = _reclor(n, 50 + seed, "train" if split == "train" else "val")
+            short = "train" if split == "train" else "val"
+            files[f"{short}.json"] = _reclor(n, 50 + seed, short)
     else:
         files["data/test-00000-of-00001-35901af5f6649399.parquet"] = _summeval(n, systems=4)
     for path, rows in files.items():
@@ -241,7 +253,7 @@ def write_data(folder: Path, name: str, n: int = 8) -> Path:
         made = datasets.Dataset.from_list(rows)
         if "cop" in made.column_names:
             made = made.cast_column("cop", _LABELS)
-        made.to_parquet(str(home / path))
+        write_rows(made, home / path)
     if configs:
         card = "".join(
             f"- config_name: {config}\n  data_files:\n"
