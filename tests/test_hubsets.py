@@ -35,7 +35,9 @@ def changed(folder, tmp_path, monkeypatch, name: str, path: str, change) -> None
     """Another hub, in which a function has changed the rows of one file."""
     shutil.copytree(folder / name, tmp_path / name)
     kind = "parquet" if path.endswith(".parquet") else "json"
-    rows = datasets.load_dataset(kind, data_files=str(tmp_path / name / path), split="train", cache_dir=str(tmp_path / "read"))
+    rows = datasets.load_dataset(
+        kind, data_files=str(tmp_path / name / path), split="train", cache_dir=str(tmp_path / "read")
+    )
     tiny_hub.write_rows(change(rows), tmp_path / name / path)
     monkeypatch.setenv(hub.LOCAL, str(tmp_path))
 

@@ -51,3 +51,10 @@ class TestNotebook:
         code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
         kinds = {type(node) for node in ast.walk(ast.parse(code))}
         assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.If, ast.For, ast.While, ast.Try, ast.Lambda}
+
+    def test_takes_tasks_and_teachers_from_the_profile_it_is_given(self, path):
+        """Only the matrix, whose students are stored, is the same in all profiles."""
+        code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+        used = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
+        constants = {node.attr for node in used if ast.unparse(node.value) == "profiles" and node.attr.isupper()}
+        assert constants <= {"PROFILES"} or path.stem == "10_matrix"
