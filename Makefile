@@ -152,7 +152,7 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
 	$(eval MADE := yes)
 
 .PHONY: paper
-paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks (within the hour on 2 cores)
+paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks (an hour or more on 2 cores)
 	@echo "$(if $(MADE),done,nothing to do): tables and figures are up to date, see $(BUILD)/ and $(BUILD)/manifest.json"
 
 .PHONY: plan

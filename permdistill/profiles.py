@@ -327,7 +327,7 @@ PROFILES = {
         n_others=(350, 150, 10 * 28),
         n_prompts=(80, 5 * 28),
         n_students=(350, 25 * 28),
-        # Within the hour on 2 cores: the small encoder, one seed; the rest is in MATRIX. For summaries the lengths leave all
+        # About an hour on 2 cores: the small encoder, one seed; the rest is in MATRIX. For summaries the lengths leave all
         # heads about the same share of the article, since the joint head's sequence holds two summaries.
         multiple_choice=(
             *_runs("all-MiniLM-L6-v2", 4, 256, 128, TrainingConfig(epochs=4, learning_rate=1e-4)),
