@@ -139,7 +139,8 @@ def students(t2: pd.DataFrame, t3: pd.DataFrame) -> list[Verdict]:
     distilled = [t[t.system.str.contains("distillation")] for t in (simple, complex_)]
     enough = int((distilled[0].gain_low > 0).sum())
     failed = int((distilled[1].gain_high < 0).sum())
-    corrected = complex_[complex_.system.str.contains("error correction")]
+    # The paper's, which sees the decision alone; white-box error correction sees more than the copy has.
+    corrected = complex_[complex_.system.str.contains(", error correction", regex=False)]
     copied = float(copy.accuracy.iloc[0])
     above = int((corrected.accuracy_low > copied).sum())
     less = sum(

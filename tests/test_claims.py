@@ -57,7 +57,10 @@ def test_students_claims():
     found = by_claim(claims.students(t2, t3))
     assert {c: found[f"({c})"] for c in "efjk"} == dict.fromkeys("efjk", CONFIRMED)
     t2 = students(
-        *teachers, ("m, distillation", "student", 0.61, 0.01, 0.2), ("m, error correction", "student", 0.5, -0.1, 0.2)
+        *teachers,
+        ("m, distillation", "student", 0.61, 0.01, 0.2),
+        ("m, error correction", "student", 0.5, -0.1, 0.2),
+        ("m, white-box error correction", "student", 0.6, 0.0, 0.2),  # sees more than the copy
     )
     t3 = students(*teachers, ("m, distillation", "student", 0.61, 0.01, 0.2))
     found = by_claim(claims.students(t2, t3))
