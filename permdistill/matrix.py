@@ -280,8 +280,9 @@ def mixtures(cell: Cell, weights: Sequence[float], folder: str | Path = "") -> p
     reach as a product of the two, had it known the weight."""
     test = data(cell.teacher, cell.tasks)[1]
     orders = cyclic_orders(test.task.k)
-    biased, teacher = in_cyclic_orders(test.P), debias.prior_matching(in_cyclic_orders(test.P), orders)
-    log_teacher, log_student = (np.log(np.maximum(P, debias.EPSILON)) for P in (teacher, answer(cell, folder).P))
+    biased, student = in_cyclic_orders(test.P), answer(cell, folder).P
+    matched = debias.prior_matching(biased, orders)
+    log_teacher, log_student = (np.log(np.maximum(P, debias.EPSILON)) for P in (matched, student))
     baseline = tables.correct(biased, test.task.questions)
     rows = []
     for weight in weights:
