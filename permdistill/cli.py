@@ -25,7 +25,7 @@ from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
 from permdistill.students import HEADS, INPUTS, StudentConfig
 from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
-from permdistill.training import TrainingConfig, lead
+from permdistill.training import TrainingConfig, lead, train
 
 SCORES = Path(__file__).parent.parent / "scores"
 
@@ -205,6 +205,9 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _students(args: argparse.Namespace) -> None:
+    if args.profile:
+        _students_of(profiles.PROFILES[args.profile], args)
+        return
     cells = list(dict.fromkeys(cell for part in args.parts for cell in profiles.MATRIX[part]))
     cells.sort(key=lambda cell: cell.run.training.seed)  # one seed of everything before the second of anything
     if args.list:
@@ -212,8 +215,19 @@ def _students(args: argparse.Namespace) -> None:
         for cell in cells:
             print(f"{'stored ' if cell in stored else 'missing'} {matrix.path(cell, '.')}")
         return
-    made = matrix.make(cells, args.predictions, Path(args.work))
+    made = matrix.make(cells, args.predictions, Path(args.work or "build/matrix"))
     print(f"{made} students trained now, {len(cells) - made} were in {args.predictions}")
+
+
+def _students_of(settings: profiles.Profile, args: argparse.Namespace) -> None:
+    """What notebooks 2 and 3 train; they find it there."""
+    folder = experiments.output_folder(args.work, args.profile) / "students"
+    for tasks, runs in ((settings.learnt, settings.multiple_choice), (settings.compared, settings.pairs)):
+        parts = [experiments.read_scores(settings.teachers[0], t, "train", args.scores, settings.n_train) for t in tasks]
+        train_on = experiments.together(parts)
+        for run in runs:
+            train(run.student, run.training, folder=folder / run.name, **experiments.lessons(run, train_on))
+            print(f"{run.title}: {folder / run.name}")
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -303,7 +317,10 @@ def parser() -> argparse.ArgumentParser:
     parts = list(profiles.MATRIX)
     command.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     command.add_argument("--predictions", default=str(matrix.COMMITTED), help="folder (default: the committed ones)")
-    command.add_argument("--work", default="build/matrix", help="folder for checkpoints (%(default)s)")
+    command.add_argument("--work", default="", help="folder for checkpoints (build/matrix, or build/PROFILE)")
+    text = "the students of this profile's notebooks 2 and 3 instead, for which they look in --work"
+    command.add_argument("--profile", choices=list(profiles.PROFILES), help=text)
+    command.add_argument("--scores", default=str(SCORES), help="with --profile, folder of the stores (the committed one)")
     command.add_argument("--list", action="store_true", help="only say which are stored")
     command.set_defaults(run=_students)
 

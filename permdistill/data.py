@@ -306,12 +306,15 @@ def _read_mmlu(split: str) -> Split:
     return _proper(records, str(path))
 
 
+def distinct(options: Sequence[str]) -> bool:
+    """Whether no option is empty or the same as another, spaces at the ends aside."""
+    return len({o.strip() for o in options} - {""}) == len(options)
+
+
 def _proper(records: Sequence[dict[str, Any]], source: str) -> Split:
     """A few items of the public sets repeat an option word for word, or have an empty one: no questions in the sense of
     the schema. They are left out and counted; anything else that is wrong with a record is an error."""
-    stripped = [{o.strip() for o in r["options"]} for r in records]
-    fit = [len(s) == len(r["options"]) and "" not in s for s, r in zip(stripped, records, strict=True)]
-    proper = [r for r, good in zip(records, fit, strict=True) if good]
+    proper = [r for r in records if distinct(r["options"])]
     left_out = {"repeated or empty option": len(records) - len(proper)} if len(proper) < len(records) else {}
     return Split(validate(proper, source), left_out)
 

@@ -393,7 +393,7 @@ def read(folder: str | Path, *names: str) -> pd.DataFrame:
 def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     """Shares -> "68.3 [66.1, 70.2]" in points; KL stays in nats with three digits. Columns without values are dropped."""
     shown = {f"{name}{part}" for name in METRICS for part in ("", "_low", "_high")}
-    keys = [c for c in frame if c not in shown]
+    keys = [c for c in frame if c not in shown and (frame.empty or frame[c].notna().any())]
     out = frame[keys].copy()
     if "parameters_millions" in out:
         out["parameters_millions"] = [f"{m:.1f}" if m == m else "" for m in frame.parameters_millions]

@@ -115,7 +115,11 @@ class CausalTeacher:
         if limit is None:
             return
         for question in questions:
-            [prompt] = self.tokenize([question], np.arange(len(question.options))[None], template)
+            order = range(len(question.options))
+            text = self.prompt(question, order, template)
+            if text.isascii() and len(text) < limit:  # a token stands for a character of it at least: 100,000 in seconds
+                continue
+            [prompt] = self.tokenize([question], np.array([order]), template)
             if len(prompt) > limit:
                 raise ValueError(
                     f"question {question.id!r} takes {len(prompt)} tokens with template {template.name!r}, {self.name} has "

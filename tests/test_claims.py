@@ -199,3 +199,19 @@ def test_stored_students_are_judged_beside_their_own_teachers_only(monkeypatch):
         t1 = tables.teachers([planted("one")]).assign(teacher=name)
         found = claims.verdicts([planted("one")], t1, students(), students())
         assert set(found[found.about == "stored"].claim) == expected
+        rest = {} if expected else dict.fromkeys(("(g)", "(h)", "(i)"), NOT_TESTABLE)
+        assert by_claim(found[found.about == "students"].itertuples()) == rest
+
+
+def test_sizes_compare_large_encoders_with_their_own_base():
+    def table(*accuracies: float) -> pd.DataFrame:
+        names = [f"{family}-{size}, joint head, error correction" for family in ("a", "b") for size in ("base", "large")]
+        rows = [(name, "student", accuracy, 0.0, 0.1) for name, accuracy in zip(names, accuracies, strict=True)]
+        return students(*rows, ("a-large, joint head, white-box error correction", "student", 0.1, 0.0, 0.1))
+
+    even, better = table(0.5, 0.5, 0.6, 0.6), table(0.5, 0.6, 0.6, 0.7)
+    found = claims.sizes(better, even)
+    assert found.verdict == CONFIRMED and found.evidence.startswith("multiple choice: 2 of 2 large encoders above")
+    half = table(0.5, 0.6, 0.6, 0.6)
+    for t2, t3 in ((even, even), (better, half), (half, even)):
+        assert claims.sizes(t2, t3).verdict == NOT_CONFIRMED

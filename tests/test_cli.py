@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from test_students import make_encoder
 
-from permdistill import cli, experiments, scores
+from permdistill import cli, experiments, profiles, scores
+from permdistill import training as trainings
 from permdistill.data import CONTENT_FREE
 from permdistill.orders import all_orders
+from permdistill.students import StudentConfig
 from permdistill.teachers import PlantedTeacher
-from permdistill.training import read_log
+from permdistill.training import TrainingConfig, read_log
 
 
 @pytest.fixture
@@ -103,6 +106,30 @@ def test_measure_scores_from_elsewhere(tmp_path, questions, capsys):
     (tmp_path / "few.jsonl").write_text('{"id": "q1", "question": "?", "options": ["a", "b"]}\n', encoding="utf-8")
     with pytest.raises(SystemExit, match="id 'q0' has 3 options, .*few.jsonl has no such question"):
         cli.main(["measure", str(path), "--questions", str(tmp_path / "few.jsonl")])
+
+
+def test_students_of_a_profile_are_those_that_its_notebooks_look_for(monkeypatch, tmp_path, capsys):
+    encoder, training = make_encoder(tmp_path / "encoder"), TrainingConfig(epochs=1)
+    runs = [profiles.Run(StudentConfig(encoder, "per_option", "prediction", k, 256), training) for k in (4, 2)]
+    settings = replace(
+        profiles.PROFILES["smoke"],
+        n_train=6,
+        learnt=("arc_easy", "openbookqa"),
+        compared=("summeval_coherence",),
+        multiple_choice=runs[:1],
+        pairs=runs[1:],
+    )
+    monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
+    cli.main(["students", "--profile", "smoke", "--work", str(tmp_path / "work")])
+    folders = [tmp_path / "work" / "students" / run.name for run in runs]
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == list(map(str, folders))
+
+    monkeypatch.setattr(trainings, "_run", lambda *args: pytest.fail("trained again"))
+    for run, tasks, n in ((runs[0], settings.learnt, 12), (runs[1], settings.compared, 6)):  # as the notebooks do
+        parts = [experiments.read_scores(settings.teachers[0], task, "train", "", settings.n_train) for task in tasks]
+        train_on = experiments.together(parts)
+        assert len(train_on.P) == n
+        experiments.distil(run, train_on, parts[0], tmp_path / "work")
 
 
 def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypatch, tmp_path, capsys):

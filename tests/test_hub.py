@@ -11,8 +11,9 @@ import pytest
 import torch
 from httpx import Request, Response
 from huggingface_hub import errors
+from transformers import LlamaForCausalLM
 
-from permdistill import batches, experiments, hub, manifest, profiles, trie
+from permdistill import batches, experiments, hub, machine, manifest, profiles, trie
 from permdistill.assets import AssetError
 from permdistill.data import Question, unlabelled
 from permdistill.machine import spread
@@ -185,6 +186,18 @@ def test_llama_answers_after_its_chat_template_and_t5_after_the_end_of_its_input
     assert t5.tokenize(QUESTIONS[:1], np.arange(3)[None], TEMPLATES["brief"])[0][-1] == t5.tokenizer.eos_token_id
 
 
+def test_only_prompts_that_may_be_too_long_are_tokenized_to_see(tiny, monkeypatch):
+    teacher, template = load_teacher("meta-llama/Llama-2-7b-chat-hf", torch.float32), TEMPLATES["brief"]
+    asked, tokenize = [], teacher.tokenize
+    monkeypatch.setattr(teacher, "tokenize", lambda qs, *rest: asked.extend(q.id for q in qs) or tokenize(qs, *rest))
+    foreign = replace(QUESTIONS[0], id="foreign", context="Le café est près de la forêt.")  # a character may be 3 tokens
+    teacher.check([*QUESTIONS, foreign], template)
+    assert asked == ["foreign"]
+    long = replace(QUESTIONS[0], id="long", context="The tall cat is old. " * 1000)
+    with pytest.raises(ValueError, match=r"'long' takes \d+ tokens .* 4096 positions"):
+        teacher.check([long], template)
+
+
 def test_labels_that_are_no_single_token_of_a_seq2seq_teacher_are_refused(tiny):
     teacher = load_teacher(PAPER.teachers[3])
     with pytest.raises(ValueError, match="label 'catdog' of template 'brief' is not one token of flan-t5-xl"):
@@ -212,6 +225,30 @@ def test_model_spread_by_accelerate_answers_alike(tiny, name, tmp_path):
     assert np.abs(found - expected).max() < 1e-4
     if name.startswith("meta"):
         assert trie.obstacle(model) is None
+
+
+def test_a_model_that_no_gpu_holds_goes_over_all_of_them_in_whole_layers(tiny, monkeypatch):
+    """GPUs are pretended: what torch and accelerate would say of them. What is decided is which layer goes where."""
+    model = LlamaForCausalLM.from_pretrained(tiny / "meta-llama/Llama-2-7b-chat-hf", dtype=torch.float32)
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    free, moved = [size + machine.SPARE], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 80 << 30))
+    monkeypatch.setattr(model, "to", lambda device: moved.append(device) or model)
+    assert machine.placed(model) is model and moved == ["cuda"]  # one GPU holds it
+
+    def memory(model, no_split_module_classes):
+        assert no_split_module_classes == ["LlamaDecoderLayer"]
+        return {0: size - layer, 1: size, "cpu": size}
+
+    free[0] -= 1
+    monkeypatch.setattr(machine, "get_balanced_memory", memory)
+    monkeypatch.setattr(machine, "spread", lambda model, device_map: device_map)
+    places = machine.placed(model)
+    assert moved == ["cuda"] and set(places.values()) == {0, 1}
+    layers = [name for name in places if "layers" in name]
+    assert layers == [f"model.layers.{i}" for i in range(len(model.model.layers))]  # none in parts
 
 
 def test_batches_of_similar_length_hold_no_more_than_they_may(tiny):

@@ -88,25 +88,33 @@ def test_ids_name_the_texts_whatever_the_rows_order(folder, tmp_path, monkeypatc
     assert first != second
 
 
-def test_rows_that_do_not_fit_are_counted_and_many_are_an_error(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "reason, spoilt, field",
+    [
+        ("repeated or empty option", {"answers": ["same"] * 4}, "options"),
+        ("does not fit the schema", {"label": 7}, "answer"),
+    ],
+    ids=["options", "label"],
+)
+def test_rows_that_do_not_fit_are_counted_and_many_are_an_error(folder, tmp_path, monkeypatch, reason, spoilt, field):
     path = "val.json"
 
     def spoil(n):
         def change(rows):
             kept = rows.to_list()
             for row in kept[:n]:
-                row["answers"] = [row["answers"][0]] * 4
+                row.update(spoilt)
             return datasets.Dataset.from_list([*kept, kept[-1]], features=rows.features)
 
         return change
 
     changed(folder, tmp_path, monkeypatch, "metaeval/reclor", path, spoil(2))
     loaded = hubsets.load("reclor", "test")
-    assert loaded.left_out == {"does not fit the schema": 2, "repeated": 1} and len(loaded.questions) == N - 2
+    assert loaded.left_out == {reason: 2, "repeated": 1} and len(loaded.questions) == N - 2
     shutil.rmtree(tmp_path / "metaeval")
     (tmp_path / "more").mkdir()
     changed(folder, tmp_path / "more", monkeypatch, "metaeval/reclor", path, spoil(3))
-    with pytest.raises(ValueError, match="metaeval/reclor, test: 3 of 9 rows do not fit.*repeated"):
+    with pytest.raises(ValueError, match=rf"metaeval/reclor, test: 3 of 9 rows: {reason}.*field '{field}'"):
         hubsets.load("reclor", "test")
 
 

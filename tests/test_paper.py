@@ -15,6 +15,7 @@ import pytest
 import tiny_hub
 
 from permdistill import claims, hub, profiles
+from permdistill.training import read_log
 
 ROOT = Path(__file__).parent.parent
 PAPER = profiles.PROFILES["paper"]
@@ -44,6 +45,17 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
     home = checkout(tmp_path / "checkout")
     settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), hub.LOCAL: str(tmp_path / "hub")}
     environment = os.environ | settings | {"PYTHONPATH": str(home), "TQDM_DISABLE": "1"}
+    # What README says for several GPUs; `make paper` takes up what it finds.
+    scoring = [sys.executable, "-m", "permdistill.cli", "score", "--profile", "paper", "--scores", "build/scores"]
+    training = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    training += ["-m", "permdistill.cli", "students", "--profile", "paper", "--scores", "build/scores"]
+    for words in (scoring, training):
+        done = subprocess.run(words, cwd=home, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    logs = {folder.name: read_log(folder) for folder in (home / "build" / "paper" / "students").iterdir()}
+    assert set(logs) == {run.name for run in (*PAPER.multiple_choice, *PAPER.pairs)}
+    assert {log["processes"] for log in logs.values()} == {2}
+
     command = ["make", "paper", "PROFILE=paper", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -53,6 +65,7 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
     assert list(made["notebooks"]) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     assert all(notebook["parameters"]["profile"] == "paper" for notebook in made["notebooks"].values())
     assert set(made["revisions"]) == set(hub.REPOS)
+    assert {folder.name: read_log(folder) for folder in (build / "paper" / "students").iterdir()} == logs
     scores = {path.parent.name for path in (build / "scores").glob("*/scores.parquet")}
     assert scores == {Path(name).name for name in PAPER.teachers}
     tables = {path.stem: pd.read_csv(path) for path in (build / "paper" / "tables").glob("*.csv")}
