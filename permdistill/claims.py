@@ -273,7 +273,7 @@ def verdicts(scored: Sequence[Scored], t1: pd.DataFrame, t2: pd.DataFrame, t3: p
     if Path(profiles.USUAL.teacher).name in set(t1.teacher):
         found += [*stored(), *ablations()]
     else:
-        why = "this profile's students differ in no {0}: give it some, see {0} of permdistill.profiles.Run"
+        why = "no students of this profile differ in {0} (permdistill.profiles.Run.{0})"
         found.append(Verdict(SATURATE, "students", NOT_TESTABLE, why.format("draws")))
         found.append(Verdict(EXAMPLES, "students", NOT_TESTABLE, why.format("n_train")))
         found.append(sizes(t2, t3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ def _style() -> None:
 
 
 def _label(task: str) -> str:
-    return _LABELS.get(task, task.replace("summeval_", "SummEval ").replace("all of", "all tasks of"))
+    return _LABELS.get(task, re.sub("^summeval(16)?_", "SummEval ", task).replace("all of", "all tasks of"))
 
 
 def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: Any) -> None:
@@ -344,7 +345,7 @@ def draws(table: pd.DataFrame) -> Figure:
     _style()
     histograms, rest = table[table.draws.notna()], table[table.draws.isna()]
     kinds = [name for name in ("kl", "accuracy") if name in table]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 2.8), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), squeeze=False, layout="constrained")
     for ax, kind in zip(axes[0], kinds, strict=True):
         if kind == "kl":
             ax.plot(
@@ -363,7 +364,7 @@ def draws(table: pd.DataFrame) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_xticks(histograms.draws, [f"{value:g}" for value in histograms.draws])
         ax.set(xlabel="decisions a question")
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))  # above: error bars may be anywhere
     return figure
 
 

@@ -160,6 +160,8 @@ def test_figures_are_files_that_do_not_change(tmp_path):
     heights = [[bar.get_height() for bar in ax.patches] for ax in positions.axes]
     assert heights[0][:3] == pytest.approx(100 * metrics.position_marginals(scored[0].P, all_orders(3)).mean(axis=0))
     assert heights[0][0] > 50
+    titled = figures.preferred_positions([replace(s, task=replace(s.task, name="summeval16_fluency")) for s in scored[1:]])
+    assert [ax.get_title() for ax in titled.axes] == ["SummEval fluency"]
 
 
 def test_no_teacher_falls_off_the_figure():
