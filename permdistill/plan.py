@@ -431,7 +431,7 @@ def report(settings: Profile, n: int = SAMPLE, speed: float | None = None) -> st
         **pd.DataFrame([hours(f, speeds) for f in asked.flops_shared]).add_prefix("h, "),
     )
     learnt = taught[["table", "run", "questions", "epochs", "lengths"]].assign(
-        tokens=(taught.tokens / 1e6).map("{:,.0f}M".format),
+        tokens=(taught.tokens / 1e6).map("{:,.1f}M".format),
         PFLOP=(taught.flops / 1e15).map("{:,.3g}".format),
         **pd.DataFrame([hours(f, speeds) for f in taught.flops]).add_prefix("h, "),
     )
