@@ -65,8 +65,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper
 
-# The committed scores come from these commands: what profiles.PROFILES["full"] asks for. What a store holds already is not
-# scored again. The last lines put the same questions in other words.
+# The committed scores come from these commands: what profiles.PROFILES["full"] and profiles.MATRIX ask for. What a store
+# holds already is not scored again. The last lines put the same questions in other words.
 MULTIPLE_CHOICE := arc_easy arc_challenge openbookqa
 TEST_ONLY := csqa hellaswag mmlu socialiqa piqa
 SUMMEVAL := summeval_coherence summeval_consistency summeval_fluency summeval_relevance

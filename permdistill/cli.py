@@ -25,7 +25,7 @@ from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies
 from permdistill.students import HEADS, INPUTS, StudentConfig
 from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
-from permdistill.training import TrainingConfig, lead, train
+from permdistill.training import LOG, TrainingConfig, lead, train
 
 SCORES = Path(__file__).parent.parent / "scores"
 
@@ -220,11 +220,18 @@ def _students(args: argparse.Namespace) -> None:
 
 
 def _students_of(settings: profiles.Profile, args: argparse.Namespace) -> None:
-    """What notebooks 2 and 3 train; they find it there."""
+    """Train what notebooks 2 and 3 train, into the folder in which they look for it."""
     folder = experiments.output_folder(args.work, args.profile) / "students"
+    if args.list:
+        for run in (*settings.multiple_choice, *settings.pairs):
+            print(f"{'trained' if (folder / run.name / LOG).exists() else 'missing'} {run.name}")
+        return
+    hub.check(profiles.repositories(settings))
+    pools = []
     for tasks, runs in ((settings.learnt, settings.multiple_choice), (settings.compared, settings.pairs)):
         parts = [experiments.read_scores(settings.teachers[0], t, "train", args.scores, settings.n_train) for t in tasks]
-        train_on = experiments.together(parts)
+        pools.append((experiments.together(parts), runs))
+    for train_on, runs in pools:
         for run in runs:
             train(run.student, run.training, folder=folder / run.name, **experiments.lessons(run, train_on))
             print(f"{run.title}: {folder / run.name}")
@@ -315,13 +322,15 @@ def parser() -> argparse.ArgumentParser:
     together = "; started with torchrun or accelerate launch, all processes train each student together"
     command = commands.add_parser("students", help=text, description=text + together)
     parts = list(profiles.MATRIX)
-    command.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
+    text = "the students of this profile's notebooks 2 and 3 instead, into --work, where they look for them"
+    which.add_argument("--profile", choices=list(profiles.PROFILES), help=text)
     command.add_argument("--predictions", default=str(matrix.COMMITTED), help="folder (default: the committed ones)")
-    command.add_argument("--work", default="", help="folder for checkpoints (build/matrix, or build/PROFILE)")
-    text = "the students of this profile's notebooks 2 and 3 instead, for which they look in --work"
-    command.add_argument("--profile", choices=list(profiles.PROFILES), help=text)
+    text = "folder for checkpoints (build/matrix); with --profile, for students (where `make paper` puts its own)"
+    command.add_argument("--work", default="", help=text)
     command.add_argument("--scores", default=str(SCORES), help="with --profile, folder of the stores (the committed one)")
-    command.add_argument("--list", action="store_true", help="only say which are stored")
+    command.add_argument("--list", action="store_true", help="only say which there are")
     command.set_defaults(run=_students)
 
     text = "train students of several settings, and compare them on held-out questions without gold answers"
@@ -393,7 +402,8 @@ def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None
     names = ", ".join(every)
     where.add_argument("--tasks", nargs="+", choices=every, default=tasks, metavar="TASK", help=names)
     where.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
-    command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"))
+    text = "of --tasks (default: all that each of them has)"
+    command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"), help=text)
     command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
     command.add_argument("--limit", type=int, help="only the first so many questions of each task and split")
 

@@ -25,8 +25,8 @@ from permdistill.data import ATTRIBUTES, Question, Split, Summary, clean, distin
 from permdistill.hub import locate
 
 _ABOVE = re.compile(r"^\s*(none) of the above( choices)?\b", re.IGNORECASE)
-# Share of rows that may be left out as no proper questions; more is a changed layout, not slips of a set's authors. Of the
-# laptop's sets, 2% of CommonsenseQA repeat an option.
+# Share of rows that may be left out as no proper questions; more is a changed layout, not slips of a set's authors, who
+# repeat an option now and then (in 2% of CommonsenseQA, one of the laptop's sets).
 MAX_BAD = {"does not fit the schema": 0.01, "repeated or empty option": 0.1}
 
 Row = Mapping[str, Any]
@@ -145,15 +145,16 @@ def read(task: str, split: str) -> Split:
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
     rows = _rows(own.repo, own.config, own.splits[split], own.columns)
-    for row in rows:
+    for number, row in enumerate(rows):
         context, question, options, answer = own.record(row)
         record = {"context": context, "question": question, "options": options, "answer": answer}
         wrong = problems({"id": "?", **record}) or ["no answer"] * (answer is None)
         if wrong:
             texts = isinstance(options, (list, tuple)) and all(isinstance(o, str) for o in options)
-            reason = "repeated or empty option" if texts and not distinct(options) else "does not fit the schema"
+            slip = texts and not distinct(options) and all(line.startswith("field 'options'") for line in wrong)
+            reason = "repeated or empty option" if slip else "does not fit the schema"
             left_out[reason] += 1
-            first.setdefault(reason, f"{record}: {'; '.join(wrong)}")
+            first.setdefault(reason, f"row {number}, {record}: {'; '.join(wrong)}")
             continue
         name = question_id(task, split, context, question, options)
         if name in seen:
@@ -164,7 +165,8 @@ def read(task: str, split: str) -> Split:
     for reason, share in MAX_BAD.items():
         if (bad := left_out[reason]) > max(2, share * len(rows)):
             raise ValueError(
-                f"{own.repo}, {split}: {bad} of {len(rows)} rows: {reason}, so its layout has changed: {first[reason]}"
+                f"{own.repo}, {split}: {bad} of {len(rows)} rows: {reason}, so its layout has changed since this loader was "
+                f"written, pin the revision of permdistill.hub.REPOS that you know. The first: {first[reason]}"
             )
     return Split(validate(kept, own.repo), dict(left_out))
 

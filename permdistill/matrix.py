@@ -55,7 +55,7 @@ class MissingPredictions(LookupError):
 
 @lru_cache(maxsize=16)
 def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
-    """What students of ``teacher`` learn from and are tested on: the questions of the full profile, pooled."""
+    """What students of ``teacher`` learn from (all training questions) and are tested on (the full profile's), pooled."""
     n = PROFILES["full"].n_students[tasks[0] in SUMMEVAL]
     train_on = together([read_scores(teacher, task, "train") for task in tasks])
     return train_on, together([read_scores(teacher, task, "test", n=n) for task in tasks])

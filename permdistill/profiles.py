@@ -34,6 +34,9 @@ from permdistill.training import TrainingConfig
 SEED = 0
 QUESTIONS = 350  # per multiple-choice set that has training questions, and split
 TEST_ONLY_QUESTIONS = 300  # per multiple-choice set that has none
+# PIQA's training questions are not among the assets: so many others of its validation set, about other goals than those of
+# the test, teach its students.
+OTHERS = {"piqa": 1050}
 TEST_DOCUMENTS = (*range(25), *range(43, 58))  # places of SummEval's documents
 TRAIN_DOCUMENTS = tuple(range(25, 43))
 SYSTEMS = 8  # of SummEval's 16, per document
@@ -81,13 +84,16 @@ class Task:
 
 def splits(name: str) -> tuple[str, ...]:
     """The splits of one of :data:`TASKS` or :data:`HUB_TASKS`."""
-    untrained = name in TEST_ONLY or (name in hubsets.SETS and "train" not in hubsets.SETS[name].splits)
-    return ("test",) if untrained else ("test", "train")
+    if name in hubsets.SETS:
+        trained = "train" in hubsets.SETS[name].splits
+    else:
+        trained = name not in TEST_ONLY or name in OTHERS
+    return ("test", "train") if trained else ("test",)
 
 
 def load_task(name: str, split: str, template: str = "") -> Task:
     """One of :data:`TASKS` or :data:`HUB_TASKS`, with its usual template or another one. SummEval's splits have different
-    documents."""
+    documents; PIQA's are both made of its validation set."""
     every = (*TASKS, *HUB_TASKS)
     if name not in every or split not in splits(name):
         raise ValueError(
@@ -97,14 +103,22 @@ def load_task(name: str, split: str, template: str = "") -> Task:
     if name in HUB_TASKS:
         return _load_hub_task(name, split, template)
     if name not in SUMMEVAL:
-        whole = load_multiple_choice(name, split)
+        whole = load_multiple_choice(name, "test" if name in OTHERS else split)
         n = TEST_ONLY_QUESTIONS if name in TEST_ONLY else QUESTIONS
         by_subject = partial(stratified, stratum=lambda question: question.id.split("/")[2])
         questions = (by_subject if name == "mmlu" else sample)(whole.questions, n, SEED)
+        if name in OTHERS and split == "train":
+            questions = _others(whole.questions, questions, OTHERS[name])
         usual = TEMPLATES[template or "letters"]
         return Task(name, questions, usual, [q.id for q in questions], [name] * len(questions), whole.left_out)
     documents = load_summeval_pairs(SYSTEMS, SEED, [name.removeprefix("summeval_")])
     return _pairs(name, documents, TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS, template or "summaries")
+
+
+def _others(questions: list[Question], tested: list[Question], n: int) -> list[Question]:
+    """``n`` questions that share their context with no tested one."""
+    contexts = {question.context for question in tested}
+    return sample([question for question in questions if question.context not in contexts], n, SEED)
 
 
 def _pairs(name: str, documents: dict[str, list[Question]], places: Iterable[int], template: str) -> Task:
@@ -302,7 +316,7 @@ PROFILES = {
         teachers=TEACHERS[:1],
         tasks=TASKS,
         n_test=84,
-        n_train=32,
+        n_train=16,
         n_others=(84, 84, 84),
         n_prompts=(40, 140),
         n_students=(48, 84),
@@ -449,6 +463,12 @@ def _pairs_cell(tasks: tuple[str, ...], encoder: str = _MINILM, **training: Any)
     return Cell(TEACHERS[0], tasks, Run(student, TrainingConfig(**usual | training)))
 
 
+def _piqa_cell(encoder: str = _MINILM, head: str = "bi_encoder", inputs: str = "plain", **training: Any) -> Cell:
+    like = _cell(encoder=encoder, head=head, inputs=inputs, training=training).run
+    length = 512 if head == "joint" else 256  # some of its solutions are long
+    return Cell(TEACHERS[0], ("piqa",), replace(like, student=replace(like.student, k=2, max_length=length)))
+
+
 USUAL = _cell()  # what the ablations vary
 SIZES = {  # the same student, small and large
     "multiple choice": (USUAL, _cell(encoder=_MPNET)),
@@ -490,6 +510,15 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         *(_pairs_cell((task,)) for task in SUMMEVAL),
         *(_pairs_cell(SUMMEVAL, encoder, epochs=0) for encoder in (_MINILM, _MPNET)),
         _pairs_cell(SUMMEVAL, _MPNET),
+    ),
+    # Pairs again, of which the averaged teacher knows more than of SummEval's.
+    "piqa": (
+        *(_piqa_cell(seed=seed) for seed in SEEDS),
+        _piqa_cell(inputs="distribution"),
+        *(_piqa_cell(head="joint", inputs=inputs) for inputs in ("plain", "prediction", "distribution")),
+        *(_piqa_cell(head="per_option", inputs=inputs) for inputs in ("plain", "prediction", "distribution")),
+        *(_piqa_cell(encoder, epochs=0) for encoder in (_MINILM, _MPNET)),
+        *(_piqa_cell(_MPNET, inputs=inputs) for inputs in ("plain", "distribution")),
     ),
     "rates": tuple(_pairs_cell(SUMMEVAL, learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4)),
 }

@@ -117,7 +117,8 @@ class CausalTeacher:
         for question in questions:
             order = range(len(question.options))
             text = self.prompt(question, order, template)
-            if text.isascii() and len(text) < limit:  # a token stands for a character of it at least: 100,000 in seconds
+            # Of ASCII text a token stands for a character at least; "<" leaves room for a space in front, or an end of text.
+            if text.isascii() and len(text) < limit:
                 continue
             [prompt] = self.tokenize([question], np.array([order]), template)
             if len(prompt) > limit:

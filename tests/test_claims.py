@@ -207,7 +207,9 @@ def test_sizes_compare_large_encoders_with_their_own_base():
     def table(*accuracies: float) -> pd.DataFrame:
         names = [f"{family}-{size}, joint head, error correction" for family in ("a", "b") for size in ("base", "large")]
         rows = [(name, "student", accuracy, 0.0, 0.1) for name, accuracy in zip(names, accuracies, strict=True)]
-        return students(*rows, ("a-large, joint head, white-box error correction", "student", 0.1, 0.0, 0.1))
+        other = [(f"a-{size}, joint head, white-box error correction", at) for size, at in (("base", 0.1), ("large", 0.9))]
+        other.append(("c-large, joint head, error correction", 0.9))  # without its base
+        return students(*rows, *((name, "student", accuracy, 0.0, 0.1) for name, accuracy in other))
 
     even, better = table(0.5, 0.5, 0.6, 0.6), table(0.5, 0.6, 0.6, 0.7)
     found = claims.sizes(better, even)

@@ -120,10 +120,18 @@ def test_students_of_a_profile_are_those_that_its_notebooks_look_for(monkeypatch
         pairs=runs[1:],
     )
     monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
-    cli.main(["students", "--profile", "smoke", "--work", str(tmp_path / "work")])
+    arguments = ["students", "--profile", "smoke", "--work", str(tmp_path / "work")]
+    cli.main([*arguments, "--list"])
+    assert capsys.readouterr().out.splitlines() == [f"missing {run.name}" for run in runs]
+    with pytest.raises(SystemExit, match="6 of 6 questions have no scores in"):  # before any training
+        cli.main([*arguments, "--scores", str(tmp_path / "no")])
+    assert not (tmp_path / "work").exists()
+    cli.main(arguments)
     folders = [tmp_path / "work" / "students" / run.name for run in runs]
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == list(map(str, folders))
 
+    cli.main([*arguments, "--list"])
+    assert capsys.readouterr().out.splitlines() == [f"trained {run.name}" for run in runs]
     monkeypatch.setattr(trainings, "_run", lambda *args: pytest.fail("trained again"))
     for run, tasks, n in ((runs[0], settings.learnt, 12), (runs[1], settings.compared, 6)):  # as the notebooks do
         parts = [experiments.read_scores(settings.teachers[0], task, "train", "", settings.n_train) for task in tasks]

@@ -114,8 +114,15 @@ def test_rows_that_do_not_fit_are_counted_and_many_are_an_error(folder, tmp_path
     shutil.rmtree(tmp_path / "metaeval")
     (tmp_path / "more").mkdir()
     changed(folder, tmp_path / "more", monkeypatch, "metaeval/reclor", path, spoil(3))
-    with pytest.raises(ValueError, match=rf"metaeval/reclor, test: 3 of 9 rows: {reason}.*field '{field}'"):
+    with pytest.raises(ValueError, match=rf"metaeval/reclor, test: 3 of 9 rows: {reason}.*row 0, .*field '{field}'"):
         hubsets.load("reclor", "test")
+    # Each reason has a share of its own: 3 of 9 rows are within 0.4.
+    monkeypatch.setattr(hubsets, "MAX_BAD", dict.fromkeys(hubsets.MAX_BAD, 0.0) | {reason: 0.4})
+    assert hubsets.read("reclor", "test").left_out == {reason: 3, "repeated": 1}
+
+
+def test_authors_slips_are_borne_longer_than_another_layout():
+    assert hubsets.MAX_BAD["does not fit the schema"] < hubsets.MAX_BAD["repeated or empty option"] < 0.5
 
 
 def test_changed_columns_and_missing_data_are_errors_with_their_names(folder, tmp_path, monkeypatch):
