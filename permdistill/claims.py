@@ -274,7 +274,7 @@ def verdicts(scored: Sequence[Scored], t1: pd.DataFrame, t2: pd.DataFrame, t3: p
     if Path(profiles.USUAL.teacher).name in set(t1.teacher):
         found += [*stored(), *ablations()]
     else:
-        why = f"only the stored students, taught by {Path(profiles.USUAL.teacher).name}, are compared by their number"
+        why = f"draws and examples are varied for the stored students alone, taught by {Path(profiles.USUAL.teacher).name}"
         found += [Verdict(claim, "students", NOT_TESTABLE, why) for claim in (SATURATE, EXAMPLES)]
         found.append(sizes(t2, t3))
     return pd.DataFrame(found).sort_values("claim", kind="stable", ignore_index=True)

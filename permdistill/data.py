@@ -252,7 +252,7 @@ def content_free(questions: Sequence[Question]) -> list[Question]:
 # --------------------------------------------------------------------------------------------------------------------
 # Loaders
 
-# With training questions, and without any (profiles.OTHERS makes some of PIQA's): {set: number of options}
+# With training questions, and without any (profiles.TRAIN_FROM_VALIDATION makes some of PIQA's): {set: number of options}
 MULTIPLE_CHOICE = {"arc_easy": 4, "arc_challenge": 4, "openbookqa": 4}
 TEST_ONLY = {"csqa": 5, "hellaswag": 4, "mmlu": 4, "socialiqa": 3, "piqa": 2}
 ATTRIBUTES = {

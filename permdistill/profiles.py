@@ -36,7 +36,7 @@ QUESTIONS = 350  # per multiple-choice set that has training questions, and spli
 TEST_ONLY_QUESTIONS = 300  # per multiple-choice set that has none
 # PIQA's training questions are not among the assets: so many others of its validation set, about other goals than those of
 # the test, teach its students.
-OTHERS = {"piqa": 1050}
+TRAIN_FROM_VALIDATION = {"piqa": 1050}
 TEST_DOCUMENTS = (*range(25), *range(43, 58))  # places of SummEval's documents
 TRAIN_DOCUMENTS = tuple(range(25, 43))
 SYSTEMS = 8  # of SummEval's 16, per document
@@ -87,7 +87,7 @@ def splits(name: str) -> tuple[str, ...]:
     if name in hubsets.SETS:
         trained = "train" in hubsets.SETS[name].splits
     else:
-        trained = name not in TEST_ONLY or name in OTHERS
+        trained = name not in TEST_ONLY or name in TRAIN_FROM_VALIDATION
     return ("test", "train") if trained else ("test",)
 
 
@@ -103,12 +103,12 @@ def load_task(name: str, split: str, template: str = "") -> Task:
     if name in HUB_TASKS:
         return _load_hub_task(name, split, template)
     if name not in SUMMEVAL:
-        whole = load_multiple_choice(name, "test" if name in OTHERS else split)
+        whole = load_multiple_choice(name, "test" if name in TRAIN_FROM_VALIDATION else split)
         n = TEST_ONLY_QUESTIONS if name in TEST_ONLY else QUESTIONS
         by_subject = partial(stratified, stratum=lambda question: question.id.split("/")[2])
         questions = (by_subject if name == "mmlu" else sample)(whole.questions, n, SEED)
-        if name in OTHERS and split == "train":
-            questions = _others(whole.questions, questions, OTHERS[name])
+        if name in TRAIN_FROM_VALIDATION and split == "train":
+            questions = _others(whole.questions, questions, TRAIN_FROM_VALIDATION[name])
         usual = TEMPLATES[template or "letters"]
         return Task(name, questions, usual, [q.id for q in questions], [name] * len(questions), whole.left_out)
     documents = load_summeval_pairs(SYSTEMS, SEED, [name.removeprefix("summeval_")])

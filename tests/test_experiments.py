@@ -211,7 +211,7 @@ def test_training_and_test_share_no_question_and_no_document():
     for task in profiles.TASKS:
         test = profiles.load_task(task, "test")
         assert len(test.questions) >= 300
-        if task in {*profiles.TEST_ONLY} - {*profiles.OTHERS}:
+        if task in {*profiles.TEST_ONLY} - {*profiles.TRAIN_FROM_VALIDATION}:
             with pytest.raises(ValueError, match="split 'train'"):
                 profiles.load_task(task, "train")
             continue
@@ -219,9 +219,9 @@ def test_training_and_test_share_no_question_and_no_document():
         assert not {(q.context, q.question, q.options) for q in train.questions} & {
             (q.context, q.question, q.options) for q in test.questions
         }
-        if task in profiles.OTHERS:
+        if task in profiles.TRAIN_FROM_VALIDATION:
             assert not {q.context for q in train.questions} & {q.context for q in test.questions}
-            assert len(train.questions) == profiles.OTHERS[task] == len({q.id for q in train.questions})
+            assert len(train.questions) == profiles.TRAIN_FROM_VALIDATION[task] == len({q.id for q in train.questions})
         if task in profiles.SUMMEVAL:
             assert not set(train.groups) & set(test.groups)
             assert len(set(test.groups)) == len(profiles.TEST_DOCUMENTS) >= 40

@@ -234,7 +234,7 @@ def test_every_cell_has_a_file_of_its_own():
     cells = every_cell()
     assert len({matrix.path(cell) for cell in cells}) == len(cells)
     assert {cell.about for cell in cells} <= {"multiple_choice", "summeval", *profiles.TASKS}
-    assert all(set(cell.tasks) <= {*MULTIPLE_CHOICE, *profiles.SUMMEVAL, *profiles.OTHERS} for cell in cells)
+    assert all(set(cell.tasks) <= {*MULTIPLE_CHOICE, *profiles.SUMMEVAL, *profiles.TRAIN_FROM_VALIDATION} for cell in cells)
     titles = [(cell.teacher, cell.run.title) for cell in profiles.MATRIX["heads and inputs"]]
     # Seeds of one student share a title; the weak teacher's joint and per-option students have one seed.
     assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(profiles.SEEDS)}
