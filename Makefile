@@ -37,7 +37,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 PY := $(abspath $(VENV))/bin/python
 OUT := $(abspath $(BUILD))
 INSTALLED := $(VENV)/.installed
-CODE := $(filter-out permdistill/manifest.py,$(wildcard permdistill/*.py))
+CODE := $(filter-out permdistill/paper/manifest.py,$(wildcard permdistill/*.py permdistill/*/*.py))
 
 .PHONY: help
 help: ## list the targets and the settings
@@ -95,7 +95,7 @@ AUDITED := $(BUILD)/audit.ok
 endif
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
-SCORING := $(addprefix permdistill/,assets.py attention.py batches.py data.py hub.py hubsets.py machine.py orders.py profiles.py prompts.py scores.py teachers.py trie.py cli.py)
+SCORING := $(addprefix permdistill/,cli.py orders.py prompts.py questions.py scores.py sources.py teachers.py $(addprefix paper/,assets.py hub.py models.py profiles.py readers.py tasks.py)) $(wildcard permdistill/engine/*.py)
 
 $(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
@@ -109,7 +109,7 @@ $(BUILD)/scores/.complete-paper: $(SCORING) | $(INSTALLED)
 
 $(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
-	$(PY) -m permdistill.manifest "$(OUT)" --measure audit -- $(AUDIT)
+	$(PY) -m permdistill.paper.manifest "$(OUT)" --measure audit -- $(AUDIT)
 	$(AUDIT) --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --splits test --limit 80 --template numbers --n 3
 	$(AUDIT) --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --splits test --limit 80 --template brief --n 3
 	$(AUDIT) --tasks $(SUMMEVAL) --splits test --limit 140 --template summaries_letters --n 3
@@ -133,7 +133,7 @@ EXECUTED := $(NAMES:%=$(BUILD)/notebooks/%.ipynb)
 $(EXECUTED): $(BUILD)/notebooks/%.ipynb: $(NOTEBOOKS)/%.ipynb $(CODE) $(SCORED) $(BUILD)/settings requirements.lock | $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "== $* ($(PROFILE))"
-	@TQDM_MININTERVAL=15 $(PY) -m permdistill.manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
+	@TQDM_MININTERVAL=15 $(PY) -m permdistill.paper.manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
 	    -r profile $(PROFILE) -r output "$(OUT)/$(PROFILE)" -r scores "$(SCORES)" "$<" "$(@:.ipynb=.part.ipynb)"
 	@mv "$(@:.ipynb=.part.ipynb)" "$@"
 
@@ -148,7 +148,7 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
 	@$(if $(EXECUTED),,echo "there are no notebooks in $(NOTEBOOKS)/" >&2; exit 1)
 	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/full/figures" ]; then \
 	    mkdir -p figures && cp $(BUILD)/full/figures/* $(BUILD)/full/tables/* figures/; fi
-	@$(PY) -m permdistill.manifest "$(BUILD)"
+	@$(PY) -m permdistill.paper.manifest "$(BUILD)"
 	$(eval MADE := yes)
 
 .PHONY: paper
@@ -172,12 +172,12 @@ students: $(INSTALLED) ## train the matrix of students and keep their prediction
 
 .PHONY: cost
 cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 10
-	$(PY) -m permdistill.cost --output figures/cost.json
+	$(PY) -m permdistill.paper.cost --output figures/cost.json
 
 .PHONY: bench
 bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 5
 	@mkdir -p $(BUILD)
-	$(PY) -m permdistill.bench --output $(BUILD)/bench.json
+	$(PY) -m permdistill.paper.bench --output $(BUILD)/bench.json
 	@cp $(BUILD)/bench.json figures/bench.json
 	$(MAKE) --no-print-directory performance
 
@@ -185,7 +185,7 @@ bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half
 performance: $(INSTALLED) ## what `make bench` measured, into notebook 5, figures/ and the README
 	TQDM_DISABLE=1 $(PY) -m nbconvert --to notebook --execute --inplace notebooks/05_shared_prefixes.ipynb
 	cp build/smoke/figures/P1_* build/smoke/tables/P1_* figures/
-	$(PY) -m permdistill.tables
+	$(PY) -m permdistill.paper.tables
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rest

@@ -15,17 +15,22 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import blackbox, data, experiments, hub, matrix, plan, profiles, scaleout, scores, tables
-from permdistill.assets import ASSETS, AssetError, fetch
-from permdistill.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
-from permdistill.jobs import Call, Job, calls_in_orders, drawn_calls
-from permdistill.jobs import plan as plan_of
+from permdistill import scaleout, scores
+from permdistill.api import ask
+from permdistill.api.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
+from permdistill.api.jobs import Call, Job, calls_in_orders, drawn_calls
+from permdistill.api.jobs import plan as plan_of
+from permdistill.api.replies import Replies
+from permdistill.configs import HEADS, INPUTS, StudentConfig, TrainingConfig
 from permdistill.orders import cyclic_orders
+from permdistill.paper import ablations, budget, experiments, hub, profiles, tables
+from permdistill.paper.assets import AssetError, fetch
+from permdistill.paper.models import MODELS, TEACHERS
+from permdistill.paper.tasks import LAPTOP, MULTIPLE_CHOICE, TASKS, load_task
 from permdistill.prompts import TEMPLATES
-from permdistill.replies import Replies
-from permdistill.students import HEADS, INPUTS, StudentConfig
-from permdistill.teachers import TEACHERS, fast_dtype, load_teacher, model_key
-from permdistill.training import LOG, TrainingConfig, lead, train
+from permdistill.questions import BadRecords, Question, content_free, from_jsonl, unlabelled
+from permdistill.teachers import fast_dtype, load_teacher, model_key
+from permdistill.training import LOG, lead, train
 
 SCORES = Path(__file__).parent.parent / "scores"
 
@@ -33,20 +38,20 @@ SCORES = Path(__file__).parent.parent / "scores"
 AUDIT_MEAN_TV, AUDIT_MAX_TV = 0.02, 0.15
 
 
-def _questions(args: argparse.Namespace) -> dict[str, list[data.Question]]:
+def _questions(args: argparse.Namespace) -> dict[str, list[Question]]:
     """{template name: questions without gold answers} of what the arguments ask for."""
     if args.questions:
-        return {args.template or "letters": data.unlabelled(data.from_jsonl(args.questions))[: args.limit]}
-    jobs: dict[str, list[data.Question]] = {}
+        return {args.template or "letters": unlabelled(from_jsonl(args.questions))[: args.limit]}
+    jobs: dict[str, list[Question]] = {}
     for task in args.tasks:
-        for split in profiles.splits(task):
+        for split in TASKS[task].splits:
             if split in args.splits:
-                loaded = profiles.load_task(task, split, args.template or "").first(args.limit)
+                loaded = load_task(task, split, args.template or "").first(args.limit)
                 # The tasks of one template go together: the four attributes of SummEval share their documents.
                 questions = jobs.setdefault(loaded.template.name, [])
-                questions += data.unlabelled(loaded.questions)
+                questions += unlabelled(loaded.questions)
                 if args.content_free:
-                    questions += data.content_free(loaded.questions)
+                    questions += content_free(loaded.questions)
     return jobs
 
 
@@ -56,10 +61,10 @@ def _score(args: argparse.Namespace) -> None:
         return
     settings = profiles.PROFILES[args.profile]
     hub.check(profiles.repositories(settings))
-    by_teacher: dict[str, dict[str, list[data.Question]]] = {name: {} for name in settings.teachers}
+    by_teacher: dict[str, dict[str, list[Question]]] = {name: {} for name in settings.teachers}
     for need in profiles.needs(settings):
         task = need.load()
-        questions = data.unlabelled(task.questions) + data.content_free(task.questions)
+        questions = unlabelled(task.questions) + content_free(task.questions)
         by_teacher[need.teacher].setdefault(task.template.name, []).extend(questions)
     for name, jobs in by_teacher.items():
         if torch.cuda.is_available():
@@ -67,7 +72,7 @@ def _score(args: argparse.Namespace) -> None:
         _score_with(name, jobs, args)
 
 
-def _score_with(name: str, jobs: dict[str, list[data.Question]], args: argparse.Namespace) -> None:
+def _score_with(name: str, jobs: dict[str, list[Question]], args: argparse.Namespace) -> None:
     store, dtype = scores.Store(Path(args.scores) / Path(name).name), getattr(torch, args.dtype)
     key = model_key(name, dtype)
     if not any(scores.lacking(store, questions, TEMPLATES[template], key) for template, questions in jobs.items()):
@@ -90,11 +95,11 @@ def _score_with(name: str, jobs: dict[str, list[data.Question]], args: argparse.
 def _plan(args: argparse.Namespace) -> None:
     settings, speed = profiles.PROFILES[args.profile], None
     if args.measure:
-        task = profiles.load_task("arc_easy", "test")
-        groups = plan.sample(plan.grouped(data.unlabelled(task.questions)), 4)
-        speed = plan.rate(load_teacher(args.measure), groups, task.template)
+        task = load_task("arc_easy", "test")
+        groups = budget.sample(budget.grouped(unlabelled(task.questions)), 4)
+        speed = budget.rate(load_teacher(args.measure), groups, task.template)
         print(f"{args.measure} here: {speed / 1e9:,.1f} GFLOP/s\n")
-    print(plan.report(settings, args.sample, speed))
+    print(budget.report(settings, args.sample, speed))
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -125,7 +130,7 @@ def _audit(args: argparse.Namespace) -> None:
         sys.exit("the committed scores are not what this machine computes: rerun with live scores, and report it")
 
 
-def _calls(args: argparse.Namespace, questions: list[data.Question]) -> list[Call]:
+def _calls(args: argparse.Namespace, questions: list[Question]) -> list[Call]:
     orders = args.orders or ("drawn" if args.mode == "decisions" else "all")
     if orders == "drawn":
         return drawn_calls(questions, args.draws, args.seed)
@@ -160,7 +165,7 @@ def _ask(args: argparse.Namespace) -> None:
         return
     reports = []
     for job in jobs:
-        reports.append(blackbox.ask(job, store, limits, prices, args.concurrency))
+        reports.append(ask.ask(job, store, limits, prices, args.concurrency))
         print(f"\n{reports[-1]}")
     if args.records:
         _write_records(Path(args.records), jobs, store)
@@ -189,9 +194,9 @@ def _write_records(path: Path, jobs: list[Job], store: Replies) -> None:
 
 def _measure(args: argparse.Namespace) -> None:
     ids, orders, P = scores.from_records(args.records)
-    questions = [data.Question(name, "", "", tuple(map(str, range(P.shape[2])))) for name in ids]
+    questions = [Question(name, "", "", tuple(map(str, range(P.shape[2])))) for name in ids]
     if args.questions:
-        known = {q.id: q for q in data.from_jsonl(args.questions)}
+        known = {q.id: q for q in from_jsonl(args.questions)}
         for name in ids:
             if name not in known or len(known[name].options) != P.shape[2]:
                 found = f"{len(known[name].options)} options" if name in known else "no such question"
@@ -211,11 +216,11 @@ def _students(args: argparse.Namespace) -> None:
     cells = list(dict.fromkeys(cell for part in args.parts for cell in profiles.MATRIX[part]))
     cells.sort(key=lambda cell: cell.run.training.seed)  # one seed of everything before the second of anything
     if args.list:
-        stored = set(matrix.available(cells, args.predictions))
+        stored = set(ablations.available(cells, args.predictions))
         for cell in cells:
-            print(f"{'stored ' if cell in stored else 'missing'} {matrix.path(cell, '.')}")
+            print(f"{'stored ' if cell in stored else 'missing'} {ablations.path(cell, '.')}")
         return
-    made = matrix.make(cells, args.predictions, Path(args.work or "build/matrix"))
+    made = ablations.make(cells, args.predictions, Path(args.work or "build/matrix"))
     print(f"{made} students trained now, {len(cells) - made} were in {args.predictions}")
 
 
@@ -239,7 +244,7 @@ def _students_of(settings: profiles.Profile, args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     if args.questions:
-        found = sorted({len(question.options) for question in data.from_jsonl(args.questions)})
+        found = sorted({len(question.options) for question in from_jsonl(args.questions)})
         if len(found) > 1:
             numbers = " and ".join(map(str, found))
             raise ValueError(
@@ -258,7 +263,7 @@ def _sweep(args: argparse.Namespace) -> None:
             args.encoders, args.heads, args.inputs, args.learning_rates, args.warmups, args.seeds
         )
     ]
-    table = matrix.sweep(runs, train_on, Path(args.output) / "students")
+    table = ablations.sweep(runs, train_on, Path(args.output) / "students")
     print(table.drop(columns=["uniform", "folder"]).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")
 
@@ -277,8 +282,9 @@ def parser() -> argparse.ArgumentParser:
     commands = main_parser.add_subparsers(required=True)
 
     command = commands.add_parser("fetch", help="download assets into the cache")
-    command.add_argument("names", nargs="+", choices=list(ASSETS), metavar="NAME", help=", ".join(ASSETS))
-    command.set_defaults(run=lambda args: [print(fetch(name)) for name in args.names])
+    known = {name: holder.assets for name, holder in {**MODELS, **TASKS}.items() if holder.assets}
+    command.add_argument("names", nargs="+", choices=list(known), metavar="NAME", help=", ".join(known))
+    command.set_defaults(run=lambda args: [print(fetch(asset)) for name in args.names for asset in known[name]])
 
     text = "every debiaser and metric on scores of your own, from any harness"
     command = commands.add_parser("measure", help=text, description=text)
@@ -312,7 +318,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("plan", help=text, description=text)
     command.add_argument("--profile", choices=list(profiles.PROFILES), default="full", help="(%(default)s)")
     command.add_argument(
-        "--sample", type=int, default=plan.SAMPLE, help="groups of questions that are tokenised (%(default)s)"
+        "--sample", type=int, default=budget.SAMPLE, help="groups of questions that are tokenised (%(default)s)"
     )
     text = "load this teacher, measure what this machine reaches with it, and say hours for this machine too"
     command.add_argument("--measure", metavar="TEACHER", help=text)
@@ -326,7 +332,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     text = "the students of this profile's notebooks 2 and 3 instead, into --work, where they look for them"
     which.add_argument("--profile", choices=list(profiles.PROFILES), help=text)
-    command.add_argument("--predictions", default=str(matrix.COMMITTED), help="folder (default: the committed ones)")
+    command.add_argument("--predictions", default=str(ablations.COMMITTED), help="folder (default: the committed ones)")
     text = "folder for checkpoints (build/matrix); with --profile, for students (where `make paper` puts its own)"
     command.add_argument("--work", default="", help=text)
     command.add_argument("--scores", default=str(SCORES), help="with --profile, folder of the stores (the committed one)")
@@ -336,10 +342,10 @@ def parser() -> argparse.ArgumentParser:
     text = "train students of several settings, and compare them on held-out questions without gold answers"
     command = commands.add_parser("sweep", help=text, description=text + together)
     command.add_argument("--teacher", default=TEACHERS[0], help=f"{', '.join(TEACHERS)}, a folder, or a hub repository")
-    trained = [task for task in profiles.TASKS if "train" in profiles.splits(task)]
+    trained = [task for task in LAPTOP if "train" in TASKS[task].splits]
     names = f"pooled, from {', '.join(trained)} (default: multiple choice)"
     where = command.add_mutually_exclusive_group()
-    where.add_argument("--tasks", nargs="+", choices=trained, default=list(data.MULTIPLE_CHOICE), metavar="TASK", help=names)
+    where.add_argument("--tasks", nargs="+", choices=trained, default=list(MULTIPLE_CHOICE), metavar="TASK", help=names)
     where.add_argument("--questions", help="a JSONL file of your own questions; what is not scored yet is scored first")
     command.add_argument("--scores", default=str(SCORES), help="folder of the stores (default: the committed one)")
     command.add_argument("--output", default="build/sweep", help="folder for students, and scores of your own (%(default)s)")
@@ -395,10 +401,10 @@ def _json_object(text: str) -> dict:
     return value
 
 
-def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None = profiles.TASKS) -> None:
+def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None = LAPTOP) -> None:
     """Which questions. ``tasks`` is the default; None: there is none, where a forgotten option would cost money."""
     where = command if tasks else command.add_mutually_exclusive_group(required=True)
-    every = (*profiles.TASKS, *profiles.HUB_TASKS)
+    every = list(TASKS)
     names = ", ".join(every)
     where.add_argument("--tasks", nargs="+", choices=every, default=tasks, metavar="TASK", help=names)
     where.add_argument("--questions", help="a JSONL file of your own questions instead of --tasks")
@@ -410,7 +416,7 @@ def _add_questions(command: argparse.ArgumentParser, tasks: Sequence[str] | None
 
 _REFUSALS = (
     AssetError,
-    data.BadRecords,
+    BadRecords,
     scores.MissingScores,
     scaleout.MissingRay,
     EndpointError,

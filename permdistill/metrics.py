@@ -3,7 +3,7 @@
 A system is its probabilities ``P`` (item, order, option) in option space. Metrics are per item, so that any of them, and
 any paired difference of two systems, goes through the one :func:`bootstrap`; a metric of the whole set (positional bias,
 RStd, Cramer's V, CKLD) is a table per item and a ``statistic`` of the mean table. This is the only module besides
-:mod:`permdistill.data` that sees gold answers.
+:mod:`permdistill.questions` that sees gold answers.
 
 Definitions of permutation sensitivity and positional bias: Liusie, Fathullah, Gales, "Teacher-Student Training for
 Debiasing", Findings of ACL 2024. The paper leaves the divergence open; total variation (TV) is our headline, KL beside it.

@@ -19,8 +19,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from permdistill.data import Question
 from permdistill.orders import apply
+from permdistill.questions import Question
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from permdistill.assets import AssetError
-from permdistill.data import Question
 from permdistill.orders import all_orders
 from permdistill.prompts import Template
+from permdistill.questions import Question
 from permdistill.scores import Store, keep, lacking
 from permdistill.teachers import Teacher
 
@@ -126,7 +125,7 @@ class Worker:
                     "give all machines the same model"
                 )
             self.teacher.check([question for group in groups for question in group], template)
-        except (AssetError, ValueError, OSError) as error:
+        except (ValueError, OSError) as error:
             self.refusal = str(error) or type(error).__name__
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:

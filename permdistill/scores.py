@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from permdistill.assets import locked
-from permdistill.data import BadRecords, Question
+from permdistill.files import locked
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, all_orders, to_options
 from permdistill.prompts import Template
+from permdistill.questions import BadRecords, Question
 from permdistill.teachers import Teacher
 
 SCHEMA = pa.schema(

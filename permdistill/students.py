@@ -49,47 +49,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from permdistill import hub
-from permdistill.assets import ASSETS, fetch_folder, sha256_of
-from permdistill.batches import by_length
-from permdistill.data import Question
+from permdistill import sources
+from permdistill.configs import StudentConfig
 from permdistill.debias import EPSILON
-from permdistill.machine import has_bfloat16
-from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, to_options, to_positions
+from permdistill.engine.batches import by_length
+from permdistill.engine.placement import has_bfloat16
+from permdistill.files import sha256_of
+from permdistill.orders import to_options, to_positions
+from permdistill.questions import Question
 
-HEADS, INPUTS = ("joint", "per_option", "bi_encoder"), ("plain", "prediction", "distribution")
 LABELS = "ABCDEF"
 CONFIG_FILE = "permdistill.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """What a student is, before any training.
-
-    encoder     a name in :data:`permdistill.assets.ASSETS` ("all-MiniLM-L6-v2"), a local folder, or a hub repository
-    head        joint | per_option | bi_encoder
-    inputs      plain | prediction | distribution
-    k           number of options, 2..6
-    max_length  tokens a sequence; only context and question are ever cut, see :meth:`Student.encode`
-    """
-
-    encoder: str
-    head: str = "joint"
-    inputs: str = "plain"
-    k: int = 4
-    max_length: int = 256
-
-    def __post_init__(self) -> None:
-        if not self.encoder:
-            raise ValueError(f"encoder {self.encoder!r}: give an asset's name, a folder, or a hub repository")
-        for name, value, known in (("head", self.head, HEADS), ("inputs", self.inputs, INPUTS)):
-            if value not in known:
-                raise ValueError(f"{name} {value!r}: give one of {', '.join(known)}")
-        if not MIN_OPTIONS <= self.k <= MAX_OPTIONS:
-            raise ValueError(f"k = {self.k} options: give {MIN_OPTIONS}..{MAX_OPTIONS}")
-        if self.max_length < 8:
-            raise ValueError(f"max_length = {self.max_length} tokens: give at least 8")
 
 
 class Text(NamedTuple):
@@ -366,7 +337,7 @@ class Student:
             raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: give a folder that Student.save finished")
         settings = json.loads(file.read_text(encoding="utf-8"))
         correction, scale = settings.pop("correction", None), settings.pop("scale", 1.0)
-        student = _load(StudentConfig(**settings), str(path))
+        student = _load(StudentConfig(**settings), sources.Source(lambda: str(path)))
         student.scale = scale
         if correction:
             student.correction = Correction(correction["scale"], tuple(correction["position"]))
@@ -379,43 +350,35 @@ def build(config: StudentConfig, seed: int) -> Student:
 
     Raises ValueError when the encoder has fewer positions than max_length.
     """
-    name = config.encoder
-    return _load(config, str(fetch_folder(name)) if _is_asset(name) else name, seed)
+    return _load(config, sources.find(config.encoder), seed)
 
 
 def encoder_key(name: str) -> str:
     """Identifies an encoder by the content of its weights where they are at hand: changed weights, changed key."""
-    if _is_asset(name):
-        return f"sha256:{ASSETS[f'{name}/model.safetensors'].sha256}"
-    source, revision = hub.locate(name)
-    weights = sorted(Path(source).glob("*.safetensors"))
-    if weights:
-        return f"sha256:{','.join(sha256_of(w) for w in weights)}"
-    return f"hub:{name}@{revision}" if revision else f"hub:{name}"
+    source = sources.find(name)
+    if source.key:
+        return source.key
+    weights = sorted(Path(source.location()).glob("*.safetensors"))
+    return f"sha256:{','.join(sha256_of(w) for w in weights)}" if weights else f"hub:{name}"
 
 
-def _is_asset(name: str) -> bool:
-    return f"{name}/model.safetensors" in ASSETS
-
-
-def _load(config: StudentConfig, name: str, seed: int = 0) -> Student:
-    source, revision = hub.locate(name)
-    at: dict[str, Any] = {"revision": revision} if revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(source, **at)
+def _load(config: StudentConfig, source: sources.Source, seed: int = 0) -> Student:
+    at = source.arguments
+    tokenizer = AutoTokenizer.from_pretrained(**at)
     labels = dict(enumerate(LABELS[: config.k]))
-    settings: dict[str, Any] = {"dtype": torch.float32, **at}
+    settings: dict[str, Any] = {**at, "dtype": torch.float32}
     # Dropout on attention probabilities keeps torch from its fused attention: training takes 3 times as long with it.
-    if hasattr(AutoConfig.from_pretrained(source, **at), "attention_probs_dropout_prob"):
+    if hasattr(AutoConfig.from_pretrained(**at), "attention_probs_dropout_prob"):
         settings["attention_probs_dropout_prob"] = 0.0
     with _quiet():
         torch.manual_seed(seed)  # what a checkpoint lacks, here the head, is drawn inside from_pretrained
         if config.head == "joint":
             settings |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-            model = AutoModelForSequenceClassification.from_pretrained(source, **settings)
+            model = AutoModelForSequenceClassification.from_pretrained(**settings)
         elif config.head == "bi_encoder":
-            model = AutoModel.from_pretrained(source, **settings)
+            model = AutoModel.from_pretrained(**settings)
         else:
-            model = AutoModelForMultipleChoice.from_pretrained(source, **settings)
+            model = AutoModelForMultipleChoice.from_pretrained(**settings)
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
     if model.config.model_type in _OFFSET_POSITIONS:
         positions -= model.config.pad_token_id + 1

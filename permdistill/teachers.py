@@ -9,12 +9,10 @@ closed form, for tests and for trying out one's own analysis.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,19 +21,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from permdistill import batches, hub, trie
-from permdistill.assets import ASSETS, cache_dir, fetch, locked, sha256_of
-from permdistill.data import Question
-from permdistill.machine import has_bfloat16, placed, with_packed_linears
+from permdistill import sources
+from permdistill.engine import batches, trie
+from permdistill.engine.placement import has_bfloat16, placed, with_packed_linears
+from permdistill.files import sha256_of
 from permdistill.orders import to_options
 from permdistill.prompts import Template
-
-TEACHERS = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "smollm2-135m")
+from permdistill.questions import Question
 
 
 class Teacher(Protocol):
@@ -206,17 +202,12 @@ DTYPE = torch.bfloat16
 def model_key(name: str, dtype: torch.dtype = DTYPE) -> str:
     """Identifies a teacher's weights and number format: part of the content key of its scores.
 
-    ``name`` is one of :data:`TEACHERS`, a local folder with safetensors (its config, tokenizer and chat template count
-    too), or a repository of the model hub (by name and, for those of :data:`permdistill.hub.REPOS`, commit: any other
-    repository that changes keeps its key). Raises ValueError for a folder without safetensors, whose weights could not be
-    told from others.
+    ``name`` is what :func:`permdistill.sources.find` takes. A folder counts by its safetensors, config, tokenizer and chat
+    template, a repository of the model hub by its name and, where one is pinned, commit. Raises ValueError for a folder
+    without safetensors, whose weights could not be told from others.
     """
-    if f"{name}.gguf" in ASSETS:
-        weights = f"sha256:{ASSETS[f'{name}.gguf'].sha256}"
-    else:
-        source, revision = hub.locate(name)
-        weights = _folder_key(source) if Path(source).is_dir() else f"hub:{name}{f'@{revision}' if revision else ''}"
-    return f"{weights} {str(dtype).removeprefix('torch.')}, float32 head"
+    source = sources.find(name)
+    return f"{source.key or _folder_key(source.location())} {str(dtype).removeprefix('torch.')}, float32 head"
 
 
 def _folder_key(folder: str) -> str:
@@ -233,20 +224,13 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if has_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
 
 
-def teacher_folder(name: str) -> str:
-    """What transformers loads a teacher from: the unpacked checkpoint of one of :data:`TEACHERS`, or ``name`` itself."""
-    return str(_dequantised(name)) if f"{name}.gguf" in ASSETS else name
-
-
 def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int | None = None) -> CausalTeacher:
-    """A teacher of the registry by name (:data:`TEACHERS`), a local folder, or a repository of the model hub."""
-    key = model_key(name, dtype)
-    source, revision = (teacher_folder(name), None) if f"{name}.gguf" in ASSETS else hub.locate(name)
-    at: dict[str, Any] = {"revision": revision} if revision else {}
-    tokenizer = AutoTokenizer.from_pretrained(source, **at)
-    seq2seq = AutoConfig.from_pretrained(source, **at).is_encoder_decoder
+    """A teacher by name (:func:`permdistill.sources.find`): a folder, a repository of the model hub, or a known model."""
+    key, at = model_key(name, dtype), sources.find(name).arguments
+    tokenizer = AutoTokenizer.from_pretrained(**at)
+    seq2seq = AutoConfig.from_pretrained(**at).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(source, dtype=dtype, **at).eval()
+    model: PreTrainedModel = kind.from_pretrained(**at, dtype=dtype).eval()
     model = with_packed_linears(placed(with_float32_head(model)))
     return (Seq2SeqTeacher if seq2seq else CausalTeacher)(Path(name).name, model, tokenizer, key, max_tokens)
 
@@ -269,21 +253,3 @@ def with_float32_head(model: PreTrainedModel) -> PreTrainedModel:
         wide.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
         model.set_output_embeddings(wide)
     return model
-
-
-def _dequantised(name: str) -> Path:
-    """A GGUF asset unpacked to an ordinary checkpoint, kept beside it: unpacking 1.5B weights takes over a minute."""
-    source = fetch(f"{name}.gguf")
-    folder = cache_dir() / "dequantised" / ASSETS[f"{name}.gguf"].sha256[:16]
-    with locked(folder.with_name(f"{folder.name}.lock")):
-        if folder.exists():
-            return folder
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a killed run
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(part)
-        # Q4 and Q6 blocks unpack to values that bfloat16 holds to 8 bits; the committed scores were made in bfloat16.
-        AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        ).save_pretrained(part, max_shard_size="400MB")  # see with_packed_linears
-        os.replace(part, folder)
-    return folder

@@ -24,62 +24,18 @@ import torch
 from scipy.optimize import minimize
 from tqdm import tqdm
 
-from permdistill import processes
-from permdistill.assets import locked
-from permdistill.data import Question
+from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.debias import EPSILON
+from permdistill.engine import ranks
+from permdistill.files import locked
 from permdistill.orders import all_orders, to_positions
-from permdistill.students import Correction, Row, Student, StudentConfig, build, encoder_key, mixed_precision
+from permdistill.questions import Question
+from permdistill.students import Correction, Row, Student, build, encoder_key, mixed_precision
 
 RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
-SAVE_SECONDS = 30.0  # at most so much training is lost to a kill
+SAVE_SECONDS = 30.0  # at most so much training is lost to a kill, see TrainingConfig.save_every
 CHECKPOINT, BEST, LOG = "checkpoint.pt", "best.pt", "train.json"
 _MEGA = 16  # batches within which questions are sorted by length: little padding, still random company
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a student is trained.
-
-    epochs         times that each question is seen; 0: an untrained student, fitted scale and correction apart
-    learning_rate  its maximum, after warm-up
-    warmup         share of the steps in which it rises linearly; then it falls linearly to 0
-    weight_decay   AdamW's, on matrices only
-    batch_size     questions a step
-    micro_tokens   a step runs in pieces of at most so many tokens, padding included; bounds the memory, not the mathematics
-    max_grad_norm  longer gradients are scaled down to this norm
-    save_every     steps between checkpoints; one more after :data:`SAVE_SECONDS`, and at the end of each epoch
-    seed           of the new head, the orders, the decisions, the batches and the dropout
-    held_out       share of the questions that are not trained on: the epoch with the lowest KL on them is the one that is
-                   kept. Like all of training, that reads no gold answer. 0: the last epoch is kept
-    patience       with held_out: training stops after so many epochs in a row without a new lowest KL
-    """
-
-    epochs: int = 3
-    learning_rate: float = 5e-5
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    batch_size: int = 16
-    micro_tokens: int = 2048
-    max_grad_norm: float = 1.0
-    save_every: int = 100
-    seed: int = 0
-    held_out: float = 0.0
-    patience: int = 2
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise ValueError(f"epochs = {self.epochs}: give a number of at least 0")
-        for name in ("learning_rate", "batch_size", "micro_tokens", "max_grad_norm", "save_every", "patience"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: give a number above 0")
-        if not (0 <= self.warmup < 1 and 0 <= self.held_out < 1) or self.weight_decay < 0 or self.seed < 0:
-            raise ValueError(f"{self}: give warmup and held_out in [0, 1), weight_decay and seed of at least 0")
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What the trained weights depend on. What is not used does not count, so that a new option voids no student."""
-        return {name: value for name, value in asdict(self).items() if self.held_out or name not in ("held_out", "patience")}
 
 
 def kl_loss(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -228,7 +184,7 @@ def train(
 ) -> Student:
     """Train a student, save it in ``folder`` with its log (:func:`read_log`), and return it. Seeds torch.
 
-    questions       without gold answers, as :func:`permdistill.data.unlabelled` gives them
+    questions       without gold answers, as :func:`permdistill.questions.unlabelled` gives them
     targets         (item, option) probabilities, the debiased teacher's
     decision_probs  (item, order, option) the teacher's, over ``orders``; refused for inputs="plain", else required
     orders          (order, K) to draw from; None: all K!
@@ -267,7 +223,7 @@ def train(
         if (folder / LOG).exists() and read_log(folder)["key"] == key:
             (folder / CHECKPOINT).unlink(missing_ok=True)
             return Student.from_pretrained(folder)
-        processes.share((config, training, questions, targets, folder, decision_probs, orders, autocast, None, key, drawn))
+        ranks.share((config, training, questions, targets, folder, decision_probs, orders, autocast, None, key, drawn))
         return _run(config, training, questions, targets, folder, decision_probs, orders, autocast, on_step, key, drawn)
 
 
@@ -277,15 +233,15 @@ def lead(program: Callable[[], None]) -> None:
     Every process calls this. Rank 0 runs ``program``, the others take part in each :func:`train` in it, until it ends. The
     weights are those of one process up to rounding; with dropout they are others, as with another seed.
     """
-    processes.connect()
-    if processes.rank() == 0:
+    ranks.connect()
+    if ranks.rank() == 0:
         program()
-        processes.share(None)
+        ranks.share(None)
     else:
-        while (job := processes.share(None)) is not None:
+        while (job := ranks.share(None)) is not None:
             with suppress(FloatingPointError):  # rank 0 has met it too, and says so
                 _run(*job)
-    processes.part()
+    ranks.part()
 
 
 def _run(
@@ -302,7 +258,7 @@ def _run(
     drawn: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Student:
     """:func:`train` from the last checkpoint, or from the start. Of several processes only rank 0 reads and writes files."""
-    first = processes.rank() == 0
+    first = ranks.rank() == 0
     student = build(config, training.seed)
     if config.inputs == "distribution":
         assert decision_probs is not None
@@ -315,13 +271,13 @@ def _run(
     total, seconds = training.epochs * per_epoch, 0.0
     losses: list[float] = []
     kls: list[float] = []  # on the held-out questions, by epoch
-    if (state := processes.share(_checkpoint(folder, key) if first else None)) is not None:
+    if (state := ranks.share(_checkpoint(folder, key) if first else None)) is not None:
         student.model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         losses, kls, seconds = state["losses"], state.get("kls", []), state["seconds"]
         student.scale = state.get("scale", 1.0)
     elif config.head == "bi_encoder":
-        student.scale = processes.share(_first_scale(student, training, taught, autocast))
+        student.scale = ranks.share(_first_scale(student, training, taught, autocast))
     started = time.monotonic() - seconds
     saved = time.monotonic()
 
@@ -331,7 +287,7 @@ def _run(
     with bar:
         for number in range(len(losses) // per_epoch, training.epochs + 1):
             if held_out is not None and len(kls) < number:  # these weights ended the epoch before
-                kls.append(processes.share(_held_out_kl(student, training, held_out, autocast)))
+                kls.append(ranks.share(_held_out_kl(student, training, held_out, autocast)))
                 bar.set_description(f"train {config.head} {config.inputs}, held-out KL {kls[-1]:.4f}")
                 if first and kls[-1] == min(kls):
                     _replace(folder / BEST, partial(torch.save, {"key": key, "model": student.model.state_dict()}))
@@ -344,7 +300,7 @@ def _run(
                 for group in optimiser.param_groups:
                     group["lr"] = training.learning_rate * rate(len(losses), total, training.warmup)
                 # Of dropout, another one in each process. (A 0 at the end changes nothing: one process draws as ever.)
-                place = (training.seed, len(losses), processes.rank())
+                place = (training.seed, len(losses), ranks.rank())
                 torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
                 losses.append(_backward(student, epoch, batch, training.micro_tokens, autocast))
                 if not np.isfinite(losses[-1]):
@@ -373,7 +329,7 @@ def _run(
     seen = len(losses) * n / per_epoch
     log: dict[str, Any] = {"key": key, "student": asdict(config), "training": asdict(training), "questions": n}
     log |= {"seconds": seconds, "questions_per_second": seen / seconds, "losses": losses, "held_out_kl": kls}
-    log["processes"] = processes.count()
+    log["processes"] = ranks.count()
     (folder / LOG).unlink(missing_ok=True)  # another run's: it must not vouch for the new weights
     if kls:
         student.model.load_state_dict(torch.load(folder / BEST, weights_only=True)["model"])
@@ -503,12 +459,12 @@ def _first_scale(student: Student, training: TrainingConfig, taught: _Taught, au
 
 def _backward(student: Student, epoch: _Epoch, batch: np.ndarray, micro_tokens: int, autocast: bool | None) -> float:
     """Gradients of the batch's mean loss, added up over its pieces and the processes that share it. Returns the loss."""
-    total, own = 0.0, batch[processes.rank() :: processes.count()]
+    total, own = 0.0, batch[ranks.rank() :: ranks.count()]
     for part in _losses(student, epoch, own, micro_tokens, autocast) if len(own) else ():
         loss = part * (len(own) / len(batch))
         loss.backward()
         total += loss.item()
-    return processes.add_up(student.model.parameters(), total)
+    return ranks.add_up(student.model.parameters(), total)
 
 
 def _held_out_kl(student: Student, training: TrainingConfig, held_out: _Taught, autocast: bool | None) -> float:

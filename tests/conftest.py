@@ -35,10 +35,10 @@ def hub_folder(tmp_path_factory):
 @pytest.fixture
 def tiny(hub_folder, monkeypatch):
     """The model hub, replaced by :func:`hub_folder`."""
-    from permdistill import hub, plan
+    from permdistill.paper import budget, hub
 
     monkeypatch.setenv(hub.LOCAL, str(hub_folder))
-    cached = (plan.architecture, plan._tokenizer)
+    cached = (budget.architecture, budget._tokenizer)
     for function in cached:
         function.cache_clear()
     yield hub_folder

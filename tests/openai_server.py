@@ -6,7 +6,7 @@ Why not somebody else's server: `transformers serve` (5.23) leaves out logprobs 
 temperature, unless told otherwise by a field of its own, and cannot go on from the start of an answer (it does serve the
 test of plain decisions, see test_transformers_serve.py). llama-cpp-python has no wheel on PyPI, and its quantised matrix
 products are not the white-box teacher's, to 1e-3. What is compared here is two routes to the same numbers: this one takes
-each prompt alone through the model (:mod:`permdistill.batches`), the white-box teacher all orders through the trie.
+each prompt alone through the model (:mod:`permdistill.engine.batches`), the white-box teacher all orders through the trie.
 
 Draws depend on the seed, the prompt and how often it came, so a test gets the same ones whatever arrives first.
 """
@@ -74,7 +74,7 @@ def planted_backend(**settings: Any) -> Backend:
 
 def teacher_backend(teacher: Any, keep: int = 256) -> Backend:
     """A :class:`permdistill.teachers.CausalTeacher`, one prompt a pass; the last ``keep`` distributions are remembered."""
-    from permdistill import batches
+    from permdistill.engine import batches
 
     lock = threading.Lock()
     known: OrderedDict[str, Next] = OrderedDict()

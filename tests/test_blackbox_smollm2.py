@@ -12,14 +12,14 @@ import torch
 from openai_server import serving, teacher_backend
 
 from permdistill import metrics, scores
-from permdistill.blackbox import ask
-from permdistill.data import Question, unlabelled
-from permdistill.endpoint import Endpoint
-from permdistill.jobs import Call, Job, calls_in_orders, drawn, drawn_calls, probabilities
+from permdistill.api.ask import ask
+from permdistill.api.endpoint import Endpoint
+from permdistill.api.jobs import Call, Job, calls_in_orders, drawn, drawn_calls, probabilities
+from permdistill.api.replies import Replies
 from permdistill.orders import all_orders
-from permdistill.profiles import load_task
+from permdistill.paper.profiles import load_task
 from permdistill.prompts import TEMPLATES, Template
-from permdistill.replies import Replies
+from permdistill.questions import Question, unlabelled
 from permdistill.teachers import CausalTeacher, load_teacher
 
 LETTERS = TEMPLATES["letters"]

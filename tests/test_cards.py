@@ -9,9 +9,8 @@ from test_experiments import planted
 from test_students import make_encoder
 
 import permdistill
-from permdistill import cards, experiments, profiles, tables
-from permdistill.students import StudentConfig
-from permdistill.training import TrainingConfig
+from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.paper import cards, experiments, profiles, tables
 
 
 @pytest.fixture(scope="module")

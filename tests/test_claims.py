@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from test_experiments import planted
 
-from permdistill import claims, matrix, profiles, tables
-from permdistill.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE
-from permdistill.experiments import System
 from permdistill.metrics import Interval
 from permdistill.orders import cyclic_orders
+from permdistill.paper import ablations, claims, profiles, tables
+from permdistill.paper.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE
+from permdistill.paper.experiments import System
 
 
 def by_claim(verdicts: list[claims.Verdict]) -> dict[str, str]:
@@ -34,7 +34,7 @@ def test_prior_matching_equals_debiasing_on_an_additive_bias():
 
 
 def test_invariance_is_compared_at_the_same_number_of_options():
-    pairs = planted("summeval_x", k=2, bias=3.0)
+    pairs = planted("summeval_coherence", k=2, bias=3.0)
     assert by_claim(claims.task_specific([pairs, planted("piqa", k=2, bias=0.1)])) == {"(d)": CONFIRMED}
     assert by_claim(claims.task_specific([pairs, planted("piqa", k=2, bias=3.0)])) == {"(d)": NOT_CONFIRMED}
     assert by_claim(claims.task_specific([pairs, planted("arc", k=3)])) == {"(d)": NOT_TESTABLE}
@@ -83,20 +83,20 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     shares |= {cell: 0.3 for cell in profiles.MATRIX["draws"] if cell.run.draws < 32}
     shares |= {profiles.USUAL: 0.6, profiles.SIZES["multiple choice"][1]: 0.9, small: 0.5, large: 0.5}
     orders = cyclic_orders(3)
-    monkeypatch.setattr(matrix, "data", lambda teacher, tasks: (test, test))
+    monkeypatch.setattr(ablations, "data", lambda teacher, tasks: (test, test))
 
     def answer(cell: profiles.Cell, folder: str = "") -> System:
         if cell not in shares:
-            raise matrix.MissingPredictions("run `make students`")
+            raise ablations.MissingPredictions("run `make students`")
         return System("s", "student", answers(shares[cell]), orders, 0, 1)
 
-    monkeypatch.setattr(matrix, "answer", answer)
-    assert by_claim(claims.ablations()) == {"(g)": CONFIRMED, "(h)": NOT_TESTABLE, "(i)": CONFIRMED}
+    monkeypatch.setattr(ablations, "answer", answer)
+    assert by_claim(claims.varied()) == {"(g)": CONFIRMED, "(h)": NOT_TESTABLE, "(i)": CONFIRMED}
     shares[large] = 0.9
     del shares[profiles.MATRIX["draws"][1]]
-    assert by_claim(claims.ablations()) == {"(g)": NOT_TESTABLE, "(h)": NOT_TESTABLE, "(i)": NOT_CONFIRMED}
+    assert by_claim(claims.varied()) == {"(g)": NOT_TESTABLE, "(h)": NOT_TESTABLE, "(i)": NOT_CONFIRMED}
     shares[profiles.MATRIX["draws"][1]] = 0.3
-    assert by_claim(claims.ablations())["(g)"] == NOT_CONFIRMED
+    assert by_claim(claims.varied())["(g)"] == NOT_CONFIRMED
 
 
 def test_stored_students_are_compared_with_what_they_see(monkeypatch):
@@ -113,8 +113,8 @@ def test_stored_students_are_compared_with_what_they_see(monkeypatch):
     ]
     gaps = pd.DataFrame(rows, columns=["teacher", "system", "rival", "difference"])
     gaps = gaps.assign(difference_low=gaps.difference - 0.02, difference_high=gaps.difference + 0.02)
-    monkeypatch.setattr(matrix, "available", lambda cells, folder: list(cells))
-    monkeypatch.setattr(matrix, "differences", lambda cells, folder: gaps)
+    monkeypatch.setattr(ablations, "available", lambda cells, folder: list(cells))
+    monkeypatch.setattr(ablations, "differences", lambda cells, folder: gaps)
     found = {(v.claim[:3], v.about.split()[-1]): v for v in claims.stored()}
     assert {key: v.verdict for key, v in found.items()} == {
         ("(f)", "weak"): CONFIRMED,
@@ -123,7 +123,7 @@ def test_stored_students_are_compared_with_what_they_see(monkeypatch):
         ("(k)", "strong"): NOT_CONFIRMED,
     }
     assert found["(k)", "weak"].evidence.endswith("m, bi-encoder head, distillation 10.0 [8.0, 12.0]")
-    monkeypatch.setattr(matrix, "available", lambda cells, folder: [])
+    monkeypatch.setattr(ablations, "available", lambda cells, folder: [])
     assert claims.stored() == []
 
 
@@ -192,7 +192,7 @@ def test_difference_of_independent_intervals():
 
 def test_stored_students_are_judged_beside_their_own_teachers_only(monkeypatch):
     monkeypatch.setattr(claims, "stored", lambda: [claims.Verdict("(f)", "stored", CONFIRMED, "")])
-    monkeypatch.setattr(claims, "ablations", lambda: [claims.Verdict("(g)", "stored", CONFIRMED, "")])
+    monkeypatch.setattr(claims, "varied", lambda: [claims.Verdict("(g)", "stored", CONFIRMED, "")])
     monkeypatch.setattr(claims, "task_specific", lambda scored: [])
     monkeypatch.setattr(claims, "students", lambda t2, t3: [])
     for name, expected in ((profiles.USUAL.teacher, {"(f)", "(g)"}), ("her-own/llm", set())):

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from test_students import make_encoder
 
-from permdistill import cli, experiments, profiles, scores
+from permdistill import cli, scores
 from permdistill import training as trainings
-from permdistill.data import CONTENT_FREE
+from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.orders import all_orders
-from permdistill.students import StudentConfig
+from permdistill.paper import experiments, profiles
+from permdistill.questions import CONTENT_FREE
 from permdistill.teachers import PlantedTeacher
-from permdistill.training import TrainingConfig, read_log
+from permdistill.training import read_log
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 from test_experiments import planted
 from test_students import make_encoder
 
-from permdistill import cost, figures
-from permdistill.data import unlabelled
 from permdistill.orders import all_orders
+from permdistill.paper import cost, figures
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import unlabelled
 from permdistill.teachers import load_teacher
 
 ROWS = [

@@ -7,8 +7,23 @@ import json
 import datasets
 import pytest
 
-from permdistill import data
-from permdistill.data import BadRecords, Question
+from permdistill.paper import tasks
+from permdistill.questions import (
+    CONTENT_FREE,
+    BadRecords,
+    Cleaned,
+    Question,
+    clean,
+    content_free,
+    from_dataset,
+    from_jsonl,
+    permutation_unsafe,
+    sample,
+    stratified,
+    to_dataset,
+    unlabelled,
+    validate,
+)
 
 GOOD = {"id": "q1", "context": "", "question": "What is hot?", "options": ["ice", "fire"], "answer": 1}
 
@@ -24,19 +39,19 @@ def make(
 
 
 def test_good_record_becomes_question():
-    assert data.validate([GOOD]) == [Question("q1", "", "What is hot?", ("ice", "fire"), 1)]
+    assert validate([GOOD]) == [Question("q1", "", "What is hot?", ("ice", "fire"), 1)]
 
 
 def test_context_and_answer_may_be_absent_or_null():
     bare = {"id": "q1", "question": "What?", "options": ["a", "b"]}
-    assert data.validate([bare]) == data.validate([{**bare, "context": None, "answer": None}])
-    assert data.validate([bare])[0].answer is None
-    assert data.validate([bare])[0].context == ""
+    assert validate([bare]) == validate([{**bare, "context": None, "answer": None}])
+    assert validate([bare])[0].answer is None
+    assert validate([bare])[0].context == ""
 
 
 @pytest.mark.parametrize("k", range(2, 7))
 def test_two_to_six_options_are_accepted(k):
-    assert len(data.validate([{**GOOD, "options": [f"o{i}" for i in range(k)]}])[0].options) == k
+    assert len(validate([{**GOOD, "options": [f"o{i}" for i in range(k)]}])[0].options) == k
 
 
 @pytest.mark.parametrize(
@@ -70,7 +85,7 @@ def test_two_to_six_options_are_accepted(k):
 def test_bad_record_is_refused_by_id_field_and_value(field, value, shown):
     record = {**GOOD, field: value}
     with pytest.raises(BadRecords) as caught:
-        data.validate([record])
+        validate([record])
     message = str(caught.value)
     assert f"id {record['id']!r}" in message
     assert f"field {field!r}" in message
@@ -79,12 +94,12 @@ def test_bad_record_is_refused_by_id_field_and_value(field, value, shown):
 
 def test_unhashable_id_is_a_bad_record_not_a_crash():
     with pytest.raises(BadRecords, match=r"field 'id' is \['q1'\]"):
-        data.validate([{**GOOD, "id": ["q1"]}])
+        validate([{**GOOD, "id": ["q1"]}])
 
 
 def test_missing_fields_are_named():
     with pytest.raises(BadRecords) as caught:
-        data.validate([{"id": "q1"}])
+        validate([{"id": "q1"}])
     assert "field 'question' is None" in str(caught.value)
     assert "field 'options' is None" in str(caught.value)
 
@@ -98,7 +113,7 @@ def test_all_bad_records_are_listed_at_once():
         GOOD,
     ]
     with pytest.raises(BadRecords) as caught:
-        data.validate(records, "my file")
+        validate(records, "my file")
     message = str(caught.value)
     assert message.startswith("my file: 5 problem(s)")
     assert "record 1 (id 'q2'): field 'answer' is 9" in message
@@ -110,7 +125,7 @@ def test_all_bad_records_are_listed_at_once():
 
 def test_repeated_id_is_reported_also_when_its_first_record_is_bad():
     with pytest.raises(BadRecords, match="3 problem"):
-        data.validate([{**GOOD, "answer": 5}, GOOD, {**GOOD, "question": "Else?"}])
+        validate([{**GOOD, "answer": 5}, GOOD, {**GOOD, "question": "Else?"}])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -124,34 +139,39 @@ def test_jsonl_with_unicode_line_separators(tmp_path):
         json.dumps({**GOOD, "question": text}, ensure_ascii=False) + "\n\n" + json.dumps({**GOOD, "id": "q2"}),
         encoding="utf-8",
     )
-    assert [q.id for q in data.from_jsonl(path)] == ["q1", "q2"]
-    assert data.from_jsonl(path)[0].question == text
+    assert [q.id for q in from_jsonl(path)] == ["q1", "q2"]
+    assert from_jsonl(path)[0].question == text
 
 
 def test_jsonl_errors_name_file_and_lines_all_at_once(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(GOOD) + "\n{oops\n" + json.dumps({**GOOD, "id": "q2", "answer": 4}) + "\n[1,\n")
     with pytest.raises(BadRecords) as caught:
-        data.from_jsonl(path)
+        from_jsonl(path)
     for part in ("mine.jsonl", "line 2: not JSON", "line 4: not JSON", "id 'q2'"):
         assert part in str(caught.value)
 
 
 def test_dataset_round_trip():
     questions = [make(["a", "b", "c"], "q1", context="Passage.", answer=2), make(["x", "y"], "q2")]
-    dataset = data.to_dataset(questions)
-    assert dataset.features == data.FEATURES
-    assert data.from_dataset(dataset) == questions
+    dataset = to_dataset(questions)
+    texts = {name: datasets.Value("string") for name in ("id", "context", "question")}
+    assert dataset.features == {
+        **texts,
+        "options": datasets.List(datasets.Value("string")),
+        "answer": datasets.Value("int64"),
+    }
+    assert from_dataset(dataset) == questions
 
 
 def test_bad_dataset_is_refused():
     with pytest.raises(BadRecords, match="id 'q1'.*'answer' is 5"):
-        data.from_dataset(datasets.Dataset.from_list([{**GOOD, "answer": 5}]))
+        from_dataset(datasets.Dataset.from_list([{**GOOD, "answer": 5}]))
 
 
 def test_unlabelled_removes_the_answer_and_nothing_else():
     labelled = make(["a", "b"], context="c", answer=1)
-    assert data.unlabelled([labelled]) == [make(["a", "b"], context="c", answer=None)]
+    assert unlabelled([labelled]) == [make(["a", "b"], context="c", answer=None)]
     assert labelled.answer == 1
 
 
@@ -181,8 +201,8 @@ def test_unlabelled_removes_the_answer_and_nothing_else():
     ],
 )
 def test_options_that_refer_to_others_are_unsafe(option):
-    assert data.permutation_unsafe(make(["ice", "fire", option]))
-    assert data.permutation_unsafe(make([option, "ice", "fire"]))
+    assert permutation_unsafe(make(["ice", "fire", option]))
+    assert permutation_unsafe(make([option, "ice", "fire"]))
 
 
 @pytest.mark.parametrize(
@@ -202,11 +222,11 @@ def test_options_that_refer_to_others_are_unsafe(option):
     ],
 )
 def test_harmless_options_are_safe(option):
-    assert not data.permutation_unsafe(make(["ice", "fire", option]))
+    assert not permutation_unsafe(make(["ice", "fire", option]))
 
 
 def test_the_question_text_does_not_make_a_question_unsafe():
-    assert not data.permutation_unsafe(make(["ice", "fire"], question="Which of the above is hot?"))
+    assert not permutation_unsafe(make(["ice", "fire"], question="Which of the above is hot?"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -224,7 +244,7 @@ def test_clean_keeps_order_and_counts_reasons():
         make(["sun", "moon"], "in the test set", "Bright?"),
         make(["sun", "moon"], "also kept", "Round?"),
     ]
-    split = data.clean(questions, held_out=[make(["Moon", "sun"], "other id", "bright?")], k=2)
+    split = clean(questions, held_out=[make(["Moon", "sun"], "other id", "bright?")], k=2)
     assert [q.id for q in split.questions] == ["kept", "same question, other passage", "also kept"]
     assert split.left_out == {"repeated": 2, "not 2 options": 1, "permutation-unsafe": 1, "also held out": 1}
     assert len(split.questions) + sum(split.left_out.values()) == len(questions)
@@ -232,72 +252,70 @@ def test_clean_keeps_order_and_counts_reasons():
 
 def test_clean_of_clean_changes_nothing():
     questions = [make(["a", "b"], str(i), f"Question {i}?") for i in range(5)]
-    assert data.clean(questions) == data.Split(questions, {})
+    assert clean(questions) == Cleaned(questions, {})
 
 
 def test_samples_are_nested_and_repeatable():
     questions = [make(["a", "b"], str(i)) for i in range(30)]
-    large = data.sample(questions, 20, seed=3)
-    assert data.sample(questions, 8, seed=3) == large[:8]
+    large = sample(questions, 20, seed=3)
+    assert sample(questions, 8, seed=3) == large[:8]
     assert len({q.id for q in large}) == 20
-    assert data.sample(questions, 20, seed=4) != large
+    assert sample(questions, 20, seed=4) != large
 
 
 def test_sample_that_is_too_large_is_refused():
     with pytest.raises(ValueError, match="5 questions asked for, only 1"):
-        data.sample([make(["a", "b"])], 5, seed=0)
+        sample([make(["a", "b"])], 5, seed=0)
 
 
 def test_stratified_sample_takes_every_stratum_in_turn():
     questions = [make(["a", "b"], f"{subject}/{i}") for subject, n in (("x", 20), ("y", 3), ("z", 7)) for i in range(n)]
-    drawn = data.stratified(questions, 12, seed=0, stratum=lambda q: q.id[0])
+    drawn = stratified(questions, 12, seed=0, stratum=lambda q: q.id[0])
     assert [sum(q.id[0] == s for q in drawn[: 3 * i]) for i in (1, 2, 3) for s in "xyz"] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert [sum(q.id[0] == s for q in drawn) for s in "xyz"].count(3) == 1  # y is used up, the others go on
-    assert data.stratified(questions, 30, 0, lambda q: q.id[0])[:12] == drawn and len(set(drawn)) == 12
-    assert data.stratified(questions, 12, 1, lambda q: q.id[0]) != drawn
+    assert stratified(questions, 30, 0, lambda q: q.id[0])[:12] == drawn and len(set(drawn)) == 12
+    assert stratified(questions, 12, 1, lambda q: q.id[0]) != drawn
     with pytest.raises(ValueError, match="31 questions asked for, only 30"):
-        data.stratified(questions, 31, 0, lambda q: q.id[0])
+        stratified(questions, 31, 0, lambda q: q.id[0])
 
 
 def test_content_free_questions_keep_the_form_and_lose_the_content():
-    own = data.content_free(
-        [make(["a", "b", "c"], question="Which is hot?"), make(["d", "e", "f"], question="Which is wet?")]
-    )
-    assert [q.options for q in own] == [(filler,) * 3 for filler in data.CONTENT_FREE]
-    assert [q.question for q in own] == list(data.CONTENT_FREE) and {q.context for q in own} == {""}
+    own = content_free([make(["a", "b", "c"], question="Which is hot?"), make(["d", "e", "f"], question="Which is wet?")])
+    assert [q.options for q in own] == [(filler,) * 3 for filler in CONTENT_FREE]
+    assert [q.question for q in own] == list(CONTENT_FREE) and {q.context for q in own} == {""}
     # What all questions of a task share is the task's, not a question's.
-    pairs = data.content_free([make(["a", "b"], question="Which is better?", context=c) for c in ("one", "two")])
+    pairs = content_free([make(["a", "b"], question="Which is better?", context=c) for c in ("one", "two")])
     assert {q.question for q in pairs} == {"Which is better?"}
-    assert [q.context for q in pairs] == list(data.CONTENT_FREE)
+    assert [q.context for q in pairs] == list(CONTENT_FREE)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The public sets
 
 
-@pytest.mark.parametrize(("task", "k"), {**data.MULTIPLE_CHOICE, **data.TEST_ONLY}.items())
+@pytest.mark.parametrize(("task", "k"), [(name, tasks.TASKS[name].k) for name in tasks.LAPTOP_CHOICE])
 def test_public_sets_are_clean_questions_of_k_options(task, k):
-    split = data.load_multiple_choice(task, "test")
+    split = tasks.whole(task, "test")
     assert len(split.questions) >= 480
     assert {len(q.options) for q in split.questions} == {k}
     counts = [sum(q.answer == i for q in split.questions) for i in range(k)]
     assert sum(counts) == len(split.questions) and min(counts) > 0.5 * len(split.questions) / k
-    assert not any(data.permutation_unsafe(q) for q in split.questions)
+    assert not any(permutation_unsafe(q) for q in split.questions)
     assert len({q.id for q in split.questions}) == len(split.questions)
 
 
 def test_public_sets_in_detail():
     """Sizes as published, less what is counted as left out."""
     for task, published in (("csqa", 1221), ("hellaswag", 10042), ("mmlu", 14042), ("socialiqa", 1954), ("piqa", 1838)):
-        split = data.load_multiple_choice(task, "test")
+        split = tasks.whole(task, "test")
         assert len(split.questions) + sum(split.left_out.values()) == published
-    mmlu = data.load_multiple_choice("mmlu", "test").questions
+    mmlu = tasks.whole("mmlu", "test").questions
     assert len({q.id.split("/")[2] for q in mmlu}) == 57
-    assert all(q.context.startswith("Goal: ") for q in data.load_multiple_choice("piqa", "test").questions)
-    assert all(q.context and q.question.endswith("?") for q in data.load_multiple_choice("socialiqa", "test").questions[:50])
+    assert all(q.context.startswith("Goal: ") for q in tasks.whole("piqa", "test").questions)
+    assert all(q.context and q.question.endswith("?") for q in tasks.whole("socialiqa", "test").questions[:50])
 
 
 def test_unknown_sets_and_splits_are_refused():
-    for task, split in (("race", "test"), ("piqa", "train"), ("arc_easy", "dev")):
+    for task, split in (("race", "test"), ("csqa", "train"), ("arc_easy", "dev")):
         with pytest.raises(ValueError, match=f"task '{task}', split '{split}'"):
-            data.load_multiple_choice(task, split)
+            tasks.load_task(task, split)

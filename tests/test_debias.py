@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from permdistill import debias, metrics
-from permdistill.data import Question
 from permdistill.orders import all_orders, cyclic_orders, inverse, to_options, to_positions
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
 from permdistill.scores import probabilities
 from permdistill.teachers import PlantedTeacher
 

@@ -10,8 +10,8 @@ import httpx2
 import openai
 import pytest
 
-from permdistill.endpoint import Budget, Endpoint, Limits, Prices, Stopped, _refusal, _retry_after
-from permdistill.replies import Replies
+from permdistill.api.endpoint import Budget, Endpoint, Limits, Prices, Stopped, _refusal, _retry_after
+from permdistill.api.replies import Replies
 
 
 def error(status: int, code: str | None = None, headers: dict[str, str] | None = None) -> openai.APIStatusError:

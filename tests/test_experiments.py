@@ -12,17 +12,18 @@ import pytest
 from test_students import make_encoder
 from transformers import AutoTokenizer
 
-from permdistill import debias, experiments, figures, metrics, profiles, scores, tables
-from permdistill.assets import fetch_folder
-from permdistill.data import CONTENT_FREE, Question, from_jsonl, unlabelled
-from permdistill.endpoint import Endpoint
-from permdistill.experiments import Scored
-from permdistill.jobs import Drawn
+from permdistill import debias, metrics, scores
+from permdistill.api.endpoint import Endpoint
+from permdistill.api.jobs import Drawn
+from permdistill.configs import HEADS, StudentConfig, TrainingConfig
 from permdistill.orders import all_orders, cyclic_orders
+from permdistill.paper import experiments, figures, models, profiles, tables
+from permdistill.paper import tasks as registry
+from permdistill.paper.experiments import Scored
 from permdistill.prompts import TEMPLATES
-from permdistill.students import HEADS, Student, StudentConfig
+from permdistill.questions import CONTENT_FREE, Question, from_jsonl, unlabelled
+from permdistill.students import Student
 from permdistill.teachers import PlantedTeacher
-from permdistill.training import TrainingConfig
 
 matplotlib.use("Agg")
 
@@ -43,7 +44,7 @@ def planted(name: str, n: int = 40, k: int = 3, bias: float = 2.0, seed: int = 0
     ]
     teacher = PlantedTeacher({q.id: np.eye(k)[a] for q, a in zip(questions, answers, strict=True)}, np.eye(k)[0] * bias)
     P = scores.probabilities(teacher.log_probs(questions, all_orders(k), TEMPLATES["letters"]).astype(float))
-    task = profiles.Task(name, questions, TEMPLATES["letters"], [q.id for q in questions], [name] * n, {"repeated": 3})
+    task = registry.TaskSplit(name, questions, TEMPLATES["letters"], [q.id for q in questions], [name] * n, {"repeated": 3})
     return Scored("planted", task, P)
 
 
@@ -188,15 +189,15 @@ def test_profiles_name_each_run_once_and_fit_their_tasks():
             ("bi_encoder", "plain"),
         }
     with pytest.raises(ValueError, match="task 'race'"):
-        profiles.load_task("race", "test")
+        registry.load_task("race", "test")
 
 
 @pytest.mark.parametrize("profile", ["smoke", "full"])
 def test_every_question_fits_the_students_of_every_profile(profile):
     settings = profiles.PROFILES[profile]
-    tokenizer = AutoTokenizer.from_pretrained(fetch_folder("all-MiniLM-L6-v2"))  # all-mpnet-base-v2's has the same words
-    for tasks, runs in ((profiles.MULTIPLE_CHOICE, settings.multiple_choice), (profiles.SUMMEVAL[:1], settings.pairs)):
-        questions = [q for t in tasks for split in ("train", "test") for q in profiles.load_task(t, split).questions]
+    tokenizer = AutoTokenizer.from_pretrained(models.folder("all-MiniLM-L6-v2"))  # all-mpnet-base-v2's has the same words
+    for tasks, runs in ((registry.MULTIPLE_CHOICE, settings.multiple_choice), (registry.SUMMEVAL[:1], settings.pairs)):
+        questions = [q for t in tasks for split in ("train", "test") for q in registry.load_task(t, split).questions]
         for config in {run.student for run in runs if run.student.inputs == "prediction"}:
             student = Student(config, None, tokenizer)
             # What is never cut decides: options. Those of the most characters, all together or one alone.
@@ -208,21 +209,21 @@ def test_every_question_fits_the_students_of_every_profile(profile):
 
 
 def test_training_and_test_share_no_question_and_no_document():
-    for task in profiles.TASKS:
-        test = profiles.load_task(task, "test")
+    for task in registry.LAPTOP:
+        test = registry.load_task(task, "test")
         assert len(test.questions) >= 300
-        if task in {*profiles.TEST_ONLY} - {*profiles.TRAIN_FROM_VALIDATION}:
+        if "train" not in registry.TASKS[task].splits:
             with pytest.raises(ValueError, match="split 'train'"):
-                profiles.load_task(task, "train")
+                registry.load_task(task, "train")
             continue
-        train = profiles.load_task(task, "train")
+        train = registry.load_task(task, "train")
         assert not {(q.context, q.question, q.options) for q in train.questions} & {
             (q.context, q.question, q.options) for q in test.questions
         }
-        if task in profiles.TRAIN_FROM_VALIDATION:
+        if task == "piqa":
             assert not {q.context for q in train.questions} & {q.context for q in test.questions}
-            assert len(train.questions) == profiles.TRAIN_FROM_VALIDATION[task] == len({q.id for q in train.questions})
-        if task in profiles.SUMMEVAL:
+            assert len(train.questions) == 1050 == len({q.id for q in train.questions})
+        if task in registry.SUMMEVAL:
             assert not set(train.groups) & set(test.groups)
             assert len(set(test.groups)) == len(profiles.TEST_DOCUMENTS) >= 40
         assert all(q.answer is None for q in unlabelled(train.questions))

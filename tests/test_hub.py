@@ -8,22 +8,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_hub
 import torch
 from httpx import Request, Response
 from huggingface_hub import errors
 from transformers import LlamaForCausalLM
 
-from permdistill import batches, experiments, hub, machine, manifest, profiles, trie
-from permdistill.assets import AssetError
-from permdistill.data import Question, unlabelled
-from permdistill.machine import spread
+from permdistill import sources
+from permdistill.engine import batches, placement, trie
+from permdistill.engine.placement import spread
 from permdistill.orders import all_orders, to_options
+from permdistill.paper import experiments, hub, manifest, models, profiles
+from permdistill.paper.assets import AssetError
+from permdistill.paper.tasks import load_task
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question, unlabelled
 from permdistill.students import Student, build, encoder_key
 from permdistill.teachers import CausalTeacher, Seq2SeqTeacher, load_teacher, model_key, with_float32_head
 
 PAPER = profiles.PROFILES["paper"]
-MODELS = [name for name, repo in hub.REPOS.items() if repo.kind == "model"]
+RACE, COSMOS = tiny_hub.REPOS["ehovy/race"], tiny_hub.REPOS["allenai/cosmos_qa"]
+MODELS = [name for name, repo in tiny_hub.REPOS.items() if repo.kind == "model"]
 QUESTIONS = [
     Question("one", "The tall cat is near the old dog.", "What is tall ?", ("the cat", "the dog", "the tree")),
     Question("two", "The tall cat is near the old dog.", "What is old ?", ("the bird", "the dog", "the lamp")),
@@ -65,38 +70,38 @@ def online(monkeypatch, tmp_path):
 
 
 def test_profile_needs_nothing_that_is_not_pinned_in_one_place():
-    assert set(profiles.repositories(PAPER)) == set(hub.REPOS)
+    assert set(profiles.repositories(PAPER)) == set(tiny_hub.REPOS.values())
     assert profiles.repositories(profiles.PROFILES["full"]) == []
-    named = {name for name, repo in hub.REPOS.items() if not re.fullmatch("[0-9a-f]{40}", repo.revision)}
+    named = {name for name, repo in tiny_hub.REPOS.items() if not re.fullmatch("[0-9a-f]{40}", repo.revision)}
     assert named == {"tasksource/race-c", "allenai/cosmos_qa", "metaeval/reclor"}  # no commit was known for certain
 
 
 def test_revision_that_is_a_name_is_resolved_once_and_recorded(online, tmp_path):
     api, asked = online
-    assert hub.locate("ehovy/race") == ("ehovy/race", hub.REPOS["ehovy/race"].revision) and not asked
-    first = hub.locate("allenai/cosmos_qa")
+    assert hub.locate(RACE) == ("ehovy/race", RACE.revision) and not asked
+    first = hub.locate(COSMOS)
     assert asked == [("allenai/cosmos_qa", "refs/convert/parquet", "dataset")]
-    assert hub.locate("allenai/cosmos_qa") == first and len(asked) == 1  # also for later processes: it is in a file
+    assert hub.locate(COSMOS) == first and len(asked) == 1  # also for later processes: it is in a file
     assert first[1] in json.loads((tmp_path / "revisions.json").read_text()).values()
-    recorded = hub.revisions()
+    recorded = hub.revisions(tiny_hub.REPOS.values())
     assert recorded["allenai/cosmos_qa"] == first[1] and recorded["metaeval/reclor"] == "main"
-    assert recorded["ehovy/race"] == hub.REPOS["ehovy/race"].revision
+    assert recorded["ehovy/race"] == tiny_hub.REPOS["ehovy/race"].revision
     (tmp_path / "build").mkdir()
     assert json.loads(manifest.write(tmp_path / "build").read_text())["revisions"] == recorded
-    assert hub.locate("somebody/else") == ("somebody/else", None)
+    assert sources.find("somebody/else").arguments == {"pretrained_model_name_or_path": "somebody/else"}
 
 
 def test_hub_that_does_not_answer_is_an_error_with_its_fix(online):
     api, _ = online
     api.refused = {"metaeval/reclor": ConnectionError}
     with pytest.raises(AssetError, match="metaeval/reclor.*cannot be reached.*PERMDISTILL_HUB=/path"):
-        hub.commit("metaeval/reclor")
+        hub.commit(tiny_hub.REPOS["metaeval/reclor"])
 
 
 def test_everything_is_asked_for_before_any_compute_and_gated_models_are_explained(online, monkeypatch):
     api, asked = online
     hub.check(profiles.repositories(PAPER))
-    assert sorted(question[0] for question in asked) == sorted([*hub.REPOS] * 2)  # may it be had, is the commit there
+    assert sorted(question[0] for question in asked) == sorted([*tiny_hub.REPOS] * 2)  # may it be had, is the commit there
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     llama, race = "meta-llama/Llama-2-7b-chat-hf", "ehovy/race"
     api.refused = {llama: errors.GatedRepoError, race: errors.RepositoryNotFoundError, "metaeval/reclor": OSError}
@@ -119,17 +124,17 @@ def test_commit_that_is_not_there_is_found_before_any_compute(online, monkeypatc
             raise errors.RevisionNotFoundError("no", response=answer)
 
     monkeypatch.setattr(api, "repo_info", repo_info)
-    with pytest.raises(AssetError, match=f"the hub has no revision '{hub.REPOS['ehovy/race'].revision}'"):
-        hub.check(["ehovy/race", "google/flan-t5-xl"])
+    with pytest.raises(AssetError, match=f"the hub has no revision '{tiny_hub.REPOS['ehovy/race'].revision}'"):
+        hub.check([RACE, tiny_hub.REPOS["google/flan-t5-xl"]])
 
 
 def test_folder_in_the_place_of_the_hub(tiny, monkeypatch, tmp_path):
-    hub.check(hub.REPOS)
-    assert hub.locate("google/flan-t5-xl") == (str(tiny / "google/flan-t5-xl"), None)
-    assert set(hub.revisions().values()) == {"local"}
+    hub.check(tiny_hub.REPOS.values())
+    assert hub.locate(tiny_hub.REPOS["google/flan-t5-xl"]) == (str(tiny / "google/flan-t5-xl"), None)
+    assert set(hub.revisions(tiny_hub.REPOS.values()).values()) == {"local"}
     monkeypatch.setenv(hub.LOCAL, str(tmp_path))
     with pytest.raises(AssetError, match="holds no folder google/flan-t5-xl"):
-        hub.check(hub.REPOS)
+        hub.check(tiny_hub.REPOS.values())
 
 
 def test_keys_tell_commits_and_local_weights_apart(tiny, monkeypatch):
@@ -139,7 +144,7 @@ def test_keys_tell_commits_and_local_weights_apart(tiny, monkeypatch):
     there = [model_key(name) for name in names[:4]] + [encoder_key(name) for name in names[4:]]
     assert len(set(here + there)) == 20
     assert all(key.startswith("sha256:") for key in here)
-    assert there[0].startswith(f"hub:{names[0]}@{hub.REPOS[names[0]].revision} ")
+    assert there[0].startswith(f"hub:{names[0]}@{tiny_hub.REPOS[names[0]].revision} ")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -232,20 +237,20 @@ def test_a_model_that_no_gpu_holds_goes_over_all_of_them_in_whole_layers(tiny, m
     model = LlamaForCausalLM.from_pretrained(tiny / "meta-llama/Llama-2-7b-chat-hf", dtype=torch.float32)
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
-    free, moved = [size + machine.SPARE], []
+    free, moved = [size + placement.SPARE], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 80 << 30))
     monkeypatch.setattr(model, "to", lambda device: moved.append(device) or model)
-    assert machine.placed(model) is model and moved == ["cuda"]  # one GPU holds it
+    assert placement.placed(model) is model and moved == ["cuda"]  # one GPU holds it
 
     def memory(model, no_split_module_classes):
         assert no_split_module_classes == ["LlamaDecoderLayer"]
         return {0: size - layer, 1: size, "cpu": size}
 
     free[0] -= 1
-    monkeypatch.setattr(machine, "get_balanced_memory", memory)
-    monkeypatch.setattr(machine, "spread", lambda model, device_map: device_map)
-    places = machine.placed(model)
+    monkeypatch.setattr(placement, "get_balanced_memory", memory)
+    monkeypatch.setattr(placement, "spread", lambda model, device_map: device_map)
+    places = placement.placed(model)
     assert moved == ["cuda"] and set(places.values()) == {0, 1}
     layers = [name for name in places if "layers" in name]
     assert layers == [f"model.layers.{i}" for i in range(len(model.model.layers))]  # none in parts
@@ -260,8 +265,8 @@ def test_batches_of_similar_length_hold_no_more_than_they_may(tiny):
 
 @pytest.mark.parametrize("run", PAPER.multiple_choice, ids=lambda run: run.name)
 def test_student_learns_answers_and_comes_back(tiny, tmp_path, run):
-    assert build(run.student, 0).model.config.model_type == hub.REPOS[run.student.encoder].config["model_type"]
-    task = profiles.load_task("race_middle", "test").first(6)
+    assert build(run.student, 0).model.config.model_type == models.MODELS[run.student.encoder].config["model_type"]
+    task = load_task("race_middle", "test").first(6)
     P = np.random.default_rng(0).dirichlet(np.ones(4), (6, 24))
     scored = experiments.Scored("teacher", task, P)
     small = replace(run, training=replace(run.training, epochs=3, learning_rate=1e-2))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from permdistill.profiles import PROMPTS
-from permdistill.teachers import TEACHERS
+from permdistill.paper.models import TEACHERS
+from permdistill.paper.profiles import PROMPTS
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

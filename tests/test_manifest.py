@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from permdistill import manifest
+from permdistill.paper import manifest
 
 
 def executed(parameters: dict) -> str:

@@ -10,19 +10,20 @@ import pytest
 from test_experiments import planted
 from test_students import make_encoder
 
-from permdistill import debias, experiments, matrix, metrics, profiles, tables
+from permdistill import debias, metrics
 from permdistill.cli import main
-from permdistill.data import MULTIPLE_CHOICE, unlabelled
+from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.orders import all_orders, cyclic_orders
-from permdistill.students import StudentConfig
-from permdistill.training import TrainingConfig, content_key
+from permdistill.paper import ablations, experiments, profiles, tables, tasks
+from permdistill.questions import unlabelled
+from permdistill.training import content_key
 
 
 @pytest.fixture
 def cell(tmp_path, monkeypatch) -> profiles.Cell:
     """A tiny student of a planted teacher, whose scores stand in for the stores."""
     pools = {"planted": (planted("train", n=24), planted("test", n=12, seed=5))}
-    monkeypatch.setattr(matrix, "data", lambda teacher, tasks: pools[teacher])
+    monkeypatch.setattr(ablations, "data", lambda teacher, tasks: pools[teacher])
     student = StudentConfig(make_encoder(tmp_path / "encoder"), "per_option", "plain", 3, 64)
     return profiles.Cell("planted", ("one", "two"), profiles.Run(student, TrainingConfig(epochs=1)))
 
@@ -33,19 +34,19 @@ def with_run(cell: profiles.Cell, **changes: object) -> profiles.Cell:
 
 def test_what_is_made_is_found_and_not_made_again(cell, tmp_path, monkeypatch):
     folder, work = tmp_path / "predictions", tmp_path / "work"
-    with pytest.raises(matrix.MissingPredictions, match="are not stored: run `make students`"):
-        matrix.answer(cell, folder)
-    assert matrix.make([cell, cell], folder, work) == 1
-    assert matrix.path(cell, folder) == folder / "planted" / "one-two" / f"{cell.run.name}.parquet"
+    with pytest.raises(ablations.MissingPredictions, match="are not stored: run `make students`"):
+        ablations.answer(cell, folder)
+    assert ablations.make([cell, cell], folder, work) == 1
+    assert ablations.path(cell, folder) == folder / "planted" / "one-two" / f"{cell.run.name}.parquet"
     assert not list(work.rglob("*.safetensors"))  # predictions are kept, weights are not
-    monkeypatch.setattr(matrix, "train", lambda *args, **more: pytest.fail("trained again"))
-    assert matrix.make([cell], folder, work) == 0
-    found = matrix.answer(cell, folder)
-    expected = experiments.distil(cell.run, *matrix.data("planted", cell.tasks), tmp_path / "again")
+    monkeypatch.setattr(ablations, "train", lambda *args, **more: pytest.fail("trained again"))
+    assert ablations.make([cell], folder, work) == 0
+    found = ablations.answer(cell, folder)
+    expected = experiments.distil(cell.run, *ablations.data("planted", cell.tasks), tmp_path / "again")
     assert found.P == pytest.approx(expected.P, abs=1e-6) and (found.orders == expected.orders).all()
     assert (found.name, found.parameters) == (cell.run.title, expected.parameters)
-    table = matrix.compare([cell], folder).query("task == 'all'").set_index("system")
-    right = [q.answer for q in matrix.data("planted", cell.tasks)[1].task.questions]
+    table = ablations.compare([cell], folder).query("task == 'all'").set_index("system")
+    right = [q.answer for q in ablations.data("planted", cell.tasks)[1].task.questions]
     assert table.loc[cell.run.title, "accuracy"] == pytest.approx(metrics.accuracy(expected.P, right).mean())
     assert table.loc["mean over 3 cyclic orders", "accuracy"] == 1 > table.loc["biased teacher", "accuracy"]
 
@@ -54,28 +55,28 @@ def test_differences_and_effects(cell, tmp_path):
     folder = tmp_path / "predictions"
     cells = [with_run(cell, training=replace(cell.run.training, seed=seed)) for seed in (0, 1)]
     cells += [with_run(cell, draws=4), with_run(cell, draws=2)]
-    assert matrix.make(cells, folder, tmp_path / "work") == 4
-    _, test = matrix.data("planted", cell.tasks)
+    assert ablations.make(cells, folder, tmp_path / "work") == 4
+    _, test = ablations.data("planted", cell.tasks)
     right = [q.answer for q in test.task.questions]
-    alone = [metrics.accuracy(matrix.answer(c, folder).P, right).mean() for c in cells]
-    gaps = matrix.differences(cells, folder).set_index(["system", "rival"])
-    assert len(gaps) == 3 * len(matrix.rivals(test))
+    alone = [metrics.accuracy(ablations.answer(c, folder).P, right).mean() for c in cells]
+    gaps = ablations.differences(cells, folder).set_index(["system", "rival"])
+    assert len(gaps) == 3 * len(ablations.rivals(test))
     row = gaps.loc[(cell.run.title, "all-orders average")]  # which is always right
     assert row.difference == pytest.approx(np.mean(alone[:2]) - 1) and row.seeds == 2
     assert row.difference_low <= row.difference <= row.difference_high
     untrained = with_run(cell, training=replace(cell.run.training, epochs=0))
-    matrix.make([untrained], folder, tmp_path / "work")
-    more = matrix.differences([*cells, untrained], folder).set_index(["system", "rival"])
+    ablations.make([untrained], folder, tmp_path / "work")
+    more = ablations.differences([*cells, untrained], folder).set_index(["system", "rival"])
     row = more.loc[(cell.run.title, untrained.run.title)]
     assert row.difference == pytest.approx(
-        np.mean(alone[:2]) - metrics.accuracy(matrix.answer(untrained, folder).P, right).mean()
+        np.mean(alone[:2]) - metrics.accuracy(ablations.answer(untrained, folder).P, right).mean()
     )
-    assert (untrained.run.title, untrained.run.title) not in more.index and len(more) == 4 * len(matrix.rivals(test)) + 3
-    found = matrix.effects(cells, "draws", folder=folder)
+    assert (untrained.run.title, untrained.run.title) not in more.index and len(more) == 4 * len(ablations.rivals(test)) + 3
+    found = ablations.effects(cells, "draws", folder=folder)
     assert found.draws.tolist() == [0, 2, 4] and found.seeds.tolist() == [2, 1, 1]
     assert found.accuracy.tolist() == pytest.approx([np.mean(alone[:2]), alone[3], alone[2]])
     assert found["worst seed"][0] == pytest.approx(min(alone[:2])) and found["best seed"][0] == pytest.approx(max(alone[:2]))
-    by_seed = matrix.effects(cells[:2], "learning_rate", "seed", folder=folder)
+    by_seed = ablations.effects(cells[:2], "learning_rate", "seed", folder=folder)
     assert by_seed.accuracy.tolist() == pytest.approx(alone[:2]) and set(by_seed.learning_rate) == {5e-5}
 
 
@@ -83,19 +84,19 @@ def test_fits_says_whether_a_student_learnt_what_it_was_shown(cell, tmp_path):
     folder = tmp_path / "predictions"
     cells = [cell, with_run(cell, training=replace(cell.run.training, seed=1, epochs=2)), with_run(cell, power=np.inf)]
     cells.append(with_run(cell, training=replace(cell.run.training, epochs=0)))
-    matrix.make(cells, folder, tmp_path / "work")
-    table = matrix.fits(cells, "power", "epochs", folder=folder)
+    ablations.make(cells, folder, tmp_path / "work")
+    table = ablations.fits(cells, "power", "epochs", folder=folder)
     assert table[["power", "epochs", "students"]].to_numpy().tolist() == [[1, 1, 1], [1, 2, 1], [np.inf, 1, 1]]
     assert table.uniform[2] == pytest.approx(np.log(3), abs=1e-6) and 0 < table.uniform[0] < table.uniform[2]  # hard targets
-    losses = experiments.read_predictions(matrix.path(cells[1], folder))[3]["losses"]
+    losses = experiments.read_predictions(ablations.path(cells[1], folder))[3]["losses"]
     assert len(losses) == 4 and table["training KL"][1] == pytest.approx(np.mean(losses[2:]))
-    both = matrix.fits(cells[:2], "power", folder=folder)
+    both = ablations.fits(cells[:2], "power", folder=folder)
     assert table["held-out KL"].isna().all()
     early = with_run(cell, training=replace(cell.run.training, epochs=8, held_out=0.5, patience=1, learning_rate=1.0))
-    matrix.make([early], folder, tmp_path / "work")
-    about = experiments.read_predictions(matrix.path(early, folder))[3]
+    ablations.make([early], folder, tmp_path / "work")
+    about = experiments.read_predictions(ablations.path(early, folder))[3]
     assert len(about["held_out_kl"]) < 8  # it ended early, and the last epoch is still the last epoch
-    (row,) = matrix.fits([early], "epochs", folder=folder).to_dict("records")
+    (row,) = ablations.fits([early], "epochs", folder=folder).to_dict("records")
     per_epoch = len(about["losses"]) // len(about["held_out_kl"])
     assert row["training KL"] == pytest.approx(np.mean(about["losses"][-per_epoch:]))
     assert row["held-out KL"] == min(about["held_out_kl"])
@@ -104,13 +105,13 @@ def test_fits_says_whether_a_student_learnt_what_it_was_shown(cell, tmp_path):
 
 def test_mixtures_lie_between_one_call_and_the_student(cell, tmp_path):
     folder = tmp_path / "predictions"
-    matrix.make([cell], folder, tmp_path / "work")
-    _, test = matrix.data("planted", cell.tasks)
-    named = {system.name: system for system in matrix.rivals(test)}
+    ablations.make([cell], folder, tmp_path / "work")
+    _, test = ablations.data("planted", cell.tasks)
+    named = {system.name: system for system in ablations.rivals(test)}
     right = [q.answer for q in test.task.questions]
-    table = matrix.mixtures(cell, (0.0, 1.0, 1e4), folder)
+    table = ablations.mixtures(cell, (0.0, 1.0, 1e4), folder)
     assert table.weight.tolist() == [0, 1, 1e4] and table.teacher.tolist() == ["planted"] * 3
-    ends = (named["prior-matching, 1 call"].P, matrix.answer(cell, folder).P)
+    ends = (named["prior-matching, 1 call"].P, ablations.answer(cell, folder).P)
     assert table.accuracy.tolist()[::2] == pytest.approx([metrics.accuracy(P, right).mean() for P in ends])
     product = ends[0] * ends[1]
     both = metrics.accuracy(product / product.sum(axis=-1, keepdims=True), right).mean()
@@ -121,43 +122,43 @@ def test_mixtures_lie_between_one_call_and_the_student(cell, tmp_path):
 
 def test_levels_and_coverage(cell, tmp_path, monkeypatch):
     other = with_run(cell, power=2.0)
-    matrix.make([cell], tmp_path / "kept", tmp_path / "work")
-    test = matrix.data("planted", cell.tasks)[1]
+    ablations.make([cell], tmp_path / "kept", tmp_path / "work")
+    test = ablations.data("planted", cell.tasks)[1]
     gold = [question.answer for question in test.task.questions]
-    levels = matrix.levels(cell, tmp_path / "kept")
+    levels = ablations.levels(cell, tmp_path / "kept")
     averaged = debias.broadcast(debias.permutation_average(test.P), 3)
     assert levels["all-orders average"] == pytest.approx(metrics.accuracy(averaged, gold).mean())
-    student = matrix.answer(cell, tmp_path / "kept").P
+    student = ablations.answer(cell, tmp_path / "kept").P
     assert levels["student of exact targets"] == pytest.approx(metrics.accuracy(student, gold).mean())
-    monkeypatch.setattr(matrix, "MATRIX", {"first": (cell,), "both": (cell, other, other)})
-    assert matrix.coverage(tmp_path / "kept").to_numpy().tolist() == [["first", 1, 1], ["both", 1, 2]]
-    with pytest.raises(matrix.MissingPredictions, match="none of these .* run `make students`"):
-        matrix.effects(matrix.available([other], tmp_path / "kept"), "draws")
+    monkeypatch.setattr(ablations, "MATRIX", {"first": (cell,), "both": (cell, other, other)})
+    assert ablations.coverage(tmp_path / "kept").to_numpy().tolist() == [["first", 1, 1], ["both", 1, 2]]
+    with pytest.raises(ablations.MissingPredictions, match="none of these .* run `make students`"):
+        ablations.effects(ablations.available([other], tmp_path / "kept"), "draws")
     # A student that stands in two parts counts once, and "all questions" has a number.
-    table = matrix.effects([cell, cell], "n_train", folder=tmp_path / "kept")
+    table = ablations.effects([cell, cell], "n_train", folder=tmp_path / "kept")
     assert table.n_train.tolist() == [24] and table.seeds.tolist() == [1]
-    shown = tables.wide(matrix.differences([cell], tmp_path / "kept"), ["teacher", "system"], "rival")
+    shown = tables.wide(ablations.differences([cell], tmp_path / "kept"), ["teacher", "system"], "rival")
     assert shown.teacher.tolist() == ["planted"] and "[" in shown["biased teacher"][0]
 
 
 def test_other_scores_recipes_or_questions_void_them(cell, tmp_path, monkeypatch):
     folder = tmp_path / "predictions"
-    matrix.make([cell], folder, tmp_path / "work")
-    assert matrix.available([cell, with_run(cell, power=2.0)], folder) == [cell]
-    train, test = matrix.data("planted", cell.tasks)
+    ablations.make([cell], folder, tmp_path / "work")
+    assert ablations.available([cell, with_run(cell, power=2.0)], folder) == [cell]
+    train, test = ablations.data("planted", cell.tasks)
     for pools in ((replace(train, P=train.P[:, ::-1] * 0.9 + 0.1 / 3), test), (train, planted("test", n=11, seed=5))):
         with monkeypatch.context() as patch:
-            patch.setattr(matrix, "data", lambda *args, pools=pools: pools)
-            with pytest.raises(matrix.MissingPredictions, match="another recipe, scores or questions"):
-                matrix.answer(cell, folder)
+            patch.setattr(ablations, "data", lambda *args, pools=pools: pools)
+            with pytest.raises(ablations.MissingPredictions, match="another recipe, scores or questions"):
+                ablations.answer(cell, folder)
     # Another machine's exp() rounds the last digit otherwise: the same student.
     with monkeypatch.context() as patch:
-        patch.setattr(matrix, "data", lambda *args: (replace(train, P=train.P + 1e-13), test))
-        matrix.answer(cell, folder)
+        patch.setattr(ablations, "data", lambda *args: (replace(train, P=train.P + 1e-13), test))
+        ablations.answer(cell, folder)
 
 
 def test_what_a_run_teaches(cell):
-    train, _ = matrix.data("planted", cell.tasks)
+    train, _ = ablations.data("planted", cell.tasks)
     usual = experiments.lessons(cell.run, train)
     average = debias.permutation_average(train.P)
     assert usual["targets"] == pytest.approx(average) and usual["decision_probs"] is None
@@ -181,8 +182,8 @@ def test_what_a_run_teaches(cell):
 
 
 def test_content_key_covers_what_training_depends_on(cell):
-    train, _ = matrix.data("planted", cell.tasks)
-    seen = {matrix.key(cell)}
+    train, _ = ablations.data("planted", cell.tasks)
+    seen = {ablations.key(cell)}
     for other in (
         with_run(cell, power=2.0),
         with_run(cell, draws=8),
@@ -194,8 +195,8 @@ def test_content_key_covers_what_training_depends_on(cell):
         with_run(cell, student=replace(cell.run.student, inputs="prediction"), greedy=True),
         with_run(cell, student=replace(cell.run.student, inputs="distribution")),
     ):
-        assert matrix.key(other) not in seen and other.run.name != cell.run.name
-        seen.add(matrix.key(other))
+        assert ablations.key(other) not in seen and other.run.name != cell.run.name
+        seen.add(ablations.key(other))
     lesson = experiments.lessons(cell.run, train)
     assert content_key(cell.run.student, cell.run.training, **lesson) == content_key(
         cell.run.student, cell.run.training, **lesson | {"orders": None}
@@ -204,7 +205,7 @@ def test_content_key_covers_what_training_depends_on(cell):
 
 def test_rivals_cost_what_they_say():
     test = planted("test", bias=0.8)
-    by = {system.name: system for system in matrix.rivals(test)}
+    by = {system.name: system for system in ablations.rivals(test)}
     P = experiments.in_cyclic_orders(test.P)
     assert (by["copy of the most probable decision"].P.argmax(-1) == P.argmax(-1)).all()
     assert by["mean over 2 orders"].P[:, 0] == pytest.approx((P[:, 0] + P[:, 2]) / 2)
@@ -218,7 +219,7 @@ def test_rivals_cost_what_they_say():
         "mean over 3 cyclic orders": 3,
         "all-orders average": 6,
     }
-    pairs = [system.name for system in matrix.rivals(planted("pairs", k=2))]
+    pairs = [system.name for system in ablations.rivals(planted("pairs", k=2))]
     assert pairs[-2:] == ["prior-matching, 1 call", "all-orders average"]  # two orders are all there are
     # The planted bias is what prior-matching assumes: one call then says what knowledge says.
     assert by["prior-matching, 1 call"].P.argmax(-1) == pytest.approx(
@@ -232,9 +233,9 @@ def every_cell() -> list[profiles.Cell]:
 
 def test_every_cell_has_a_file_of_its_own():
     cells = every_cell()
-    assert len({matrix.path(cell) for cell in cells}) == len(cells)
-    assert {cell.about for cell in cells} <= {"multiple_choice", "summeval", *profiles.TASKS}
-    assert all(set(cell.tasks) <= {*MULTIPLE_CHOICE, *profiles.SUMMEVAL, *profiles.TRAIN_FROM_VALIDATION} for cell in cells)
+    assert len({ablations.path(cell) for cell in cells}) == len(cells)
+    assert {cell.about for cell in cells} <= {"multiple_choice", "summeval", *tasks.TASKS}
+    assert all(set(cell.tasks) <= {*tasks.MULTIPLE_CHOICE, *tasks.SUMMEVAL, "piqa"} for cell in cells)
     titles = [(cell.teacher, cell.run.title) for cell in profiles.MATRIX["heads and inputs"]]
     # Seeds of one student share a title; the weak teacher's joint and per-option students have one seed.
     assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(profiles.SEEDS)}
@@ -244,10 +245,10 @@ def test_every_cell_has_a_file_of_its_own():
 @pytest.mark.slow
 def test_the_committed_predictions_are_those_of_the_matrix(capsys):
     cells = every_cell()
-    kept = {file for file in matrix.COMMITTED.rglob("*") if file.is_file()}
-    assert {matrix.path(cell) for cell in matrix.available(cells)} == kept
+    kept = {file for file in ablations.COMMITTED.rglob("*") if file.is_file()}
+    assert {ablations.path(cell) for cell in ablations.available(cells)} == kept
     (ids, orders, P, about) = experiments.read_predictions(sorted(kept)[0])
     assert P.shape == (1050, 4, 4) and P.sum(-1) == pytest.approx(1, abs=1e-5) and len(set(ids)) == 1050
     assert (orders == cyclic_orders(4)).all() and about["seconds"] > 10 and len(about["losses"]) > 20
     main(["students", "--list", "--parts", "heads and inputs"])
-    assert Path(capsys.readouterr().out.splitlines()[0].split()[1]) == matrix.path(cells[0], ".")
+    assert Path(capsys.readouterr().out.splitlines()[0].split()[1]) == ablations.path(cells[0], ".")

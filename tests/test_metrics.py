@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats.contingency import association
 
 from permdistill import debias, metrics
-from permdistill.data import Question
 from permdistill.metrics import bootstrap
 from permdistill.orders import all_orders, cyclic_orders, to_options
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
 from permdistill.scores import probabilities
 from permdistill.teachers import PlantedTeacher
 

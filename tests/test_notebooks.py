@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from permdistill import profiles
+from permdistill.paper import profiles
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import tiny_hub
 
-from permdistill import claims, hub, profiles
+from permdistill.paper import claims, hub, profiles
 from permdistill.training import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
     made = json.loads((build / "manifest.json").read_text())
     assert list(made["notebooks"]) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     assert all(notebook["parameters"]["profile"] == "paper" for notebook in made["notebooks"].values())
-    assert set(made["revisions"]) == set(hub.REPOS)
+    assert set(made["revisions"]) == set(tiny_hub.REPOS)
     assert {folder.name: read_log(folder) for folder in (build / "paper" / "students").iterdir()} == logs
     scores = {path.parent.name for path in (build / "scores").glob("*/scores.parquet")}
     assert scores == {Path(name).name for name in PAPER.teachers}

@@ -12,9 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from permdistill import cli, hub, plan, profiles, scores
-from permdistill.data import unlabelled
+from permdistill import cli, scores
+from permdistill.paper import budget, hub, profiles, tasks
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import unlabelled
 from permdistill.teachers import load_teacher
 
 PAPER = profiles.PROFILES["paper"]
@@ -22,7 +23,7 @@ LLAMA, T5 = "meta-llama/Llama-2-7b-chat-hf", "google/flan-t5-xl"
 SETTINGS = replace(
     PAPER,
     teachers=(LLAMA, T5),
-    tasks=("race_high", "medmcqa", *profiles.WHOLE_SUMMEVAL),
+    tasks=("race_high", "medmcqa", *tasks.WHOLE_SUMMEVAL),
     n_prompts=(0, 0),
     n_others=(5, 5, 5),
 )
@@ -33,7 +34,7 @@ def test_needs_are_what_the_notebooks_read():
     assert len({(n.teacher, n.task, n.split, n.template or "usual") for n in needs}) == len(needs)
     by_table = {table: [n for n in needs if n.table == table] for table in ("T1", "T2", "T3", "R1")}
     assert len(by_table["T1"]) == 3 * 12 and {n.teacher for n in by_table["T2"]} == {"qwen2.5-coder-1.5b"}
-    assert {n.task for n in by_table["T2"]} == set(profiles.MULTIPLE_CHOICE) and len(by_table["T3"]) == 4
+    assert {n.task for n in by_table["T2"]} == set(tasks.MULTIPLE_CHOICE) and len(by_table["T3"]) == 4
     assert len(by_table["R1"]) == 2 * 6 + 4  # the usual template's are among T1's
     paper = [n for n in profiles.needs(PAPER) if n.table == "R1"]
     assert len(paper) == 2 * 6 + 2 * 4  # the laptop's SummEval is not
@@ -42,18 +43,18 @@ def test_needs_are_what_the_notebooks_read():
 
 @pytest.mark.parametrize("name", [LLAMA, T5])
 def test_tokens_are_those_that_the_engine_forwards(tiny, name, tmp_path):
-    rows = plan.teachers_plan(SETTINGS, n=10**6)
+    rows = budget.teachers_plan(SETTINGS, n=10**6)
     assert set(rows.lengths) == {"measured"}
     rows = rows[(rows.model == name.split("/")[1]) & (rows.table == "T1")]
     teacher, store = load_teacher(name), scores.Store(tmp_path / "scores")
     assert set(rows.template) == {"brief", "summaries_letters"}
     for row in rows.itertuples():
         needs = [n for n in profiles.needs(SETTINGS) if (n.table, n.teacher, n.split) == ("T1", name, "test")]
-        tasks = [task for task in (n.load() for n in needs) if task.template.name == row.template]
+        asked = [task for task in (n.load() for n in needs) if task.template.name == row.template]
         before = teacher.tokens_forwarded
-        scored = scores.score(store, teacher, [q for t in tasks for q in unlabelled(t.questions)], TEMPLATES[row.template])
+        scored = scores.score(store, teacher, [q for t in asked for q in unlabelled(t.questions)], TEMPLATES[row.template])
         forwarded = teacher.tokens_forwarded - before
-        assert (row.questions, len(tasks)) == (scored, row.tasks)
+        assert (row.questions, len(asked)) == (scored, row.tasks)
         if name == LLAMA:
             assert forwarded == round(row.tokens_shared) < row.tokens_alone / 2
         else:
@@ -65,7 +66,9 @@ def test_tokens_are_those_that_the_engine_forwards(tiny, name, tmp_path):
 
 
 def test_a_sample_stands_for_all_of_a_task(tiny):
-    whole, part = (plan.teachers_plan(SETTINGS, n=n).set_index(["table", "model", "split", "template"]) for n in (10**6, 3))
+    whole, part = (
+        budget.teachers_plan(SETTINGS, n=n).set_index(["table", "model", "split", "template"]) for n in (10**6, 3)
+    )
     assert (part.questions == whole.questions).all()
     assert np.allclose(part.tokens_shared / whole.tokens_shared, 1, atol=0.25)
     assert np.allclose(part.flops_shared / whole.flops_shared, 1, atol=0.25)
@@ -81,15 +84,15 @@ def test_operations_are_those_that_torch_counts(tiny):
         AutoModelForSeq2SeqLM.from_pretrained(tiny / T5, **plain).eval()(
             ids, decoder_input_ids=torch.zeros(1, 1, dtype=torch.long)
         )
-    assert plan.flops(plan.architecture(T5), n, n * n, 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert budget.flops(budget.architecture(T5), n, n * n, 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
     with FlopCounterMode(display=False) as counter:
         AutoModelForCausalLM.from_pretrained(tiny / LLAMA, **plain).eval()(ids, logits_to_keep=1)
-    assert plan.flops(plan.architecture(LLAMA), n, n * n, 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert budget.flops(budget.architecture(LLAMA), n, n * n, 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
     for name in ("google-bert/bert-base-uncased", "FacebookAI/roberta-base"):
         with FlopCounterMode(display=False) as counter:
             AutoModel.from_pretrained(tiny / name, **plain).eval()(ids)
         pooler = 2 * 32 * 32 * (n - 1)  # it sees one token only
-        assert plan.encoder_flops(plan.architecture(name), np.array([n])) - pooler == pytest.approx(
+        assert budget.encoder_flops(budget.architecture(name), np.array([n])) - pooler == pytest.approx(
             counter.get_total_flops(), rel=0.02
         )
 
@@ -97,8 +100,8 @@ def test_operations_are_those_that_torch_counts(tiny):
 def test_architectures_are_the_real_ones_without_weights(monkeypatch, tmp_path):
     monkeypatch.delenv(hub.LOCAL, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    plan.architecture.cache_clear()
-    monkeypatch.setattr(plan, "_at_hand", lambda name: None)
+    budget.architecture.cache_clear()
+    monkeypatch.setattr(budget, "_at_hand", lambda name: None)
     published = {LLAMA: 6.74, "meta-llama/Llama-2-13b-chat-hf": 13.02, T5: 2.85, "google/flan-t5-xxl": 11.14}
     published |= {"google-bert/bert-base-uncased": 0.1095, "google-bert/bert-large-uncased": 0.335}
     published |= {"FacebookAI/roberta-base": 0.125, "FacebookAI/roberta-large": 0.355}
@@ -110,10 +113,10 @@ def test_architectures_are_the_real_ones_without_weights(monkeypatch, tmp_path):
         "all-mpnet-base-v2": 0.1095,
     }
     for name, billions in published.items():
-        model = plan.architecture(name)
+        model = budget.architecture(name)
         assert all(p.device.type == "meta" for p in model.parameters())
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.03), name
-    plan.architecture.cache_clear()
+    budget.architecture.cache_clear()
 
 
 def test_report_says_what_is_guessed_and_what_has_to_be_downloaded(tiny, monkeypatch, capsys):
@@ -132,10 +135,10 @@ def test_report_says_what_is_guessed_and_what_has_to_be_downloaded(tiny, monkeyp
         assert part in shown
     assert "guessed" not in shown
     monkeypatch.delenv(hub.LOCAL)
-    monkeypatch.setattr(plan, "_cached", lambda name, file="": None)
-    for cached in (plan.architecture, plan._tokenizer):
+    monkeypatch.setattr(hub, "cached", lambda repo, file="": None)
+    for cached in (budget.architecture, budget._tokenizer):
         cached.cache_clear()
-    rows = plan.teachers_plan(SETTINGS, n=2)
+    rows = budget.teachers_plan(SETTINGS, n=2)
     assert set(rows.lengths) == {"guessed"}
     train = rows[rows.table == "T2"].iloc[0]
     assert train.questions == 100_568 and train.orders == 24 * train.questions
@@ -148,22 +151,22 @@ def test_estimates_hold_for_a_real_llm_at_laptop_scale():
     """SmolLM2 on three sets: tokens with and without sharing, and seconds, from samples of other questions. Seconds
     are the processor's for this process, so that a machine with other work to do measures the same."""
     teacher = load_teacher("smollm2-135m", torch.float32)
-    first = plan.sample(plan.grouped(unlabelled(profiles.load_task("openbookqa", "test").questions)), 4)
-    speed = plan.rate(teacher, first, TEMPLATES["letters"], time.process_time)
+    first = budget.sample(budget.grouped(unlabelled(tasks.load_task("openbookqa", "test").questions)), 4)
+    speed = budget.rate(teacher, first, TEMPLATES["letters"], time.process_time)
     for task in ("arc_easy", "hellaswag", "socialiqa"):
-        questions = unlabelled(profiles.load_task(task, "test").questions)
-        asked, others = questions[:16], plan.sample(plan.grouped(questions[16:]))
-        counted = plan.count("smollm2-135m", others, TEMPLATES["letters"])
+        questions = unlabelled(tasks.load_task(task, "test").questions)
+        asked, others = questions[:16], budget.sample(budget.grouped(questions[16:]))
+        counted = budget.count("smollm2-135m", others, TEMPLATES["letters"])
         scale = len(asked) / len(others)
-        groups, before, started = plan.grouped(asked), teacher.tokens_forwarded, time.process_time()
+        groups, before, started = budget.grouped(asked), teacher.tokens_forwarded, time.process_time()
         for group in groups:
-            teacher.log_probs(group, plan.all_orders(len(group[0].options)), TEMPLATES["letters"])
+            teacher.log_probs(group, budget.all_orders(len(group[0].options)), TEMPLATES["letters"])
         seconds, forwarded = time.process_time() - started, teacher.tokens_forwarded - before
         tokens, pairs = counted.shared
         assert scale * tokens == pytest.approx(forwarded, rel=0.25), task
-        alone = sum(map(len, teacher.tokenize(asked, plan.all_orders(len(asked[0].options)), TEMPLATES["letters"])))
+        alone = sum(map(len, teacher.tokenize(asked, budget.all_orders(len(asked[0].options)), TEMPLATES["letters"])))
         assert scale * counted.alone[0] == pytest.approx(alone, rel=0.25), task
-        operations = plan.flops(teacher.model, round(scale * tokens), round(scale * pairs), round(scale * counted.rows))
+        operations = budget.flops(teacher.model, round(scale * tokens), round(scale * pairs), round(scale * counted.rows))
         print(f"{task}: tokens {scale * tokens:.0f} / {forwarded}, seconds {operations / speed:.1f} / {seconds:.1f}")
         assert operations / speed == pytest.approx(seconds, rel=0.25), task
 
@@ -172,4 +175,4 @@ def test_guessed_tokens_are_near_a_real_tokenizers(tiny):
     text = " ".join(
         tiny_hub.sentences()[:1] + ["Students from several neighbouring schools visited the old museum, didn't they?"]
     )
-    assert len(plan.guessed_tokens(text)) == pytest.approx(1.4 * len(text.split()), rel=0.25)
+    assert len(budget.guessed_tokens(text)) == pytest.approx(1.4 * len(text.split()), rel=0.25)

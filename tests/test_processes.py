@@ -15,9 +15,12 @@ import torch
 from test_students import make_encoder
 from test_training import FAST, K, as_good_as_same, black_box, killer, soft, toy
 
-from permdistill import cli, experiments, processes
-from permdistill.data import CONTENT_FREE
-from permdistill.students import Student, StudentConfig
+from permdistill import cli
+from permdistill.configs import StudentConfig
+from permdistill.engine import ranks
+from permdistill.paper import experiments
+from permdistill.questions import CONTENT_FREE
+from permdistill.students import Student
 from permdistill.teachers import PlantedTeacher
 from permdistill.training import CHECKPOINT, lead, read_log, train
 
@@ -56,7 +59,7 @@ def recorded(folder: Path, train_one) -> list[torch.Tensor]:
 
 def program(folder: Path) -> None:
     """What rank 0 runs: two students whose gradients are kept, the rest of a run that was killed, and one that diverges."""
-    assert processes.count() == 2
+    assert ranks.count() == 2
     gradients = [recorded(folder, joint), recorded(folder, per_option)]
     joint(folder, "killed")
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
@@ -137,7 +140,7 @@ def test_the_command_line_under_a_launcher(tmp_path, launcher):
 def test_a_process_alone_shares_with_nobody(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     ran = []
-    lead(lambda: ran.append(processes.share((processes.rank(), processes.count()))))
+    lead(lambda: ran.append(ranks.share((ranks.rank(), ranks.count()))))
     assert ran == [(0, 1)]
 
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from permdistill.data import Question
 from permdistill.orders import all_orders
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
 
 QUESTION = Question("q", "", "What is hot?", ("ice", "fire", "snow"), 1)
 LETTERS, SUMMARIES = TEMPLATES["letters"], TEMPLATES["summaries"]

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from permdistill import tables
 from permdistill.orders import cyclic_orders
+from permdistill.paper import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

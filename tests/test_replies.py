@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from permdistill.data import Question
+from permdistill.api.replies import Replies, content_key
 from permdistill.prompts import TEMPLATES
-from permdistill.replies import Replies, content_key
+from permdistill.questions import Question
 
 QUESTION = Question("q", "A context.", "Which?", ("x", "y", "z"))
 SAMPLING = {"max_tokens": 1, "temperature": 1.0}

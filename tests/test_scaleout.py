@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permdistill import cli, scaleout, scores
-from permdistill.data import Question
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
 from permdistill.scores import Store
 from permdistill.teachers import PlantedTeacher
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from permdistill import scores
-from permdistill.data import BadRecords, Question
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import BadRecords, Question
 from permdistill.scores import MissingScores, Store
 from permdistill.teachers import PlantedTeacher
 
@@ -184,7 +184,7 @@ def test_kill_9_loses_the_group_in_flight_only(tmp_path):
         import sys, time
         import numpy as np
         from permdistill import scores
-        from permdistill.data import Question
+        from permdistill.questions import Question
         from permdistill.prompts import TEMPLATES
         from permdistill.teachers import PlantedTeacher
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from permdistill import scores
-from permdistill.data import Question
 from permdistill.orders import all_orders, inverse
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
 from permdistill.teachers import CausalTeacher, load_teacher
 
 LETTERS = TEMPLATES["letters"]

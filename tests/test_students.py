@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from permdistill.data import Question
+from permdistill.configs import HEADS, StudentConfig
 from permdistill.orders import all_orders, to_options
-from permdistill.students import HEADS, LABELS, Student, StudentConfig, build, encoder_key, texts
+from permdistill.questions import Question
+from permdistill.students import LABELS, Student, build, encoder_key, texts
 
 WORDS = "yes no red green blue tall small old new cat dog bird stone river is it the which what long story".split()
 

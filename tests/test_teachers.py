@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from permdistill.machine import has_bfloat16, with_packed_linears
-from permdistill.teachers import TEACHERS, model_key, with_float32_head
+from permdistill.engine.placement import has_bfloat16, with_packed_linears
+from permdistill.paper.models import TEACHERS
+from permdistill.teachers import model_key, with_float32_head
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,17 @@ import pytest
 import torch
 from test_students import WORDS, make_encoder
 
-from permdistill import students
+from permdistill import configs
 from permdistill import training as training_module
-from permdistill.data import Question
+from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.orders import all_orders, to_options
-from permdistill.students import Student, StudentConfig, build
-from permdistill.training import TrainingConfig, batches, fit_correction, fit_scale, kl_loss, pieces, rate, read_log, train
+from permdistill.questions import Question
+from permdistill.students import Student, build
+from permdistill.training import batches, fit_correction, fit_scale, kl_loss, pieces, rate, read_log, train
 
 K = 3
 FAST = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=8, save_every=3)
-HEADS = pytest.mark.parametrize("head", students.HEADS)
+HEADS = pytest.mark.parametrize("head", configs.HEADS)
 
 
 @pytest.fixture(scope="module")

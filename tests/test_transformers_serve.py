@@ -1,4 +1,4 @@
-"""Somebody else's server: `transformers serve`, started by permdistill.server with a real model, asked for decisions.
+"""Somebody else's server: `transformers serve`, started by permdistill.api.server with a real model, asked for decisions.
 
 It starts with ``transformers serve FOLDER --port PORT`` (needs fastapi and uvicorn), offline, in about ten seconds. Two of
 its ways need care (transformers 5.23): it decodes greedily at any temperature unless the request's own field
@@ -21,12 +21,12 @@ import torch
 from scipy.stats import binom
 
 from permdistill import scores
-from permdistill.blackbox import ask
-from permdistill.data import Question
-from permdistill.jobs import NO_LOGPROBS, Call, Job, calls_in_orders, drawn
+from permdistill.api.ask import ask
+from permdistill.api.jobs import NO_LOGPROBS, Call, Job, calls_in_orders, drawn
+from permdistill.api.replies import Replies
+from permdistill.api.server import Server
 from permdistill.prompts import TEMPLATES
-from permdistill.replies import Replies
-from permdistill.server import Server
+from permdistill.questions import Question
 from permdistill.teachers import load_teacher
 
 pytest.importorskip("fastapi")
@@ -82,7 +82,7 @@ def test_logprobs_that_a_server_leaves_out_are_a_listed_failure(server, tmp_path
 @pytest.mark.long
 def test_server_ends_with_the_process_that_started_it_however_that_ends():
     script = (
-        "from permdistill.server import Server; s = Server('smollm2-135m'); "
+        "from permdistill.api.server import Server; s = Server('smollm2-135m'); "
         "print(s.process.pid, s.endpoint.base_url, flush=True); input()"
     )
     command = [sys.executable, "-c", script]

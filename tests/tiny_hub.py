@@ -1,5 +1,5 @@
-"""A folder that stands for the model hub: every repository of permdistill.hub.REPOS in the layout that it has there, with
-tiny random models of the real architectures, tokenizers trained here, and a few made-up questions.
+"""A folder that stands for the model hub: every repository of models.py and tasks.py in the layout that it has there,
+with tiny random models of the real architectures, tokenizers trained here, and a few made-up questions.
 
     write(folder)                      everything
     write_model(folder, name)          one model
@@ -31,8 +31,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from permdistill.data import ATTRIBUTES
-from permdistill.hub import REPOS
+from permdistill.paper.models import MODELS
+from permdistill.paper.readers import ATTRIBUTES
+from permdistill.paper.tasks import TASKS
+
+REPOS = {thing.repo.name: thing.repo for thing in (*MODELS.values(), *TASKS.values()) if thing.repo is not None}
 
 NOUNS = "cat dog bird stone river tree horse boat lamp bridge cloud apple clock train piano".split()
 ADJECTIVES = "tall small old new red green blue quick warm quiet heavy bright".split()
@@ -119,7 +122,7 @@ def _save_tokenizer(folder: Path, kind: str) -> int:
 
 def write_model(folder: Path, name: str, seed: int = 0) -> Path:
     """A tiny random model of the architecture that ``name`` has, its configuration class and its tokenizer's."""
-    home, settings = folder / name, dict(REPOS[name].config)
+    home, settings = folder / name, dict(MODELS[name].config)
     kind = settings.pop("model_type")
     vocabulary = _save_tokenizer(home, kind)
     settings |= SIZES.get(kind, SMALL) | {"vocab_size": vocabulary}

@@ -50,7 +50,7 @@ def positions_change_at(model: PreTrainedModel, kinds: Sequence[str] = ("dynamic
 def next_token_log_probs(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int | None = None
 ) -> tuple[np.ndarray, int]:
-    """As :func:`permdistill.trie.next_token_log_probs`; the number of tokens includes padding."""
+    """As :func:`permdistill.engine.trie.next_token_log_probs`; the number of tokens includes padding."""
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt has no last token to read label logits from")
     lengths = np.array([len(p) for p in prompts], dtype=np.int64)

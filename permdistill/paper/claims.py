@@ -13,10 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from permdistill import debias, hubsets, matrix, metrics, profiles, tables
-from permdistill.experiments import Scored
+from permdistill import debias, metrics
 from permdistill.metrics import Interval
-from permdistill.profiles import WHOLE_SUMMEVAL
+from permdistill.paper import ablations, profiles, tables
+from permdistill.paper.experiments import Scored
+from permdistill.paper.models import MODELS
+from permdistill.paper.tasks import RACE, SUMMARIES, TASKS
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
 CLOSE = 0.02  # claim (c): accuracies within so much of each other are close
@@ -24,24 +26,7 @@ SATURATE = "(g) 32 draws saturate"
 EXAMPLES = "(h) about 2,000 examples for the simple task, 30,000 for the complex one"
 SIZE = "(i) student size matters on the complex task only"
 TARGETS = Path(__file__).parent / "targets.csv"
-PAPERS_TEACHERS = {
-    "flan-t5-xl": "FlanT5-3B",
-    "flan-t5-xxl": "FlanT5-11B",
-    "Llama-2-7b-chat-hf": "Llama-2-7B",
-    "Llama-2-13b-chat-hf": "Llama-2-13B",
-}
-PAPERS_STUDENTS = {
-    "bert-base-uncased": "BERT-base",
-    "bert-large-uncased": "BERT-large",
-    "roberta-base": "RoBERTa-base",
-    "roberta-large": "RoBERTa-large",
-    "deberta-v3-base": "DeBERTa-base",
-    "deberta-v3-large": "DeBERTa-large",
-}
-RACE_PARTS = set(hubsets.RACE)
-# Which of our tasks make up what the paper calls multiple choice and SummEval.
-PAPERS_TASKS = dict.fromkeys((*hubsets.SETS, "arc_easy", "arc_challenge", "hellaswag"), "multiple choice")
-PAPERS_TASKS |= dict.fromkeys(WHOLE_SUMMEVAL, "SummEval")
+PAPERS_MODELS = {Path(name).name: model.papers for name, model in MODELS.items() if model.papers}
 
 
 class Verdict(NamedTuple):
@@ -122,7 +107,7 @@ def task_specific(scored: Sequence[Scored]) -> list[Verdict]:
     claim, result = "(d) invariance is task-specific", []
     for teacher in dict.fromkeys(s.teacher for s in scored):
         own = [s for s in scored if s.teacher == teacher and s.task.k == 2]
-        pairs = np.concatenate([[s.task.name.startswith("summeval")] * len(s.P) for s in own]) if own else np.array([])
+        pairs = np.concatenate([[s.task.family == SUMMARIES] * len(s.P) for s in own]) if own else np.array([])
         if len(set(pairs)) < 2:
             result.append(Verdict(claim, teacher, NOT_TESTABLE, "no scores of both kinds of task with K = 2"))
             continue
@@ -180,8 +165,8 @@ def students(t2: pd.DataFrame, t3: pd.DataFrame) -> list[Verdict]:
     ]
 
 
-def ablations(folder: str | Path = "") -> list[Verdict]:
-    """(g), (h) and (i), from the stored students of :data:`permdistill.profiles.MATRIX`, paired by question.
+def varied(folder: str | Path = "") -> list[Verdict]:
+    """(g), (h) and (i), from the stored students of :data:`permdistill.paper.profiles.MATRIX`, paired by question.
 
     (g): more targets than 32 draws make no measurable difference (the interval of exact targets minus 32 draws holds 0), and
     1 draw is measurably worse. (i): the larger encoder is measurably better on multiple choice, and not on SummEval.
@@ -190,13 +175,13 @@ def ablations(folder: str | Path = "") -> list[Verdict]:
     about = f"stored students of {Path(usual.teacher).name}"
     by_draws = {cell.run.draws: cell for cell in profiles.MATRIX["draws"]}
     try:
-        few, many = (matrix.gap(usual, by_draws[n], folder) for n in (1, 32))
+        few, many = (ablations.gap(usual, by_draws[n], folder) for n in (1, 32))
         evidence = f"exact targets - 32 draws {many.percent()} points, - 1 draw {few.percent()}"
         found.append(_verdict(SATURATE, about, many.low <= 0 <= many.high and few.low > 0, evidence))
-    except matrix.MissingPredictions as missing:
+    except ablations.MissingPredictions as missing:
         found.append(Verdict(SATURATE, about, NOT_TESTABLE, str(missing)))
-    rows = [*matrix.available(profiles.MATRIX["questions"], folder), *matrix.available([usual], folder)]
-    curve = matrix.effects(rows, "n_train", folder=folder) if rows else pd.DataFrame(columns=["n_train", "accuracy"])
+    rows = [*ablations.available(profiles.MATRIX["questions"], folder), *ablations.available([usual], folder)]
+    curve = ablations.effects(rows, "n_train", folder=folder) if rows else pd.DataFrame(columns=["n_train", "accuracy"])
     points = ", ".join(f"{n}: {100 * a:.1f}" for n, a in zip(curve.n_train, curve.accuracy, strict=True))
     found.append(
         Verdict(
@@ -208,12 +193,12 @@ def ablations(folder: str | Path = "") -> list[Verdict]:
     )
     try:
         larger = [
-            matrix.gap(large, small, folder)
+            ablations.gap(large, small, folder)
             for small, large in (profiles.SIZES["multiple choice"], profiles.SIZES["SummEval"])
         ]
         evidence = f"mpnet - MiniLM: multiple choice {larger[0].percent()} points, SummEval {larger[1].percent()}"
         found.append(_verdict(SIZE, about, larger[0].low > 0 >= larger[1].low, evidence))
-    except matrix.MissingPredictions as missing:
+    except ablations.MissingPredictions as missing:
         found.append(Verdict(SIZE, about, NOT_TESTABLE, str(missing)))
     return found
 
@@ -246,10 +231,10 @@ def stored(folder: str | Path = "") -> list[Verdict]:
     (f): an error-correction student has its whole interval above the copy of the decision that it sees. (k): a trained
     student has its whole interval above the biased teacher.
     """
-    cells = matrix.available((*profiles.MATRIX["heads and inputs"], *profiles.MATRIX["encoders"]), folder)
+    cells = ablations.available((*profiles.MATRIX["heads and inputs"], *profiles.MATRIX["encoders"]), folder)
     if not cells:
         return []
-    gaps, result = matrix.differences(cells, folder), []
+    gaps, result = ablations.differences(cells, folder), []
     greedy = gaps.system.str.contains("greedy")
     seen = np.where(greedy, "copy of the most probable decision", "copy of one sampled decision")
     corrected = gaps[gaps.system.str.contains(", error correction") & (gaps.rival == seen)]
@@ -272,7 +257,7 @@ def verdicts(scored: Sequence[Scored], t1: pd.DataFrame, t2: pd.DataFrame, t3: p
     """Every claim with its verdict and evidence; of the stored students only where the teachers are theirs."""
     found = [*debiasing(t1), *prior_matching(scored), *task_specific(scored), *students(t2, t3)]
     if Path(profiles.USUAL.teacher).name in set(t1.teacher):
-        found += [*stored(), *ablations()]
+        found += [*stored(), *varied()]
     else:
         why = f"draws and examples are varied for the stored students alone, taught by {Path(profiles.USUAL.teacher).name}"
         found += [Verdict(claim, "students", NOT_TESTABLE, why) for claim in (SATURATE, EXAMPLES)]
@@ -301,22 +286,24 @@ def in_the_papers_words(t1: pd.DataFrame, t2: pd.DataFrame, t3: pd.DataFrame) ->
     """
     parts = []
     for name, table, task, ours in (
-        ("RACE++", t2 if RACE_PARTS <= set(t2.task) else t2[:0], "RACE++", "all"),
+        ("RACE++", t2 if set(RACE) <= set(t2.task) else t2[:0], "RACE++", "all"),
         ("SummEval", t3, "SummEval coherence", "summeval16_coherence"),
     ):
         for row in table[table.task == ours].itertuples(index=False):
             encoder, _, rest = str(row.system).partition(", joint head, ")
-            if row.kind == "student" and encoder in PAPERS_STUDENTS and rest in ("distillation", "error correction"):
-                who, treatment = PAPERS_STUDENTS[encoder], rest
+            if row.kind == "student" and encoder in PAPERS_MODELS and rest in ("distillation", "error correction"):
+                who, treatment = PAPERS_MODELS[encoder], rest
             elif row.kind in ("teacher", "debiased"):
                 who, treatment = {"teacher": "biased teacher", "debiased": "debiased teacher"}[str(row.kind)], ""
             else:
                 continue
             parts.append((f"paper_{name}", who, task, treatment, row.n, row.accuracy, row.ps))
     biased = t1[t1.treatment == tables.BIASED]
-    for (teacher, task), rows in biased.groupby(["teacher", biased.task.map(PAPERS_TASKS)], sort=False):
-        if teacher in PAPERS_TEACHERS:
-            cell = (PAPERS_TEACHERS[str(teacher)], task, "biased", rows.n.sum(), rows.accuracy.mean(), rows.ps.mean())
+    for (teacher, task), rows in biased.groupby(
+        ["teacher", biased.task.map({name: task.papers for name, task in TASKS.items() if task.papers})], sort=False
+    ):
+        if teacher in PAPERS_MODELS:
+            cell = (PAPERS_MODELS[str(teacher)], task, "biased", rows.n.sum(), rows.accuracy.mean(), rows.ps.mean())
             parts.append(("paper_sensitivity", *cell))
     cells = pd.DataFrame(parts, columns=["table", "teacher", "task", "treatment", "n", "accuracy", "ps"])
     return {str(name): part for name, part in cells.groupby("table", sort=False)}
@@ -358,7 +345,7 @@ def as_targets(table: pd.DataFrame, name: str, tolerance: float) -> pd.DataFrame
     return long[["source", "table", "teacher", "task", "treatment", "n", "metric", "value", "tolerance"]].round(4)
 
 
-if __name__ == "__main__":  # python -m permdistill.claims: the laptop targets become what figures/T1_teachers.csv says
-    own = as_targets(pd.read_csv(TARGETS.parent.parent / "figures" / "T1_teachers.csv"), "T1_teachers", 0.02)
+if __name__ == "__main__":  # python -m permdistill.paper.claims: the laptop targets become what figures/T1_teachers.csv says
+    own = as_targets(pd.read_csv(TARGETS.parents[2] / "figures" / "T1_teachers.csv"), "T1_teachers", 0.02)
     published = targets("paper").assign(source="paper")
     pd.concat([published, own]).to_csv(TARGETS, index=False)

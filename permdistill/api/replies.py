@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from permdistill.data import Question
 from permdistill.prompts import Template
+from permdistill.questions import Question
 
 FILE = "replies.jsonl"
 
@@ -60,7 +60,7 @@ class Spent:
 
 class Replies:
     """Replies in a folder, by content key. Threads of one process may append at once; other processes must hold
-    ``folder/.lock`` (:func:`permdistill.assets.locked`), as :func:`permdistill.blackbox.ask` does."""
+    ``folder/.lock`` (:func:`permdistill.files.locked`), as :func:`permdistill.api.ask.ask` does."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)

@@ -1,6 +1,6 @@
 """A job for a black-box teacher: its calls, what they will cost, how replies are read, and the arrays that come of them.
 
-Nothing here asks anything: :mod:`permdistill.blackbox` does.
+Nothing here asks anything: :mod:`permdistill.api.ask` does.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from permdistill.data import Question
-from permdistill.endpoint import FREE, Endpoint, Prices
+from permdistill.api.endpoint import FREE, Endpoint, Prices
+from permdistill.api.replies import Replies, content_key
 from permdistill.orders import all_orders
 from permdistill.prompts import Template
-from permdistill.replies import Replies, content_key
+from permdistill.questions import Question
 
 CHAT_TOKENS = 32  # of a chat template around the message, about; for estimates only
 BYTES_PER_TOKEN = 3.5  # of English, about; for estimates without a tokenizer

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 
 from permdistill import debias, metrics
-from permdistill.data import Question
-from permdistill.experiments import Scored, System
-from permdistill.jobs import Drawn
+from permdistill.api.jobs import Drawn
 from permdistill.orders import cyclic_orders
-from permdistill.profiles import SEED, Task
+from permdistill.paper.experiments import Scored, System
+from permdistill.paper.tasks import SEED, TaskSplit
+from permdistill.questions import Question
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def prompts(scored: Iterable[Sequence[Scored]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def left_out(tasks: Iterable[Task]) -> pd.DataFrame:
+def left_out(tasks: Iterable[TaskSplit]) -> pd.DataFrame:
     """How many questions each task has, with gold answer, and how many were left out of its split and why."""
     rows = [
         {
@@ -294,7 +294,7 @@ def students(test: Scored, systems: Sequence[System]) -> pd.DataFrame:
     return answers(test.task, systems)
 
 
-def answers(task: Task, systems: Sequence[System]) -> pd.DataFrame:
+def answers(task: TaskSplit, systems: Sequence[System]) -> pd.DataFrame:
     """One row per system and task, and per system over all tasks together. ``gain`` is paired with the first of ``systems``,
     the biased teacher. Systems of the same name are seeds of one student, and share a row."""
     rows = []
@@ -317,7 +317,7 @@ def answers(task: Task, systems: Sequence[System]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draws(said: Drawn, task: Task, P: np.ndarray | None = None) -> pd.DataFrame:
+def draws(said: Drawn, task: TaskSplit, P: np.ndarray | None = None) -> pd.DataFrame:
     """F2's experiment: how far the first 1, 2, 4, .. decisions of each question get, and where more of them lead.
 
     said  decisions on the questions of ``task``, each in an order of its own
@@ -454,8 +454,8 @@ def readme(text: str, folder: str | Path) -> str:
     return text
 
 
-if __name__ == "__main__":  # python -m permdistill.tables: bring the README's numbers up to date
-    root = Path(__file__).parent.parent
+if __name__ == "__main__":  # python -m permdistill.paper.tables: bring the README's numbers up to date
+    root = Path(__file__).parents[2]
     (root / "README.md").write_text(
         readme((root / "README.md").read_text(encoding="utf-8"), root / "figures"), encoding="utf-8"
     )

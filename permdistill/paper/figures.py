@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,30 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from permdistill import metrics
-from permdistill.experiments import Scored
-from permdistill.tables import BIASED, DEBIASED
+from permdistill.paper import tasks as registry
+from permdistill.paper.experiments import Scored
+from permdistill.paper.tables import BIASED, DEBIASED
 
 COLOURS = dict(zip(("teacher", "debiased", "copy", "student"), sns.color_palette("colorblind"), strict=False))
 NAMES = {"teacher": "biased teacher", "debiased": "all-orders average", "copy": "copied decision", "student": "student"}
-
-
-_LABELS = {
-    "arc_easy": "ARC-Easy",
-    "arc_challenge": "ARC-Challenge",
-    "openbookqa": "OpenBookQA",
-    "csqa": "CommonsenseQA",
-    "hellaswag": "HellaSwag",
-    "mmlu": "MMLU",
-    "socialiqa": "SocialIQA",
-    "piqa": "PIQA",
-    "race_middle": "RACE-M",
-    "race_high": "RACE-H",
-    "race_c": "RACE-C",
-    "cosmosqa": "COSMOS QA",
-    "medmcqa": "MedMCQA",
-    "reclor": "ReClor",
-    "all": "all tasks",
-}
 
 
 def _style() -> None:
@@ -47,7 +28,7 @@ def _style() -> None:
 
 
 def _label(task: str) -> str:
-    return _LABELS.get(task, re.sub("^summeval(16)?_", "SummEval ", task).replace("all of", "all tasks of"))
+    return "all tasks" if task == "all" else registry.title(task).replace("all of", "all tasks of")
 
 
 def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: Any) -> None:
@@ -135,7 +116,7 @@ FAMILIES = {
 def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> Figure:
     """Every debiaser: teacher calls a question against accuracy (above) and permutation sensitivity (below).
 
-    table  :func:`permdistill.tables.debiasers` of one teacher
+    table  :func:`permdistill.paper.tables.debiasers` of one teacher
     kinds  {title: tasks}: a column each, with the mean over its tasks and the interval of that mean, the tasks' own
            intervals taken as independent
     """
@@ -240,7 +221,7 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
 def cost(table: pd.DataFrame) -> Figure:
     """Time a question of every way to score all orders, in units of the trie's, and what share of the machine it uses.
 
-    ``table`` is :func:`permdistill.bench.table`'s.
+    ``table`` is :func:`permdistill.paper.bench.table`'s.
     """
     _style()
     models, workloads, arms = (list(dict.fromkeys(table[name])) for name in ("model", "workload", "arm"))
@@ -270,7 +251,7 @@ def cost(table: pd.DataFrame) -> Figure:
 def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> Figure:
     """F2 and F3: a student's accuracy against a setting that doubles, with 95% intervals.
 
-    table  :func:`permdistill.matrix.effects` over ``x``, one teacher's
+    table  :func:`permdistill.paper.ablations.effects` over ``x``, one teacher's
     lines  {name: accuracy} of systems that do not depend on it, drawn as lines
     """
     _style()
@@ -304,7 +285,7 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     """Accuracy against what an answer costs, a panel a teacher: seconds a question on one machine, log scale. Up and to the
     left is better.
 
-    systems  :func:`permdistill.cost.of_systems`, over all tasks
+    systems  :func:`permdistill.paper.cost.of_systems`, over all tasks
     """
     _style()
     teachers = list(dict.fromkeys(systems.teacher))
@@ -340,8 +321,8 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
 
 
 def draws(table: pd.DataFrame) -> Figure:
-    """F2 on a real server, from :func:`permdistill.tables.draws`: KL of the histogram to the white-box average (where there
-    is one) and accuracy (where there are gold answers) against the number of decisions."""
+    """F2 on a real server, from :func:`permdistill.paper.tables.draws`: KL of the histogram to the white-box average
+    (where there is one) and accuracy (where there are gold answers) against the number of decisions."""
     _style()
     histograms, rest = table[table.draws.notna()], table[table.draws.isna()]
     kinds = [name for name in ("kl", "accuracy") if name in table]

@@ -19,8 +19,9 @@ from typing import Any
 
 import httpx2
 
-from permdistill.endpoint import Endpoint
-from permdistill.teachers import fast_dtype, teacher_folder
+from permdistill import sources
+from permdistill.api.endpoint import Endpoint
+from permdistill.teachers import fast_dtype
 
 # It decodes greedily at any temperature (transformers 5.23) unless its own field says otherwise.
 SAMPLING = {"generation_config": '{"do_sample": true, "top_k": 0}'}
@@ -41,7 +42,7 @@ class Server:
     base_url  a server that runs already, up to and with /v1: nothing is started
     dtype     of the weights; "" is the one that this machine is fast with
     wait      seconds for the start
-    settings  further fields of the :class:`permdistill.endpoint.Endpoint`
+    settings  further fields of the :class:`permdistill.api.endpoint.Endpoint`
 
     ``endpoint`` is what to ask; ``teacher`` the name of the teacher that is served here, "" where nothing was started. Ends
     with :meth:`stop`, with the ``with`` block, or with this process. Raises ModuleNotFoundError without fastapi and
@@ -57,7 +58,7 @@ class Server:
         for name in ("fastapi", "uvicorn"):
             if importlib.util.find_spec(name) is None:
                 raise ModuleNotFoundError(f"`transformers serve` needs {name}: pip install fastapi uvicorn")
-        folder = teacher_folder(model)
+        folder = sources.find(model).location()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -1,6 +1,6 @@
 """What an answer costs: teachers and students on the same questions, on one machine, taking turns.
 
-    python -m permdistill.cost --output figures/cost.json          (`make cost`)
+    python -m permdistill.paper.cost --output figures/cost.json          (`make cost`)
 
 A teacher answers in one order (a biased answer), in all orders one by one (24 prompts), and in all orders through the
 shared-prefix engine. A student answers in one order, tokenisation included; its weights do not matter, so they are
@@ -26,14 +26,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from permdistill import bench
-from permdistill.data import MULTIPLE_CHOICE, Question, unlabelled
-from permdistill.machine import PackedLinear, has_bfloat16, matmul_peak
+from permdistill.engine.placement import PackedLinear, has_bfloat16, matmul_peak
 from permdistill.orders import all_orders
-from permdistill.profiles import LENGTH, load_task
+from permdistill.paper import bench
+from permdistill.paper.models import TEACHERS
+from permdistill.paper.profiles import LENGTH
+from permdistill.paper.tasks import MULTIPLE_CHOICE, load_task
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question, unlabelled
 from permdistill.students import StudentConfig, build
-from permdistill.teachers import TEACHERS, CausalTeacher, load_teacher
+from permdistill.teachers import CausalTeacher, load_teacher
 from permdistill.training import TrainingConfig, read_log, train
 
 ENCODERS = ("all-MiniLM-L6-v2", "all-mpnet-base-v2")
@@ -183,8 +185,9 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_systems(systems: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """The rows of :func:`permdistill.matrix.compare` with ``seconds`` and ``flops`` of an answer to a question in one order:
-    as many calls of the teacher as it takes (all orders through the shared-prefix engine), and a student's own share."""
+    """The rows of :func:`permdistill.paper.ablations.compare` with ``seconds`` and ``flops`` of an answer to a question in
+    one order: as many calls of the teacher as it takes (all orders through the shared-prefix engine), and a student's
+    own share."""
     by = costs.set_index("system")[["seconds", "flops"]]
     rows = []
     for system, kind, teacher, calls in systems[["system", "kind", "teacher", "calls"]].itertuples(index=False):
@@ -194,7 +197,7 @@ def of_systems(systems: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Entry point of ``python -m permdistill.cost``."""
+    """Entry point of ``python -m permdistill.paper.cost``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("cost.json"))
     parser.add_argument("--teachers", nargs="+", default=list(TEACHERS[:2]))

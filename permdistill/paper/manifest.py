@@ -1,11 +1,12 @@
 """The manifest of a run: what was run, on what, and what came of it.
 
-``python -m permdistill.manifest BUILD`` writes ``BUILD/manifest.json``, the last file of ``make paper``: commit, versions,
-revisions of the hub's repositories, sha256 of every score file, parameters and times of every executed notebook, sha256 of
+``python -m permdistill.paper.manifest BUILD`` writes ``BUILD/manifest.json``, the last file of ``make paper``: commit,
+versions, revisions of the hub's repositories, sha256 of every score file, parameters and times of every executed
+notebook, sha256 of
 every figure and table.
 
-``python -m permdistill.manifest BUILD --measure NAME -- COMMAND ...`` runs a command, hands on its exit status, and keeps
-its time and peak memory in ``BUILD/resources/NAME.json`` for the manifest.
+``python -m permdistill.paper.manifest BUILD --measure NAME -- COMMAND ...`` runs a command, hands on its exit status, and
+keeps its time and peak memory in ``BUILD/resources/NAME.json`` for the manifest.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from permdistill.assets import sha256_of
-from permdistill.hub import revisions
+from permdistill.files import sha256_of
+from permdistill.paper import models, tasks
+from permdistill.paper.hub import revisions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _git(*arguments: str) -> str | None:
@@ -88,7 +90,7 @@ def write(build: Path) -> Path:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "packages": dict(sorted({d.metadata["Name"].lower(): d.version for d in distributions()}.items())),
-        "revisions": revisions(),
+        "revisions": revisions(r.repo for r in (*models.MODELS.values(), *tasks.TASKS.values()) if r.repo is not None),
         "scores": _hashes(ROOT / "scores", "*.parquet") | _hashes(build / "scores", "*.parquet", build.parent),
         "notebooks": _notebooks(build),
         "resources": resources,
@@ -119,13 +121,13 @@ def measure(command: Sequence[str], target: Path) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point of ``python -m permdistill.manifest``; see the module's docstring."""
+    """Entry point of ``python -m permdistill.paper.manifest``; see the module's docstring."""
     if len(argv) == 1 and not argv[0].startswith("-"):
         print(write(Path(argv[0])))
         return 0
     if len(argv) > 4 and argv[1] == "--measure" and argv[3] == "--":
         return measure(argv[4:], Path(argv[0]) / "resources" / f"{argv[2]}.json")
-    print("usage: python -m permdistill.manifest BUILD [--measure NAME -- COMMAND ...]", file=sys.stderr)
+    print("usage: python -m permdistill.paper.manifest BUILD [--measure NAME -- COMMAND ...]", file=sys.stderr)
     return 2
 
 

@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 
-from permdistill.data import Question
+from permdistill.api.replies import Replies
 from permdistill.prompts import Template
-from permdistill.replies import Replies
+from permdistill.questions import Question
 
 MODES = ("decisions", "logprobs")
 LONGEST_WAIT = 120.0  # seconds of Retry-After that the openai client obeys; it gives up on more

@@ -6,8 +6,9 @@ Lengths are read off a sample of the questions, put into prompts and tokenised, 
 (``PERMDISTILL_HUB``, or the hub client's cache): "measured". Where they are not, made-up texts of about the published
 lengths and a simple rule for tokens stand in: "guessed". Nothing is downloaded from the hub, and no weights are loaded.
 
-Operations are counted by formula (:func:`permdistill.bench.flops`): 2 per weight and token in linear layers, and attention.
-Hours are operations over the GPU's peak times :data:`UTILISATION`, an assumption: on a CPU the trie reaches 40 to 50% of the
+Operations are counted by formula (:func:`permdistill.paper.bench.flops`): 2 per weight and token in linear layers,
+and attention. Hours are operations over the GPU's peak times :data:`UTILISATION`, an assumption: on a CPU the trie
+reaches 40 to 50% of the
 fastest matrix product (notebook 5); ``--measure`` puts what this machine reaches in its place.
 """
 
@@ -35,23 +36,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from permdistill import bench, hub, hubsets, trie
-from permdistill.assets import ASSETS, cache_dir
-from permdistill.data import Question
-from permdistill.hub import REPOS
+from permdistill.engine import trie
 from permdistill.orders import all_orders, cyclic_orders
-from permdistill.profiles import (
-    SEED,
-    WHOLE_SUMMEVAL,
-    WHOLE_TEST_DOCUMENTS,
-    Need,
-    Profile,
-    Run,
-    load_task,
-    needs,
-    repositories,
-)
+from permdistill.paper import bench, hub, models
+from permdistill.paper.models import MODELS
+from permdistill.paper.profiles import Need, Profile, Run, needs, repositories
+from permdistill.paper.tasks import GIGABYTES, SEED, SUMMARIES, TASKS, PairsTask, load_task
 from permdistill.prompts import TEMPLATES, Template
+from permdistill.questions import Question
 from permdistill.students import texts
 from permdistill.teachers import CausalTeacher, Seq2SeqTeacher
 
@@ -60,34 +52,6 @@ from permdistill.teachers import CausalTeacher, Seq2SeqTeacher
 GPUS = {"A100": 312e12, "H100": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
 UTILISATION = 0.4
 SAMPLE = 30  # groups of questions, per task, whose prompts are tokenised
-
-# Models that come as assets: architecture, GB to download.
-_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
-LAPTOP: dict[str, tuple[dict[str, Any], float]] = {
-    "qwen2.5-coder-1.5b": (
-        {**_QWEN, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 8960},
-        1.12,
-    ),
-    "qwen2.5-coder-0.5b": (
-        {**_QWEN, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "intermediate_size": 4864},
-        0.49,
-    ),
-    "smollm2-135m": (
-        {
-            **{"model_type": "llama", "vocab_size": 49152, "num_key_value_heads": 3, "tie_word_embeddings": True},
-            **{"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "intermediate_size": 1536},
-        },
-        0.1,
-    ),
-    "all-MiniLM-L6-v2": (
-        {
-            **{"model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6},
-            **{"num_attention_heads": 12, "intermediate_size": 1536},
-        },
-        0.09,
-    ),
-    "all-mpnet-base-v2": ({"model_type": "mpnet", "vocab_size": 30527}, 0.44),
-}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -98,10 +62,9 @@ LAPTOP: dict[str, tuple[dict[str, Any], float]] = {
 def architecture(name: str) -> PreTrainedModel:
     """A teacher or encoder of a profile without weights (on torch's meta device): for its class, layers and sizes.
 
-    The configuration is the model's own where it is at hand, else the one that stands in :data:`permdistill.hub.REPOS`.
+    The configuration is the model's own where it is at hand, else the one of :data:`permdistill.paper.models.MODELS`.
     """
-    stated = REPOS[name].config if name in REPOS else LAPTOP[name][0]
-    config = AutoConfig.for_model(**stated)
+    config = AutoConfig.for_model(**MODELS[name].config)
     if (source := _at_hand(name)) is not None:
         config = AutoConfig.from_pretrained(source)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -111,24 +74,11 @@ def architecture(name: str) -> PreTrainedModel:
 
 def _at_hand(name: str) -> Path | None:
     """The folder of a model's configuration and tokenizer, without any download; None if there is none."""
-    if name in REPOS:
-        return hub.local(name) or _cached(name, "tokenizer_config.json")
-    unpacked = f"{name}.gguf" in ASSETS
-    made = cache_dir() / (f"dequantised/{ASSETS[f'{name}.gguf'].sha256[:16]}" if unpacked else f"folders/{name}")
+    repo = MODELS[name].repo
+    if repo is not None:
+        return hub.local(repo) or hub.cached(repo, "tokenizer_config.json")
+    made = models.folder(name, download=False)
     return made if made.is_dir() else None
-
-
-def _cached(name: str, file: str = "") -> Path | None:
-    """Where the hub client keeps a repository at the commit that counts, None if it has none, or not this file of it."""
-    from huggingface_hub import snapshot_download
-
-    repo = REPOS[name]
-    try:
-        revision = hub.revisions()[name]  # the commit that a name stood for when it was asked first
-        folder = Path(snapshot_download(name, repo_type=repo.kind, revision=revision, local_files_only=True))
-    except Exception:  # whatever says that it is not there
-        return None
-    return folder if (folder / file).exists() else None
 
 
 @lru_cache(maxsize=32)
@@ -185,35 +135,31 @@ def _guessed(task: str, split: str, n: int) -> tuple[list[Question], int]:
         sizes = np.where(rng.random(count) < 0.35, 8, 4)
         return " ".join(bytes(row[:size].tolist()).decode() for row, size in zip(letters, sizes, strict=True))
 
-    if task in WHOLE_SUMMEVAL:
-        article, question, summary = hubsets.SUMMEVAL_WORDS
-        documents = WHOLE_TEST_DOCUMENTS if split == "test" else hubsets.SUMMEVAL_DOCUMENTS - WHOLE_TEST_DOCUMENTS
-        shared, asked = "article " + words(article), task + words(question)
-        summaries = [words(summary) for _ in range(hubsets.SUMMEVAL_SYSTEMS)]
-        pairs = [Question(f"{task}/{i}", shared, asked, pair) for i, pair in enumerate(combinations(summaries, 2))]
-        return pairs, min(n, documents * len(pairs))
-    own = hubsets.SETS[task]
+    own = TASKS[task]
     context, question, option = own.words
-    made = [
-        Question(f"{task}/{split}/{i}", words(context), words(question), tuple(words(option) for _ in range(4)))
-        for i in range(SAMPLE)
-    ]
-    return made, min(n, own.sizes[split])
+    if isinstance(own, PairsTask):
+        shared, asked = "article " + words(context), task + words(question)
+        summaries = [words(option) for _ in range(own.systems)]
+        made = [Question(f"{task}/{i}", shared, asked, pair) for i, pair in enumerate(combinations(summaries, 2))]
+    else:
+        made = [
+            Question(f"{task}/{split}/{i}", words(context), words(question), tuple(words(option) for _ in range(own.k)))
+            for i in range(SAMPLE)
+        ]
+    return made, min(n, own.published[split])
 
 
 def _questions(need: Need) -> tuple[list[Question], int, bool]:
     """Questions of a task, how many there are in all, and whether they are the real ones."""
-    if need.task in hubsets.SETS or need.task in WHOLE_SUMMEVAL:
-        repo = hubsets.SETS[need.task].repo if need.task in hubsets.SETS else hubsets.SUMMEVAL_REPO
-        if hub.local(repo) is None and _cached(repo) is None:
-            return *_guessed(need.task, need.split, need.n), False
+    repo = TASKS[need.task].repo
+    if repo is not None and hub.local(repo) is None and hub.cached(repo) is None:
+        return *_guessed(need.task, need.split, need.n), False
     found = load_task(need.task, need.split, need.template).first(need.n).questions
     return found, len(found), True
 
 
 def _template(need: Need) -> Template:
-    usual = {"summeval": "summaries", "summeval16": "summaries_letters"}.get(need.task.split("_")[0], "letters")
-    return TEMPLATES[need.template or ("brief" if need.task in hubsets.SETS else usual)]
+    return TEMPLATES[need.template or TASKS[need.task].template]
 
 
 @dataclass
@@ -293,7 +239,7 @@ def teachers_plan(settings: Profile, n: int = SAMPLE) -> pd.DataFrame:
         # The attributes of one pair of summaries are scored together, so they are counted together.
         strata: dict[str, list[Need]] = {}
         for need in parts:
-            strata.setdefault("summeval" if need.task.startswith("summeval") else need.task, []).append(need)
+            strata.setdefault(SUMMARIES if TASKS[need.task].family == SUMMARIES else need.task, []).append(need)
         for own in strata.values():
             loaded = [_questions(need) for need in own]
             groups = grouped(q for found, _, _ in loaded for q in found)
@@ -374,20 +320,25 @@ def downloads(settings: Profile) -> pd.DataFrame:
     (teachers) or float32 (students)."""
     rows = []
     encoders = {run.student.encoder for run in (*settings.multiple_choice, *settings.pairs)}
-    for name in dict.fromkeys([*settings.teachers, *sorted(encoders), *repositories(settings)]):
-        repo = REPOS.get(name)
-        weights = 0 if repo and repo.kind == "dataset" else sum(p.numel() for p in architecture(name).parameters())
-        licence = (
-            repo.licence
-            if repo
-            else next(a.licence for key, a in ASSETS.items() if key.split(".gguf")[0].split("/")[0] == name)
-        )
-        rows.append(
-            {"name": name, "revision": repo.revision[:12] if repo else "sha256", "licence": licence}
-            | {"gated": "yes" if repo and repo.gated else "no", "GB": repo.gigabytes if repo else LAPTOP[name][1]}
-            | {"GB in memory": round(weights * (2 if name in settings.teachers else 4) / 1e9, 1)}
-        )
+    for name in dict.fromkeys([*settings.teachers, *sorted(encoders)]):
+        model, bytes_each = MODELS[name], 2 if name in settings.teachers else 4
+        weights = sum(p.numel() for p in architecture(name).parameters())
+        rows.append(_download(name, model.repo, model.licence, model.gigabytes, round(weights * bytes_each / 1e9, 1)))
+    for repo in repositories(settings):
+        if repo.kind == "dataset":
+            rows.append(_download(repo.name, repo, repo.licence, GIGABYTES.get(repo.name, 0.02), 0.0))
     return pd.DataFrame(rows)
+
+
+def _download(name: str, repo: hub.Repo | None, licence: str, gigabytes: float, in_memory: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "revision": repo.revision[:12] if repo else "sha256",
+        "licence": licence,
+        "gated": "yes" if repo and repo.gated else "no",
+        "GB": gigabytes,
+        "GB in memory": in_memory,
+    }
 
 
 def rate(

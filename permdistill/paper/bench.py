@@ -1,13 +1,13 @@
 """What sharing prefixes is worth: four ways to score all orders, the same questions and probabilities, one after the other.
 
-    python -m permdistill.bench --output figures/bench.json          (`make bench`)
+    python -m permdistill.paper.bench --output figures/bench.json          (`make bench`)
 
 Arms, each given the same groups of prompts:
 
     padded         one padded batch for each question
     sorted         the prompts of all questions sorted by length, in batches, as evaluation harnesses do
     cached prefix  what all prompts of a group begin with is computed once; padded batches of the rest use its keys, values
-    trie           :mod:`permdistill.trie`
+    trie           :mod:`permdistill.engine.trie`
     one order      not a rival: each question in one order, nothing shared, to say what *all* orders cost more
 
 Serving engines with a radix cache share more than the third arm; they need a GPU and are not compared here.
@@ -39,12 +39,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from permdistill import batches, trie
-from permdistill.data import ATTRIBUTES, Question, load_summeval_pairs, unlabelled
-from permdistill.machine import PackedLinear, PeakMemory, matmul_peak, synchronise
+from permdistill.engine import batches, trie
+from permdistill.engine.placement import PackedLinear, PeakMemory, matmul_peak, synchronise
 from permdistill.orders import all_orders
-from permdistill.profiles import SEED, load_task
+from permdistill.paper.readers import ATTRIBUTES, summary_pairs, summeval_file
+from permdistill.paper.tasks import SEED, load_task
 from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question, unlabelled
 from permdistill.teachers import CausalTeacher, load_teacher
 
 MODELS = (("qwen2.5-coder-1.5b", torch.bfloat16), ("smollm2-135m", torch.float32))
@@ -63,12 +64,12 @@ def rounds(name: str, teacher: CausalTeacher, n: int) -> list[list[list[Question
     """``n`` rounds of groups of questions that belong together: three short questions each a group of its own, two
     questions behind a passage, or all pairs and attributes of one document."""
     if name == "summaries":
-        documents = load_summeval_pairs(16, SEED)
+        documents = summary_pairs(summeval_file(), 16, SEED, ATTRIBUTES)
         return [[unlabelled(questions)] for questions in list(documents.values())[:n]]
     each = QUESTIONS_A_ROUND[name]
     questions = unlabelled(load_task("arc_easy", "test").questions[: n * each])
     if name == "passages":
-        articles = [document[0].context for document in load_summeval_pairs(2, SEED, list(ATTRIBUTES)[:1]).values()]
+        articles = [article for article, _ in summeval_file().values()]
         passages = [p for p in (_passage(article, teacher) for article in articles) if p]
         questions = [Question(q.id, p, q.question, q.options) for q, p in zip(questions, passages, strict=False)]
     return [[[q] for q in questions[i : i + each]] for i in range(0, len(questions), each)]
@@ -424,7 +425,7 @@ def _processor() -> str:
         return platform.processor()
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def read(path: str | Path = ROOT / "figures" / "bench.json") -> dict[str, Any]:
@@ -497,7 +498,7 @@ def agreement(result: dict[str, Any]) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Entry point of ``python -m permdistill.bench``."""
+    """Entry point of ``python -m permdistill.paper.bench``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("bench.json"), help="finished parts in it are kept")
     parser.add_argument(

@@ -28,8 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from permdistill.assets import locked
-from permdistill.endpoint import (
+from permdistill.api.endpoint import (
     FREE,
     UNLIMITED,
     Budget,
@@ -41,8 +40,9 @@ from permdistill.endpoint import (
     Reply,
     Stopped,
 )
-from permdistill.jobs import Call, Job, answers, read_decision, read_logprobs
-from permdistill.replies import Replies
+from permdistill.api.jobs import Call, Job, answers, read_decision, read_logprobs
+from permdistill.api.replies import Replies
+from permdistill.files import locked
 
 GIVE_UP = 20  # so many calls in a row failed, each with all its retries: the server is down
 

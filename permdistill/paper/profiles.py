@@ -6,139 +6,32 @@ audit and the tables always speak of the same questions. A :class:`Profile` says
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from permdistill import hubsets
-from permdistill.data import (
-    ATTRIBUTES,
+from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.paper.hub import Repo
+from permdistill.paper.models import MODELS, TEACHERS
+from permdistill.paper.tasks import (
+    HUB_CHOICE,
+    LAPTOP,
+    LAPTOP_CHOICE,
     MULTIPLE_CHOICE,
-    TEST_ONLY,
-    Question,
-    load_multiple_choice,
-    load_summeval_pairs,
-    sample,
-    stratified,
+    RACE,
+    SUMMARIES,
+    SUMMEVAL,
+    TASKS,
+    WHOLE_SUMMEVAL,
+    TaskSplit,
+    load_task,
 )
-from permdistill.hub import REPOS
-from permdistill.prompts import TEMPLATES, Template
-from permdistill.students import StudentConfig
-from permdistill.teachers import TEACHERS
-from permdistill.training import TrainingConfig
 
-SEED = 0
-QUESTIONS = 350  # per multiple-choice set that has training questions, and split
-TEST_ONLY_QUESTIONS = 300  # per multiple-choice set that has none
-# PIQA's training questions are not among the assets: so many others of its validation set, about other goals than those of
-# the test, teach its students.
-TRAIN_FROM_VALIDATION = {"piqa": 1050}
-TEST_DOCUMENTS = (*range(25), *range(43, 58))  # places of SummEval's documents
-TRAIN_DOCUMENTS = tuple(range(25, 43))
-SYSTEMS = 8  # of SummEval's 16, per document
-SUMMEVAL = tuple(f"summeval_{attribute}" for attribute in ATTRIBUTES)
-TASKS = (*MULTIPLE_CHOICE, *TEST_ONLY, *SUMMEVAL)
-# The paper's own, from the model hub, whole: all questions, and all pairs of SummEval's 16 systems.
-WHOLE_SUMMEVAL = tuple(f"summeval16_{attribute}" for attribute in ATTRIBUTES)
-HUB_TASKS = (*hubsets.SETS, *WHOLE_SUMMEVAL)
-WHOLE_TEST_DOCUMENTS = 50  # of 100; students learn from the others
 # Other ways to put the questions of some tasks; the first of each kind is the one that everything else uses.
 PROMPTS = {"letters": ("letters", "numbers", "brief"), "summaries": ("summaries", "summaries_letters")}
 PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "mmlu", "socialiqa", "piqa"), "summaries": SUMMEVAL}
-
-
-@dataclass(frozen=True)
-class Task:
-    """Questions of one task and split (with gold answers where there are any), their template, and what was left out."""
-
-    name: str
-    questions: list[Question]
-    template: Template
-    groups: list[str]  # per question: the unit of resampling for intervals (the item; for pairs the document)
-    members: list[str]  # per question: the task it belongs to, for several tasks in one
-    left_out: dict[str, int]
-
-    def first(self, n: int | None) -> Task:
-        """The first ``n`` questions only; None: all."""
-        return self.where(np.arange(len(self.questions)) < (len(self.questions) if n is None else n))
-
-    def where(self, chosen: np.ndarray) -> Task:
-        """The questions at which ``chosen`` (item,) is true."""
-        places = np.flatnonzero(chosen)
-        return replace(
-            self,
-            questions=[self.questions[i] for i in places],
-            groups=[self.groups[i] for i in places],
-            members=[self.members[i] for i in places],
-        )
-
-    @property
-    def k(self) -> int:
-        """Number of options."""
-        return len(self.questions[0].options)
-
-
-def splits(name: str) -> tuple[str, ...]:
-    """The splits of one of :data:`TASKS` or :data:`HUB_TASKS`."""
-    if name in hubsets.SETS:
-        trained = "train" in hubsets.SETS[name].splits
-    else:
-        trained = name not in TEST_ONLY or name in TRAIN_FROM_VALIDATION
-    return ("test", "train") if trained else ("test",)
-
-
-def load_task(name: str, split: str, template: str = "") -> Task:
-    """One of :data:`TASKS` or :data:`HUB_TASKS`, with its usual template or another one. SummEval's splits have different
-    documents; PIQA's are both made of its validation set."""
-    every = (*TASKS, *HUB_TASKS)
-    if name not in every or split not in splits(name):
-        raise ValueError(
-            f"task {name!r}, split {split!r}: give one of {', '.join(every)} and test, or train, which "
-            f"{', '.join(t for t in every if 'train' not in splits(t))} do not have here"
-        )
-    if name in HUB_TASKS:
-        return _load_hub_task(name, split, template)
-    if name not in SUMMEVAL:
-        whole = load_multiple_choice(name, "test" if name in TRAIN_FROM_VALIDATION else split)
-        n = TEST_ONLY_QUESTIONS if name in TEST_ONLY else QUESTIONS
-        by_subject = partial(stratified, stratum=lambda question: question.id.split("/")[2])
-        questions = (by_subject if name == "mmlu" else sample)(whole.questions, n, SEED)
-        if name in TRAIN_FROM_VALIDATION and split == "train":
-            questions = _others(whole.questions, questions, TRAIN_FROM_VALIDATION[name])
-        usual = TEMPLATES[template or "letters"]
-        return Task(name, questions, usual, [q.id for q in questions], [name] * len(questions), whole.left_out)
-    documents = load_summeval_pairs(SYSTEMS, SEED, [name.removeprefix("summeval_")])
-    return _pairs(name, documents, TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS, template or "summaries")
-
-
-def _others(questions: list[Question], tested: list[Question], n: int) -> list[Question]:
-    """``n`` questions that share their context with no tested one."""
-    contexts = {question.context for question in tested}
-    return sample([question for question in questions if question.context not in contexts], n, SEED)
-
-
-def _pairs(name: str, documents: dict[str, list[Question]], places: Iterable[int], template: str) -> Task:
-    every = list(documents)
-    names = [every[place] for place in places]
-    questions = [q for n in names for q in documents[n]]
-    groups = [n for n in names for _ in documents[n]]
-    return Task(name, questions, TEMPLATES[template], groups, [name] * len(questions), {})
-
-
-def _load_hub_task(name: str, split: str, template: str) -> Task:
-    """The usual templates are the paper's: options as "A) ..", summaries as "Summary A: ..", labels " A"."""
-    if name in WHOLE_SUMMEVAL:
-        documents = hubsets.load_summeval([name.removeprefix("summeval16_")])
-        cut = min(WHOLE_TEST_DOCUMENTS, len(documents) // 2)
-        places = range(cut) if split == "test" else range(cut, len(documents))
-        return _pairs(name, documents, places, template or "summaries_letters")
-    whole = hubsets.load(name, split)
-    names = [q.id for q in whole.questions]
-    return Task(name, whole.questions, TEMPLATES[template or "brief"], names, [name] * len(names), whole.left_out)
 
 
 @dataclass(frozen=True)
@@ -252,15 +145,15 @@ class Profile:
     api_teacher: str = TEACHERS[1]
     n_api: int = 100
     draws: int = 16
-    learnt: tuple[str, ...] = tuple(MULTIPLE_CHOICE)
+    learnt: tuple[str, ...] = MULTIPLE_CHOICE
     compared: tuple[str, ...] = SUMMEVAL
 
     def n_questions(self, teacher: str, task: str) -> int:
         """How many test questions of ``task`` are asked of ``teacher``, at most."""
         if teacher == self.teachers[0]:
             return self.n_test
-        kinds: tuple[Collection[str], ...] = (MULTIPLE_CHOICE, TEST_ONLY, SUMMEVAL)
-        return next((n for n, kind in zip(self.n_others, kinds, strict=True) if task in kind), self.n_test)
+        kind = 2 if TASKS[task].family == SUMMARIES else 0 if task in MULTIPLE_CHOICE else 1
+        return self.n_others[kind]
 
 
 def own_student(k: int) -> Run:
@@ -314,7 +207,7 @@ PROFILES = {
     # Runs in a minute: the notebooks' defaults, what nbval checks.
     "smoke": Profile(
         teachers=TEACHERS[:1],
-        tasks=TASKS,
+        tasks=LAPTOP,
         n_test=84,
         n_train=16,
         n_others=(84, 84, 84),
@@ -335,7 +228,7 @@ PROFILES = {
     # The paper at the scale of a laptop.
     "full": Profile(
         teachers=TEACHERS,
-        tasks=TASKS,
+        tasks=LAPTOP,
         n_test=10**9,
         n_train=10**9,
         n_others=(350, 150, 10 * 28),
@@ -356,7 +249,7 @@ PROFILES = {
     # The paper at its own scale: for GPUs, and whoever may use Llama 2.
     "paper": Profile(
         teachers=PAPER_TEACHERS,
-        tasks=(*hubsets.SETS, *MULTIPLE_CHOICE, *TEST_ONLY, *WHOLE_SUMMEVAL),
+        tasks=(*HUB_CHOICE, *LAPTOP_CHOICE, *WHOLE_SUMMEVAL),
         n_test=10**9,
         n_train=10**9,
         n_others=(10**9, 10**9, 10**9),
@@ -364,7 +257,7 @@ PROFILES = {
         n_students=(10**9, 10**9),
         multiple_choice=_paper_runs(4, epochs=2),
         pairs=_paper_runs(2, epochs=3),
-        learnt=hubsets.RACE,
+        learnt=RACE,
         compared=WHOLE_SUMMEVAL,
     ),
 }
@@ -381,7 +274,7 @@ class Need:
     n: int
     template: str = ""
 
-    def load(self) -> Task:
+    def load(self) -> TaskSplit:
         """The questions."""
         return load_task(self.task, self.split, self.template).first(self.n)
 
@@ -407,12 +300,12 @@ def needs(settings: Profile) -> list[Need]:
     return found
 
 
-def repositories(settings: Profile) -> list[str]:
-    """What a profile needs of :data:`permdistill.hub.REPOS`: teachers, encoders, data."""
-    sets = [hubsets.SETS[task].repo for task in settings.tasks if task in hubsets.SETS]
-    sets += [hubsets.SUMMEVAL_REPO] * bool(set(WHOLE_SUMMEVAL) & set(settings.tasks))
+def repositories(settings: Profile) -> list[Repo]:
+    """What a profile needs of the model hub: teachers, encoders, data."""
     encoders = [run.student.encoder for run in (*settings.multiple_choice, *settings.pairs)]
-    return [name for name in dict.fromkeys([*settings.teachers, *encoders, *sets]) if name in REPOS]
+    models = [MODELS[name].repo for name in (*settings.teachers, *encoders) if name in MODELS]
+    data = [TASKS[task].repo for task in settings.tasks]
+    return [repo for repo in dict.fromkeys([*models, *data]) if repo is not None]
 
 
 @dataclass(frozen=True)
@@ -426,7 +319,7 @@ class Cell:
     @property
     def about(self) -> str:
         """The tasks in a word: "multiple_choice", "summeval", or the one task's name."""
-        names = {tuple(MULTIPLE_CHOICE): "multiple_choice", SUMMEVAL: "summeval"}
+        names = {MULTIPLE_CHOICE: "multiple_choice", SUMMEVAL: "summeval"}
         return names.get(self.tasks, "-".join(self.tasks))
 
 
@@ -452,7 +345,7 @@ def _cell(
     usual = {"epochs": 4 if encoder == _MINILM else 2, "learning_rate": 1e-4 if encoder == _MINILM else 5e-5}
     usual |= {"epochs": 2} if head == "bi_encoder" else {}  # held-out KL is lowest after one or two (`permdistill sweep`)
     student = StudentConfig(encoder, head, inputs, 4, LENGTH[head])
-    return Cell(teacher, tuple(MULTIPLE_CHOICE), Run(student, TrainingConfig(**usual | (training or {})), **run))
+    return Cell(teacher, MULTIPLE_CHOICE, Run(student, TrainingConfig(**usual | (training or {})), **run))
 
 
 def _pairs_cell(tasks: tuple[str, ...], encoder: str = _MINILM, **training: Any) -> Cell:

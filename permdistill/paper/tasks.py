@@ -1,0 +1,456 @@
+"""The tasks: what each is called, where its questions come from, which of them are asked, and in which words.
+
+    TASKS["arc_easy"].title, .k, .splits, .reader.licence
+    load_task("arc_easy", "test")            its questions, with gold answers: a TaskSplit
+
+One entry of :data:`TASKS` adds a data set; everything else reads it from there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+
+import numpy as np
+
+from permdistill.paper import hub, readers
+from permdistill.paper.assets import Asset
+from permdistill.paper.hub import Repo
+from permdistill.paper.readers import ATTRIBUTES, HubFiles, MmluFiles, OlmoFiles, Reader, Row
+from permdistill.prompts import TEMPLATES, Template
+from permdistill.questions import Cleaned, Question, clean, sample, stratified
+
+SEED = 0
+CHOICE, SUMMARIES = "multiple choice", "SummEval"  # families
+
+
+@dataclass(frozen=True)
+class TaskSplit:
+    """Questions of one task and split (with gold answers where there are any), their template, and what was left out."""
+
+    name: str
+    questions: list[Question]
+    template: Template
+    groups: list[str]  # per question: the unit of resampling for intervals (the item; for pairs the document)
+    members: list[str]  # per question: the task it belongs to, for several tasks in one
+    left_out: dict[str, int]
+
+    def first(self, n: int | None) -> TaskSplit:
+        """The first ``n`` questions only; None: all."""
+        return self.where(np.arange(len(self.questions)) < (len(self.questions) if n is None else n))
+
+    def where(self, chosen: np.ndarray) -> TaskSplit:
+        """The questions at which ``chosen`` (item,) is true."""
+        places = np.flatnonzero(chosen)
+        return replace(
+            self,
+            questions=[self.questions[i] for i in places],
+            groups=[self.groups[i] for i in places],
+            members=[self.members[i] for i in places],
+        )
+
+    @property
+    def k(self) -> int:
+        """Number of options."""
+        return len(self.questions[0].options)
+
+    @property
+    def family(self) -> str:
+        """Of its task; questions that are nobody's are multiple choice."""
+        return TASKS[self.name].family if self.name in TASKS else CHOICE
+
+
+@dataclass(frozen=True)
+class Task:
+    """A multiple-choice data set.
+
+    title     in tables and figures
+    k         number of options; questions with another number are left out
+    reader    of the published files
+    splits    {"test", perhaps "train": the publishers' split}. The same split for both: the training questions are others,
+              which share no context with a test question
+    sizes     {split: number of questions drawn}; all of a split that is not there
+    stratum   question -> what the sample shall have in equal shares
+    held_out  tasks whose validation and test questions may not stand among the training questions
+    template  the usual one
+    papers    which of the paper's groups of tasks it is in, "" if in none
+    words     about how many, on average, in context, question and one option: for planning before anything is downloaded
+    published {split: number of questions, as its authors say}, for the same purpose
+    """
+
+    title: str
+    k: int
+    reader: Reader
+    splits: Mapping[str, str]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    stratum: Callable[[Question], str] | None = None
+    held_out: Sequence[str] = ()
+    template: str = "letters"
+    papers: str = ""
+    words: tuple[int, int, int] = (0, 0, 0)
+    published: Mapping[str, int] = field(default_factory=dict)
+    family: str = CHOICE
+
+    @property
+    def repo(self) -> Repo | None:
+        """Of the model hub, where it comes from there."""
+        return self.reader.repo
+
+    @property
+    def licence(self) -> str:
+        """As its publishers declare it."""
+        return self.reader.licence
+
+    @property
+    def assets(self) -> Sequence[Asset]:
+        """Its files of the package index."""
+        return self.reader.assets
+
+    def load(self, name: str, split: str, template: str = "") -> TaskSplit:
+        """The questions of a split, cleaned and sampled, in the usual template or another."""
+        every = whole(name, split)
+        questions = every.questions
+        if split == "train" and self.splits["train"] == self.splits["test"]:
+            contexts = {question.context for question in self.load(name, "test").questions}
+            questions = [question for question in questions if question.context not in contexts]
+        if split in self.sizes:
+            draw = sample if self.stratum is None else partial(stratified, stratum=self.stratum)
+            questions = draw(questions, self.sizes[split], SEED)
+        own = TEMPLATES[template or self.template]
+        return TaskSplit(name, list(questions), own, [q.id for q in questions], [name] * len(questions), every.left_out)
+
+
+def whole(name: str, split: str) -> Cleaned:
+    """All clean questions of a multiple-choice task's split, and how many were left out for which reason. Read once a
+    process, as long as the hub is in the same place."""
+    repo = TASKS[name].repo
+    return _clean(name, split, hub.locate(repo) if repo else None)
+
+
+@lru_cache(maxsize=32)
+def _clean(name: str, split: str, place: tuple[str, str | None] | None) -> Cleaned:
+    task = TASKS[name]
+    assert isinstance(task, Task)
+    read = task.reader(task.splits[split])
+    held_out: list[Question] = []
+    if split == "train":
+        others = [other for name in task.held_out if isinstance(other := TASKS[name], Task)]
+        held_out = [q for other in others for s in ("val", "test") for q in other.reader(s).questions]
+    cleaned = clean(read.questions, held_out, task.k)
+    counts = Counter(read.left_out)
+    counts.update(cleaned.left_out)
+    return Cleaned(cleaned.questions, dict(counts))
+
+
+@dataclass(frozen=True)
+class PairsTask:
+    """One attribute of SummEval: which of two summaries of a document is better, K = 2.
+
+    documents  reads them all
+    systems    so many of a document's, drawn at random
+    places     (split, number of documents) -> places of the split's documents; the splits share none
+    """
+
+    title: str
+    attribute: str
+    documents: Callable[[], readers.Documents]
+    systems: int
+    places: Callable[[str, int], Sequence[int]]
+    template: str
+    repo: Repo | None = None
+    papers: str = ""
+    words: tuple[int, int, int] = (359, 6, 63)
+    licence: str = "MIT"
+    assets: Sequence[Asset] = ()
+    k: int = 2
+    family: str = SUMMARIES
+    splits: Sequence[str] = ("test", "train")
+    published: Mapping[str, int] = field(default_factory=dict)
+
+    def load(self, name: str, split: str, template: str = "") -> TaskSplit:
+        """All pairs of the split's documents, in the usual template or another."""
+        documents = readers.summary_pairs(self.documents(), self.systems, SEED, [self.attribute])
+        every = list(documents)
+        names = [every[place] for place in self.places(split, len(every))]
+        questions = [q for n in names for q in documents[n]]
+        groups = [n for n in names for _ in documents[n]]
+        return TaskSplit(name, questions, TEMPLATES[template or self.template], groups, [name] * len(questions), {})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From the package index, at the scale of a laptop
+
+_TRAINED = ("arc_easy", "arc_challenge", "openbookqa")
+_SAMPLE = {"test": 350, "train": 350}
+
+
+def _plain(doc: Row) -> tuple[str, str]:
+    return "", doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
+def _trained(title: str, licence: str, name: str, train: str, val: str, test: str, papers: str = "") -> Task:
+    reader = OlmoFiles(name, licence, {"train": train, "val": val, "test": test}, _plain)
+    return Task(title, 4, reader, {"test": "test", "train": "train"}, _SAMPLE, held_out=_TRAINED, papers=papers)
+
+
+_LAPTOP: dict[str, Task] = {
+    "arc_easy": _trained(
+        "ARC-Easy",
+        "CC-BY-SA-4.0",
+        "arc_easy",
+        "57c3e478243278c7164b2f2ebefadd76f81a5ae95cea6d3e736e3b3892201f95",
+        "dbc5261d09c00760c895f61baa1ba12780230152c3007596a0499a1e523e50a5",
+        "c964881d2bb2ae8d9612c81ed6c5aecc402aa31e498af87f61bde503cc8224dc",
+        papers=CHOICE,
+    ),
+    "arc_challenge": _trained(
+        "ARC-Challenge",
+        "CC-BY-SA-4.0",
+        "arc_challenge",
+        "5e49466aad7410c1adc4b5645a214d4bd94de45d9c7399a2dd85eab1098c4415",
+        "fcace4993cd9ff5cd937414a001a28338da69aad43045f282adbadd633a9f907",
+        "98e001dffe5fc8fa3b6e15bbca96b1d7a55e5a797c12ff10c18ed574d54bfa57",
+        papers=CHOICE,
+    ),
+    "openbookqa": _trained(
+        "OpenBookQA",
+        "Apache-2.0",
+        "openbookqa",
+        "cea76dde84f5a6d1480fe48947acd53826f8e4eb2d5bab8c18071dd6af459505",
+        "8d0e058dcf4b81ee81152bfc621729f23ffbeff8ea56a544649b396bce70309c",
+        "4159dc91f154933a0778fb5520997cc2c5314fa7f014c527f3a56e4a5844bd15",
+    ),
+    # Published test labels are hidden: tested on validation questions.
+    "csqa": Task(
+        "CommonsenseQA",
+        5,
+        OlmoFiles("csqa", "MIT", {"val": "90f6dcf77edbe60275031dedfb0310e472bed9f2b4cd4393c4dc515810d1ba3f"}, _plain),
+        {"test": "val"},
+        {"test": 300},
+    ),
+    "hellaswag": Task(
+        "HellaSwag",
+        4,
+        OlmoFiles(
+            "hellaswag",
+            "MIT",
+            {"val": "7aa4f641b0ae3ff767347548f902d297b180366489f7bbdce9c5ba08d6b1a4e9"},
+            lambda doc: (doc["query"], "Which ending continues the text best?"),
+            id_column="doc_id",
+        ),
+        {"test": "val"},
+        {"test": 300},
+        papers=CHOICE,
+    ),
+    "mmlu": Task(
+        "MMLU", 4, MmluFiles(), {"test": "test"}, {"test": 300}, stratum=lambda question: question.id.split("/")[2]
+    ),
+    "socialiqa": Task(
+        "SocialIQA",
+        3,
+        OlmoFiles(
+            "socialiqa",
+            "not declared",
+            {"val": "ac5bd8ae2e42922dfbd37517fdafa7a225f25527f874b702f2ea1a0c7e257270"},
+            lambda doc: (doc["context"], doc["question"]),
+        ),
+        {"test": "val"},
+        {"test": 300},
+    ),
+    # PIQA's students learn from others of its validation questions, about other goals than those of the test.
+    "piqa": Task(
+        "PIQA",
+        2,
+        OlmoFiles(
+            "piqa",
+            "AFL-3.0",
+            {"val": "bd015eff372a9a8ec19251fe669055f919a5ec2e490177f6002bc777f3bfb6ce"},
+            lambda doc: (f"Goal: {doc['goal']}", "Which solution reaches the goal?"),
+        ),
+        {"test": "val", "train": "val"},
+        {"test": 300, "train": 1050},
+    ),
+}
+
+
+def _laptop_places(split: str, n: int) -> Sequence[int]:
+    return [*range(25), *range(43, 58)] if split == "test" else range(25, 43)
+
+
+_SUMMEVAL = {
+    f"summeval_{attribute}": PairsTask(
+        f"SummEval {attribute}",
+        attribute,
+        readers.summeval_file,
+        8,
+        _laptop_places,
+        "summaries",
+        assets=(readers.SUMMEVAL_FILE,),
+    )
+    for attribute in ATTRIBUTES
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From the model hub: the paper's own, whole. Commits are those that many public projects name for these repositories; where
+# none was found, the revision is a name. The usual templates are the paper's: options as "A) ..", summaries as "Summary
+# A: ..".
+
+
+def _data(name: str, revision: str, licence: str) -> Repo:
+    return Repo(name, revision, licence, "dataset")
+
+
+_RACE_REPO = _data("ehovy/race", "2fec9fd81f1dc971569a9b729c43f2f0e6436637", "non-commercial research")
+_SUMMEVAL_REPO = _data("mteb/summeval", "cda12ad7615edc362dbf25a00fdd61d3b1eaf93c", "MIT")
+GIGABYTES = {"ehovy/race": 0.06, "openlifescienceai/medmcqa": 0.09}  # to download, roughly; of the others 0.02 or less
+RACE = ("race_middle", "race_high", "race_c")  # together RACE++: Lai et al., EMNLP 2017, and Liang et al., ACML 2019
+_ALL = {"train": "train", "val": "validation", "test": "test"}
+_BOTH, _TEST = {"test": "test", "train": "train"}, {"test": "test"}
+
+
+def _race(row: Row) -> readers.Fields:
+    return row["article"], row["question"], row["options"], "ABCD".find(str(row["answer"])[:1] or "?")
+
+
+def _cosmos(row: Row) -> readers.Fields:
+    """Most of its questions have an option "None of the above choices .", which says where the others stand and so has no
+    meaning in another order. It becomes one that has: the same, without the place."""
+    options = [_ABOVE.sub(r"\1 of the other choices", row[f"answer{i}"]) for i in range(4)]
+    return row["context"], row["question"], options, int(row["label"])
+
+
+_ABOVE = re.compile(r"^\s*(none) of the above( choices)?\b", re.IGNORECASE)
+_COSMOS_COLUMNS = ("context", "question", "answer0", "answer1", "answer2", "answer3", "label")
+_MED_COLUMNS = ("question", "opa", "opb", "opc", "opd", "cop")
+
+
+def _of_race(level: str, title: str, words: tuple[int, int, int], published: Mapping[str, int]) -> Task:
+    name, columns = f"race_{level}", ("article", "question", "options", "answer")
+    reader = HubFiles(name, _RACE_REPO, level, _ALL, columns, _race)
+    more = {"held_out": RACE, "template": "brief", "papers": CHOICE, "words": words, "published": published}
+    return Task(title, 4, reader, _BOTH, **more)  # type: ignore[arg-type]
+
+
+_HUB: dict[str, Task] = {
+    "race_middle": _of_race("middle", "RACE-M", (231, 9, 4), {"train": 25421, "val": 1436, "test": 1436}),
+    "race_high": _of_race("high", "RACE-H", (353, 10, 6), {"train": 62445, "val": 3451, "test": 3498}),
+    "race_c": Task(
+        "RACE-C",
+        4,
+        HubFiles(
+            "race_c",
+            _data("tasksource/race-c", "main", "non-commercial research"),
+            None,
+            _ALL,
+            ("article", "question", "option", "label"),
+            lambda row: (row["article"], row["question"], row["option"], row["label"]),
+        ),
+        _BOTH,
+        held_out=RACE,
+        template="brief",
+        papers=CHOICE,
+        words=(424, 12, 8),
+        published={"train": 12702, "val": 712, "test": 708},
+    ),
+    # The test labels of the other three are hidden: tested on validation questions.
+    "cosmosqa": Task(
+        "COSMOS QA",
+        4,
+        HubFiles(
+            "cosmosqa",
+            # This one is a loading script, which datasets no longer runs; the hub keeps the same data as parquet beside it.
+            _data("allenai/cosmos_qa", "refs/convert/parquet", "CC-BY-4.0"),
+            None,
+            {"test": "validation"},
+            _COSMOS_COLUMNS,
+            _cosmos,
+        ),
+        _TEST,
+        template="brief",
+        papers=CHOICE,
+        words=(69, 11, 8),
+        published={"test": 2985},
+    ),
+    "medmcqa": Task(
+        "MedMCQA",
+        4,
+        HubFiles(
+            "medmcqa",
+            _data("openlifescienceai/medmcqa", "91c6572c454088bf71b679ad90aa8dffcd0d5868", "Apache-2.0"),
+            None,
+            {"test": "validation"},
+            _MED_COLUMNS,
+            lambda row: ("", row["question"], [row[name] for name in _MED_COLUMNS[1:5]], row["cop"]),
+        ),
+        _TEST,
+        template="brief",
+        papers=CHOICE,
+        words=(0, 14, 3),
+        published={"test": 4183},
+    ),
+    "reclor": Task(
+        "ReClor",
+        4,
+        HubFiles(
+            "reclor",
+            _data("metaeval/reclor", "main", "non-commercial research"),
+            None,
+            {"test": "validation"},
+            ("context", "question", "answers", "label"),
+            lambda row: (row["context"], row["question"], row["answers"], row["label"]),
+        ),
+        _TEST,
+        template="brief",
+        papers=CHOICE,
+        words=(74, 17, 21),
+        published={"test": 500},
+    ),
+}
+
+
+def _whole_places(split: str, n: int) -> Sequence[int]:
+    """50 of the 100 documents to test on; students learn from the others."""
+    cut = min(50, n // 2)
+    return range(cut) if split == "test" else range(cut, n)
+
+
+_WHOLE_SUMMEVAL = {
+    f"summeval16_{attribute}": PairsTask(
+        f"SummEval {attribute}",
+        attribute,
+        partial(readers.summeval_of_the_hub, _SUMMEVAL_REPO),
+        16,
+        _whole_places,
+        "summaries_letters",
+        repo=_SUMMEVAL_REPO,
+        papers=SUMMARIES,
+        published={"test": 50 * 120, "train": 50 * 120},
+    )
+    for attribute in ATTRIBUTES
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+
+TASKS: dict[str, Task | PairsTask] = {**_LAPTOP, **_SUMMEVAL, **_HUB, **_WHOLE_SUMMEVAL}
+LAPTOP_CHOICE, SUMMEVAL, HUB_CHOICE, WHOLE_SUMMEVAL = tuple(_LAPTOP), tuple(_SUMMEVAL), tuple(_HUB), tuple(_WHOLE_SUMMEVAL)
+LAPTOP, OF_HUB = (*LAPTOP_CHOICE, *SUMMEVAL), (*HUB_CHOICE, *WHOLE_SUMMEVAL)
+MULTIPLE_CHOICE = _TRAINED  # what the laptop's students learn, as one
+
+
+def load_task(name: str, split: str, template: str = "") -> TaskSplit:
+    """One of :data:`TASKS`, with its usual template or another one. Raises ValueError for an unknown task or split."""
+    if name not in TASKS or split not in TASKS[name].splits:
+        without = ", ".join(t for t in TASKS if "train" not in TASKS[t].splits)
+        raise ValueError(
+            f"task {name!r}, split {split!r}: give one of {', '.join(TASKS)} and test, or train, which {without} do not have"
+        )
+    return TASKS[name].load(name, split, template)
+
+
+def title(name: str) -> str:
+    """A task's name for people; of your own questions, the name that they have."""
+    return TASKS[name].title if name in TASKS else name
