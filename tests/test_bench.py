@@ -48,8 +48,8 @@ def test_exact_on_200_real_questions(name, tokenizer):
 @pytest.mark.parametrize("workload", bench.WORKLOADS)
 def test_arms_agree_and_count_what_they_forward(tokenizer, workload, monkeypatch):
     teacher = tiny_teacher("llama", tokenizer)
-    real = bench.load_summeval_pairs
-    monkeypatch.setattr(bench, "load_summeval_pairs", lambda systems, *rest: real(min(systems, 4), *rest))
+    real = bench.summary_pairs
+    monkeypatch.setattr(bench, \"summary_pairs\", lambda documents, systems, *rest: real(documents, min(systems, 4), *rest))
     rows = {row.arm: row for row in bench.measure(teacher, workload, 1, peak=1e11)}
     assert set(rows) == set(bench.ARMS)
     assert max(row.apart_max for row in rows.values()) < 1e-4
@@ -126,8 +126,8 @@ def test_a_killed_benchmark_goes_on_where_it_was(tokenizer, monkeypatch, tmp_pat
     monkeypatch.setattr(bench, "load_teacher", lambda name, dtype: teacher)
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
     monkeypatch.setattr(bench, "SAMPLE", dict.fromkeys(bench.SAMPLE, 1))
-    real = bench.load_summeval_pairs
-    monkeypatch.setattr(bench, "load_summeval_pairs", lambda systems, *rest: real(min(systems, 3), *rest))
+    real = bench.summary_pairs
+    monkeypatch.setattr(bench, \"summary_pairs\", lambda documents, systems, *rest: real(documents, min(systems, 3), *rest))
     measure = bench.measure
 
     def killed_at_passages(teacher, workload, n, peak):

@@ -13,7 +13,7 @@ from openai_server import planted_backend, serving
 
 from permdistill import cli
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SCALE = (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
 
 
 def shared(a: str, b: str) -> int:
@@ -80,8 +80,8 @@ def test_pairs_of_one_document_share_their_first_summary(sent, tmp_path):
 
 @pytest.mark.parametrize("engine", ["vLLM", "SGLang"])
 def test_the_fields_are_those_that_the_engine_documents(sent, tmp_path, engine):
-    """The README's --extra-body arrives as it stands there, beside what is always sent."""
-    (extra,) = re.findall(rf"{engine}: `--extra-body '(.*?)'`", README)
+    """The page's --extra-body arrives as it stands there, beside what is always sent."""
+    (extra,) = re.findall(rf"{engine}: `--extra-body '(.*?)'`", SCALE)
     ask(tmp_path, passages(1), "--extra-body", extra)
     always = {"model": "m", "max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": 20}
     for body in sent:

@@ -1,0 +1,175 @@
+"""README and docs/: every example is executed as it stands; what wants other machines is checked word by word."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from permdistill import cli
+from permdistill.orders import cyclic_orders
+from permdistill.paper import cli as paper_cli
+from permdistill.paper import results
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES["README.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.S)
+
+
+def block(page: str, language: str, containing: str) -> str:
+    (found,) = [b for b in blocks(page, language) if containing in b]
+    return found
+
+
+def command_line(page: str, containing: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a page's command as it stands, in ``folder``; it must succeed."""
+    (command,) = [line for b in blocks(page, "sh") for line in b.splitlines() if containing in line]
+    program, *arguments = command.split()
+    assert program == ".venv/bin/permdistill"
+    done = subprocess.run([sys.executable, "-m", "permdistill.cli", *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def python(code: str, folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def several_questions(path: Path, n: int = 3) -> None:
+    """The README's question, a few times over: one question alone has no interval."""
+    record = json.loads(block("README.md", "json", '"options"'))
+    lines = [json.dumps(record | {"id": f"q{i}", "question": f"{i}. {record['question']}"}) for i in range(1, n + 1)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Executed
+
+
+@pytest.mark.slow
+def test_own_questions_and_a_student_of_them(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    done = command_line("README.md", "permdistill score", tmp_path)
+    assert "3 questions scored now" in done.stdout
+    measure, distil = (block("README.md", "python", words) for words in ("permutation_sensitivity", "Lesson("))
+    shown = python(measure + distil, tmp_path)
+    number = r"\d(?:\.\d*)?(?:e-\d+)?"
+    assert re.match(rf"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+ *\]", shown), shown
+    (answer,) = re.findall(rf"^\[({number}) +({number}) +({number}) *\]$", shown, re.M)
+    assert sum(map(float, answer)) == pytest.approx(1, abs=1e-4)
+    assert (tmp_path / "my-student" / "permdistill.json").exists()
+
+
+@pytest.mark.slow
+def test_own_model_and_questions_in_the_notebook(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    (command,) = block("README.md", "sh", "papermill notebooks/01").strip().splitlines()
+    program, notebook, *arguments = command.split()
+    assert program == ".venv/bin/papermill"
+    command = [sys.executable, "-m", "papermill", str(ROOT / notebook), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    t1 = pd.read_csv(tmp_path / "build" / "mine" / "tables" / "T1_teachers.csv")
+    assert set(t1.teacher) == {"smollm2-135m"} and set(t1.task) == {"mine"} and set(t1.n) == {3}
+    assert (tmp_path / "build" / "mine" / "scores" / "smollm2-135m").is_dir()
+
+
+def test_scores_from_another_harness(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    record = json.loads(block("README.md", "json", '"probabilities"'))
+    lines = [json.dumps(record | {"id": f"q{i}", "order": order.tolist()}) for i in (1, 2, 3) for order in cyclic_orders(3)]
+    (tmp_path / "my-scores.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    command_line("README.md", "permdistill measure", tmp_path)
+    table = pd.read_csv(tmp_path / "measured.csv").set_index("debiaser")
+    # Always the third position: right in one rotation of three, and never the same option twice.
+    assert table.loc["biased", ["accuracy", "consistency", "circular"]].tolist() == pytest.approx([1 / 3, 0, 0])
+    assert table.loc["cyclic average", "ps"] == 0
+
+
+def test_plan_of_an_api_run_asks_nothing(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    done = command_line("api.md", "--dry-run", tmp_path)
+    assert "3 items, 96 calls: 0 in the store, 96 to make" in done.stdout and "limits: cost 1.0" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+@pytest.mark.slow
+def test_decisions_of_a_real_server(tmp_path):
+    several_questions(tmp_path / "mine.jsonl")
+    shown = python(block("api.md", "python", "Server("), tmp_path)
+    assert "3 items, 24 calls: 0 in the store, 24 to make" in shown and "not asked" in shown
+    targets = np.array(re.findall(r"[01]\.\d*", shown.split("\n[[")[1]), dtype=float).reshape(3, 3)
+    assert targets.sum(axis=1) == pytest.approx(1, abs=1e-6) and (tmp_path / "replies" / "replies.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checked word by word
+
+
+def commands(page: str) -> list[list[str]]:
+    return [shlex.split(line, comments=True) for b in blocks(page, "sh") for line in b.splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_exists_with_its_options(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for words in commands(page):
+        while "=" in words[0]:  # environment variables
+            words = words[1:]
+        program, *rest = words
+        if program == "make":
+            assert re.search(rf"^{rest[0]}:", makefile, re.M), words
+            assert all(re.search(rf"^{setting.split('=')[0]} \?=", makefile, re.M) for setting in rest[1:]), words
+        elif program == ".venv/bin/permdistill":
+            cli.parser().parse_args(rest)
+        elif "-m" in rest and rest[rest.index("-m") + 1].startswith("permdistill."):
+            module, *own = rest[rest.index("-m") + 1 :]
+            {"permdistill.cli": cli, "permdistill.paper": paper_cli}[module].parser().parse_args(own)
+        elif program == ".venv/bin/papermill":
+            (parameters,) = [c for c in nbformat.read(ROOT / rest[0], 4).cells if "parameters" in c.metadata.get("tags", [])]
+            names = [rest[i + 1] for i, word in enumerate(rest) if word == "-r"]
+            assert all(re.search(rf"^{name} = ", parameters.source, re.M) for name in names), words
+        elif program == ".venv/bin/pip":
+            (extra,) = re.findall(r"\[(\w+)\]", words[-1])
+            assert extra in extras
+        else:
+            assert program in ("vllm", "python") and page == "scale.md", words  # engines that want a GPU
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    home = ROOT if page == "README.md" else ROOT / "docs"
+    targets = re.findall(r"\]\(([^)#]+)\)", PAGES[page])
+    assert not [t for t in targets if not t.startswith("https://") and not (home / t).exists()]
+    modules = re.findall(r"`(?:permdistill/)?((?:paper|engine|api)/\w+\.(?:py|csv))`", PAGES[page])
+    assert not [m for m in modules if not (ROOT / "permdistill" / m).exists()]
+
+
+def test_the_readme_fits_a_screen_or_two():
+    assert len(README.encode()) <= 12_000
+
+
+def test_the_readmes_first_two_commands():
+    first = blocks("README.md", "sh")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make paper", "make test"]
+
+
+def test_numbers_are_those_of_the_tables():
+    assert results.readme(README, ROOT / "figures") == README
+    assert results.page(ROOT / "figures") == (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
