@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -27,9 +26,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import softmax
 from tqdm import tqdm
 
-from permdistill.files import locked
+from permdistill.files import locked, replacing
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, all_orders, to_options
 from permdistill.prompts import Template
 from permdistill.questions import BadRecords, Question
@@ -107,10 +107,8 @@ class Store:
 
 
 def _write(path: Path, rows: Sequence[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part, compression="zstd")
-    os.replace(part, path)
+    with replacing(path) as part:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part, compression="zstd")
 
 
 def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
@@ -191,8 +189,7 @@ def load(store: Store, questions: Sequence[Question], template: Template, model_
 
 def probabilities(log_probs: np.ndarray) -> np.ndarray:
     """Log-probabilities over the vocabulary -> probabilities renormalised over the K options (last axis)."""
-    shifted = np.exp(log_probs - log_probs.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+    return softmax(log_probs, axis=-1)
 
 
 def from_records(path: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
