@@ -83,8 +83,8 @@ def _score_with(name: str, jobs: dict[str, list[Question]], args: argparse.Names
     for template, questions in jobs.items():
         if teacher is None:
             make = partial(load_teacher, name, dtype)
-            per_worker = (args.worker_cpus, args.worker_gpus)
-            done = scaleout.score(store, make, key, questions, TEMPLATES[template], args.workers, *per_worker)
+            workers = scaleout.Workers(make, key, args.workers, args.worker_cpus, args.worker_gpus)
+            done = scaleout.score(store, workers, questions, TEMPLATES[template])
         else:
             done = scores.score(store, teacher, questions, TEMPLATES[template])
         print(

@@ -15,6 +15,7 @@ Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,65 +41,48 @@ class Text(NamedTuple):
         return f"{self.context} {self.question}" if self.context else self.question
 
 
+@dataclass(frozen=True)
 class Head:
     """What is particular to a head.
 
     model        the class of transformers that holds the encoder and what stands on it
+    texts        (question, order, decision) -> the sequences of one question in one order; ``decision`` is the index of the
+                 option that the teacher chose in this order, None for inputs without one
+    width        K -> the axes that these sequences have in an index (:meth:`permdistill.students.Student.encode`)
+    outputs      (model, inputs) -> what one forward pass gives for padded sequences (sequence, token)
+    logits       (outputs in the shape of an index, scale) -> logits (item, order, position or option)
     equivariant  whether no sequence depends on the order: then logits go by option, else by position
-    scaled       whether logits are multiplied by the student's scale
+    scaled       whether the logits are multiplied by the student's scale
+    settings     K -> what the model's configuration has to say
+    columns      texts -> what the tokenizer takes
+    forward      (one forward pass, sequences) -> outputs, by that pass or by several
     """
 
     model: Any
-    equivariant, scaled = True, False
-
-    def settings(self, k: int) -> dict[str, Any]:
-        """What the model's configuration has to say."""
-        return {}
-
-    def texts(self, question: Question, order: Sequence[int], decision: int | None = None) -> list[Text]:
-        """The sequences of one question in one order. ``decision`` is the index of the option that the teacher chose in this
-        order, None for inputs without one."""
-        raise NotImplementedError
-
-    def width(self, k: int) -> tuple[int, ...]:
-        """The axes that the sequences of one question in one order have in an index."""
-        return (k,)
-
-    def columns(self, texts: Sequence[Text]) -> tuple[list[str], ...]:
-        """What the tokenizer takes."""
-        return [text.first for text in texts], [text.second for text in texts]
-
-    def forward(self, once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
-        """The outputs for some sequences, by one forward pass (``once``) or several."""
-        return once(rows)
-
-    def outputs(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """One forward pass over padded sequences (sequence, token)."""
-        return model(**inputs).logits.float()
-
-    def logits(self, outputs: torch.Tensor, scale: float) -> torch.Tensor:
-        """Outputs in the shape of an index -> logits (item, order, position or option)."""
-        return outputs
+    texts: Callable[[Question, Sequence[int], int | None], list[Text]]
+    width: Callable[[int], tuple[int, ...]]
+    outputs: Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor]
+    logits: Callable[[torch.Tensor, float], torch.Tensor]
+    equivariant: bool = True
+    scaled: bool = False
+    settings: Callable[[int], dict[str, Any]] = lambda k: {}
+    columns: Callable[[Sequence[Text]], tuple[list[str], ...]] = lambda texts: (
+        [text.first for text in texts],
+        [text.second for text in texts],
+    )
+    forward: Callable[[Callable[[Sequence[Row]], torch.Tensor], Sequence[Row]], torch.Tensor] = lambda once, rows: once(rows)
 
 
-class Joint(Head):
-    """One sequence with all options as shown: outputs (sequence, K) are logits by position."""
+def _joint(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
+    shown = [question.options[o] for o in order]
+    second = " ".join(f"{label}) {option}" for label, option in zip(LABELS, shown, strict=False))
+    if decision is not None:
+        second += f" Prediction: {LABELS[list(order).index(decision)]}"
+    return [Text(question.context, question.question, second)]
 
-    model = AutoModelForSequenceClassification
-    equivariant = False
 
-    def settings(self, k: int) -> dict[str, Any]:
-        return {"id2label": dict(enumerate(LABELS[:k])), "label2id": {label: i for i, label in enumerate(LABELS[:k])}}
-
-    def texts(self, question: Question, order: Sequence[int], decision: int | None = None) -> list[Text]:
-        shown = [question.options[o] for o in order]
-        second = " ".join(f"{label}) {option}" for label, option in zip(LABELS, shown, strict=False))
-        if decision is not None:
-            second += f" Prediction: {LABELS[list(order).index(decision)]}"
-        return [Text(question.context, question.question, second)]
-
-    def width(self, k: int) -> tuple[int, ...]:
-        return ()
+def _labels(k: int) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(LABELS[:k])), "label2id": {label: i for i, label in enumerate(LABELS[:k])}}
 
 
 def _marked(question: Question, decision: int | None) -> list[str]:
@@ -108,53 +92,60 @@ def _marked(question: Question, decision: int | None) -> list[str]:
     return [text + (" (chosen)" if o == decision else " (not chosen)") for o, text in enumerate(question.options)]
 
 
-class PerOption(Head):
-    """A sequence per *option*, whatever the order: outputs (sequence, 1)."""
-
-    model = AutoModelForMultipleChoice
-
-    def texts(self, question: Question, order: Sequence[int], decision: int | None = None) -> list[Text]:
-        return [Text(question.context, question.question, option) for option in _marked(question, decision)]
-
-    def outputs(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return super().outputs(model, {name: value[:, None] for name, value in inputs.items()})  # choices = 1
-
-    def logits(self, outputs: torch.Tensor, scale: float) -> torch.Tensor:
-        return outputs[..., 0]
+def _per_option(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
+    return [Text(question.context, question.question, option) for option in _marked(question, decision)]
 
 
-class BiEncoder(Head):
-    """The question's sequence and one per option: outputs are embeddings of length 1, (sequence, hidden)."""
-
-    model = AutoModel
-    scaled = True
-
-    def texts(self, question: Question, order: Sequence[int], decision: int | None = None) -> list[Text]:
-        options = [Text("", "", option) for option in _marked(question, decision)]
-        return [Text(question.context, question.question, ""), *options]
-
-    def width(self, k: int) -> tuple[int, ...]:
-        return (1 + k,)
-
-    def columns(self, texts: Sequence[Text]) -> tuple[list[str], ...]:
-        return ([text.first or text.second for text in texts],)
-
-    def forward(self, once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
-        """Two passes where questions are long and options short, so that these are not padded to the length of those."""
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        order, n = np.argsort(lengths, kind="stable"), np.arange(len(rows))
-        # Tokens, padding included, when the n shortest sequences have a pass of their own.
-        tokens = n * np.r_[0, lengths[order][:-1]] + (len(rows) - n) * lengths.max()
-        parts = np.split(order, [tokens.argmin()] if tokens.min() < 0.8 * tokens[0] else [])
-        outputs = torch.cat([once([rows[i] for i in part]) for part in parts])
-        return outputs[np.argsort(order)]
-
-    def outputs(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        states, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"][..., None]
-        return normalize((states * mask).sum(dim=1), dim=-1)  # the mean over the tokens, but for its length
-
-    def logits(self, outputs: torch.Tensor, scale: float) -> torch.Tensor:
-        return scale * (outputs[..., :1, :] * outputs[..., 1:, :]).sum(dim=-1)
+def _apart(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
+    options = [Text("", "", option) for option in _marked(question, decision)]
+    return [Text(question.context, question.question, ""), *options]
 
 
-HEADS: dict[str, Head] = {"joint": Joint(), "per_option": PerOption(), "bi_encoder": BiEncoder()}  # as in configs.HEADS
+def _classified(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits.float()
+
+
+def _embedded(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    states, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"][..., None]
+    return normalize((states * mask).sum(dim=1), dim=-1)  # the mean over the tokens, but for its length
+
+
+def _short_and_long(once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
+    """Two passes where questions are long and options short, so that these are not padded to the length of those."""
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    order, n = np.argsort(lengths, kind="stable"), np.arange(len(rows))
+    # Tokens, padding included, when the n shortest sequences have a pass of their own.
+    tokens = n * np.r_[0, lengths[order][:-1]] + (len(rows) - n) * lengths.max()
+    parts = np.split(order, [tokens.argmin()] if tokens.min() < 0.8 * tokens[0] else [])
+    outputs = torch.cat([once([rows[i] for i in part]) for part in parts])
+    return outputs[np.argsort(order)]
+
+
+HEADS = {  # as in configs.HEADS
+    "joint": Head(
+        model=AutoModelForSequenceClassification,
+        texts=_joint,
+        width=lambda k: (),
+        outputs=_classified,  # (sequence, K)
+        logits=lambda found, scale: found,
+        equivariant=False,
+        settings=_labels,
+    ),
+    "per_option": Head(
+        model=AutoModelForMultipleChoice,
+        texts=_per_option,
+        width=lambda k: (k,),
+        outputs=lambda model, inputs: _classified(model, {name: v[:, None] for name, v in inputs.items()}),  # (sequence, 1)
+        logits=lambda found, scale: found[..., 0],
+    ),
+    "bi_encoder": Head(
+        model=AutoModel,
+        texts=_apart,
+        width=lambda k: (1 + k,),
+        outputs=_embedded,  # (sequence, hidden), of length 1
+        logits=lambda found, scale: scale * (found[..., :1, :] * found[..., 1:, :]).sum(dim=-1),
+        scaled=True,
+        columns=lambda texts: ([text.first or text.second for text in texts],),
+        forward=_short_and_long,
+    ),
+}

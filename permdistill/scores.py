@@ -154,18 +154,14 @@ def keep(store: Store, group: Sequence[Question], log_probs: np.ndarray, templat
     """
     orders, rows = all_orders(len(group[0].options)), []
     try:
-        for question, values in zip(group, log_probs, strict=True):
-            rows.append(_row(question, orders, values, content_key(question, orders, template, model_key)))
+        for question, own in zip(group, log_probs, strict=True):
+            own, key = np.asarray(own, dtype=np.float32), content_key(question, orders, template, model_key)
+            if not np.isfinite(own).all():
+                raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {own}")
+            n_orders, k = orders.shape
+            rows.append({"key": key, "id": question.id, "k": k, "n_orders": n_orders, "log_probs": own.ravel()})
     finally:
         store.append(rows)
-
-
-def _row(question: Question, orders: np.ndarray, log_probs: np.ndarray, key: str) -> dict:
-    values = np.asarray(log_probs, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {values}")
-    n_orders, k = orders.shape
-    return {"key": key, "id": question.id, "k": k, "n_orders": n_orders, "log_probs": values.ravel()}
 
 
 def load(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> np.ndarray:

@@ -142,7 +142,7 @@ class Checkpoint:
         """The last state of this training, in every process; None if there is none."""
         state = None
         if ranks.rank() == 0:
-            for left in self.folder.glob(".*.pt.*.part"):  # by a kill: whoever is alive holds the folder's lock
+            for left in self.folder.glob(".*.part"):  # by a kill: whoever is alive holds the folder's lock
                 left.unlink()
             if (self.folder / CHECKPOINT).exists():
                 state = torch.load(self.folder / CHECKPOINT, map_location="cpu", weights_only=True)

@@ -79,11 +79,11 @@ def some_questions(n: int = 5, k: int = 3, context: str = "") -> list[Question]:
 def test_texts_are_what_the_paper_says():
     q = Question("q", "long story", "which ?", ("cat", "dog", "bird"))
     joint, per_option = heads.HEADS["joint"], heads.HEADS["per_option"]
-    (text,) = joint.texts(q, [2, 0, 1])
+    (text,) = joint.texts(q, [2, 0, 1], None)
     assert (text.first, text.second) == ("long story which ?", "A) bird B) cat C) dog")
     # Option 0 stands at position 1: the teacher said "B".
     assert joint.texts(q, [2, 0, 1], 0)[0].second == "A) bird B) cat C) dog Prediction: B"
-    assert [t.second for t in per_option.texts(q, [2, 0, 1])] == ["cat", "dog", "bird"]
+    assert [t.second for t in per_option.texts(q, [2, 0, 1], None)] == ["cat", "dog", "bird"]
     chosen = per_option.texts(q, [2, 0, 1], 1)
     assert [t.second for t in chosen] == ["cat (not chosen)", "dog (chosen)", "bird (not chosen)"]
 
