@@ -305,13 +305,12 @@ def _sequences(run: Run, question: Question) -> list[int]:
     """Lengths of the sequences of one question in one order."""
     tokenizer = _tokenizer(run.student.encoder)
     decision = 0 if run.student.inputs == "prediction" else None
-    pairs = [(t.first, t.second) for t in HEADS[run.student.head].texts(question, range(run.student.k), decision)]
+    head = HEADS[run.student.head]
+    texts = head.texts(question, range(run.student.k), decision)
     if tokenizer is None:
-        found = [len(guessed_tokens(" ".join(pair))) + 3 for pair in pairs]
+        found = [len(guessed_tokens(f"{text.first} {text.second}")) + 3 for text in texts]
     else:
-        together = ([a for a, _ in pairs], [b for _, b in pairs])
-        given = ([a or b for a, b in pairs],) if run.student.head == "bi_encoder" else together
-        found = [len(ids) for ids in tokenizer(*given, verbose=False)["input_ids"]]
+        found = [len(ids) for ids in tokenizer(*head.columns(texts), verbose=False)["input_ids"]]
     return [min(length, run.student.max_length) for length in found]
 
 
