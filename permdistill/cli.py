@@ -22,6 +22,7 @@ from permdistill.api.jobs import Call, Job, calls_in_orders, drawn_calls
 from permdistill.api.jobs import plan as plan_of
 from permdistill.api.replies import Replies
 from permdistill.configs import HEADS, INPUTS, StudentConfig, TrainingConfig
+from permdistill.files import replacing
 from permdistill.orders import cyclic_orders
 from permdistill.paper import ablations, budget, experiments, hub, profiles, tables
 from permdistill.paper.assets import AssetError, fetch
@@ -82,8 +83,8 @@ def _score_with(name: str, jobs: dict[str, list[Question]], args: argparse.Names
     for template, questions in jobs.items():
         if teacher is None:
             make = partial(load_teacher, name, dtype)
-            per_worker = (args.worker_cpus, args.worker_gpus)
-            done = scaleout.score(store, make, key, questions, TEMPLATES[template], args.workers, *per_worker)
+            workers = scaleout.Workers(make, key, args.workers, args.worker_cpus, args.worker_gpus)
+            done = scaleout.score(store, workers, questions, TEMPLATES[template])
         else:
             done = scores.score(store, teacher, questions, TEMPLATES[template])
         print(
@@ -183,13 +184,11 @@ def _token_counter(name: str | None) -> Callable[[str], int] | None:
 def _write_records(path: Path, jobs: list[Job], store: Replies) -> None:
     """Every answered call as a line: id, order, and the decision (an option's index), or probabilities by position, which is
     what ``permdistill measure`` reads."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         for job in jobs:
             for call in job.calls:
                 if (record := job.record(store, call)) is not None:
                     file.write(json.dumps(record) + "\n")
-    part.replace(path)
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -238,7 +237,7 @@ def _students_of(settings: profiles.Profile, args: argparse.Namespace) -> None:
         pools.append((experiments.together(parts), runs))
     for train_on, runs in pools:
         for run in runs:
-            train(run.student, run.training, folder=folder / run.name, **experiments.lessons(run, train_on))
+            train(run.student, run.training, experiments.lesson_of(run, train_on), folder / run.name)
             print(f"{run.title}: {folder / run.name}")
 
 

@@ -17,6 +17,7 @@ from math import factorial
 
 import numpy as np
 from scipy.optimize import minimize, root
+from scipy.special import logsumexp, softmax
 
 from permdistill.orders import to_options, to_positions
 
@@ -99,7 +100,7 @@ def sharpen(Q: np.ndarray, power: float) -> np.ndarray:
         raise ValueError(f"power = {power}: give a number above 0")
     if np.isinf(power):
         return decide(Q[:, None])[:, 0]
-    return np.asarray(Q, dtype=np.float64) if power == 1 else _softmax(power * _log(np.asarray(Q, dtype=np.float64)))
+    return np.asarray(Q, dtype=np.float64) if power == 1 else softmax(power * _log(np.asarray(Q, dtype=np.float64)), axis=-1)
 
 
 def sampled_decisions(P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -216,17 +217,13 @@ def _log(p: np.ndarray) -> np.ndarray:
         return np.log(p)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
-
-
 def reweigh(P: np.ndarray, orders: np.ndarray, log_weights: np.ndarray) -> np.ndarray:
     """Q(position) prop. to weight(position) P(position), renormalised, (item, order, option).
 
     log_weights  (position,), or any shape that broadcasts with (item, order, position)
     """
     P, orders = check_orders(P, orders)
-    return to_options(_softmax(_log(to_positions(P, orders)) + log_weights), orders)
+    return to_options(softmax(_log(to_positions(P, orders)) + log_weights, axis=-1), orders)
 
 
 def prior_weights(by_position: np.ndarray) -> np.ndarray:
@@ -251,13 +248,13 @@ def prior_weights(by_position: np.ndarray) -> np.ndarray:
 
     # f does not change with the mean of a; mean(a)^2 / 2 on top picks mean 0 and makes the Hessian regular.
     def value(a: np.ndarray) -> float:
-        return np.logaddexp.reduce(log_p + a, axis=1).mean() - a.mean() + a.mean() ** 2 / 2
+        return logsumexp(log_p + a, axis=1).mean() - a.mean() + a.mean() ** 2 / 2
 
     def gradient(a: np.ndarray) -> np.ndarray:
-        return _softmax(log_p + a).mean(axis=0) - 1 / k + a.mean() / k
+        return softmax(log_p + a, axis=-1).mean(axis=0) - 1 / k + a.mean() / k
 
     def hessian(a: np.ndarray) -> np.ndarray:
-        q = _softmax(log_p + a)
+        q = softmax(log_p + a, axis=-1)
         return np.diag(q.mean(axis=0)) - q.T @ q / len(q) + 1 / k**2
 
     start = -np.log(p.mean(axis=0))
@@ -265,7 +262,7 @@ def prior_weights(by_position: np.ndarray) -> np.ndarray:
     near = minimize(value, start - start.mean(), jac=gradient, hess=hessian, method="trust-exact", options=options).x
     a = root(gradient, near, jac=hessian, tol=1e-14).x
     a -= a.mean()
-    marginal = _softmax(log_p + a).mean(axis=0)
+    marginal = softmax(log_p + a, axis=-1).mean(axis=0)
     if not np.abs(marginal - 1 / k).max() <= UNIFORM_TOLERANCE:
         raise ValueError(f"no weights make the positions uniform, the marginal reached is {marginal.tolist()}: {fix}")
     return a
@@ -313,7 +310,7 @@ def position_prior(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
     """
     P, orders = check_orders(P, orders)
     log_p = np.log(np.maximum(to_positions(P, orders), EPSILON))
-    return _softmax(log_p[:, _rotations(orders)].mean(axis=2)).mean(axis=(0, 1))
+    return softmax(log_p[:, _rotations(orders)].mean(axis=2), axis=-1).mean(axis=(0, 1))
 
 
 def pride(P: np.ndarray, orders: np.ndarray, fraction: float = 0.05, *, rng: np.random.Generator) -> np.ndarray:

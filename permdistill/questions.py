@@ -95,16 +95,9 @@ def validate(records: Iterable[Mapping[str, Any]], source: str = "records") -> l
             found.append(f"field 'id' is {name!r}: already used by record {seen[name]}; ids must be unique")
         bad += [f"record {row} (id {record.get('id')!r}): {p}" for p in found]
         if not found:
-            answer = record.get("answer")
-            questions.append(
-                Question(
-                    record["id"],
-                    record.get("context") or "",
-                    record["question"],
-                    tuple(record["options"]),
-                    None if answer is None else int(answer),
-                )
-            )
+            answer = None if record.get("answer") is None else int(record["answer"])
+            context, options = record.get("context") or "", tuple(record["options"])
+            questions.append(Question(record["id"], context, record["question"], options, answer))
     if bad:
         raise BadRecords(f"{source}: {len(bad)} problem(s)\n  " + "\n  ".join(bad))
     return questions

@@ -1,7 +1,7 @@
 """Labelling by several workers, on this machine or on a cluster: a Ray Data job that fills the same store as one process.
 
     make = partial(load_teacher, "qwen2.5-coder-1.5b")
-    score(store, make, model_key("qwen2.5-coder-1.5b"), questions, TEMPLATES["letters"], workers=4)
+    score(store, Workers(make, model_key("qwen2.5-coder-1.5b"), 4), questions, TEMPLATES["letters"])
 
 Each worker is an actor that holds a teacher; a block of the data set is a few groups of questions that share their context.
 Ray hands out blocks, starts workers as the cluster grows, and gives a block to another worker when its own was killed or its
@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -38,63 +39,62 @@ BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else all would wai
 LOST_STARTS = 20  # so many workers in a row were lost before they were ready: something else than preemption
 
 
-def score(
-    store: Store,
-    make_teacher: Callable[[], Teacher],
-    model_key: str,
-    questions: Sequence[Question],
-    template: Template,
-    workers: int,
-    cpus: float = 1,
-    gpus: float | None = None,
-) -> int:
-    """:func:`permdistill.scores.score` by up to ``workers`` workers. Returns the number of questions scored now.
+@dataclass(frozen=True)
+class Workers:
+    """Up to ``n`` workers. Raises ValueError unless there is at least one, with something to work on.
 
     make_teacher  called once by each worker; it must survive pickling
     model_key     the teacher's, which is not made here; a worker whose teacher has another one stops the run
     cpus, gpus    of each worker; torch gets ``cpus`` threads. gpus=None: 1 on a cluster that has some
+    """
+
+    make_teacher: Callable[[], Teacher]
+    model_key: str
+    n: int
+    cpus: float = 1
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.cpus <= 0 or (self.gpus or 0) < 0:
+            found = f"workers {self.n}, cpus {self.cpus}, gpus {self.gpus}"
+            raise ValueError(f"{found}: give at least 1 worker, and what it takes above 0")
+
+
+def score(store: Store, workers: Workers, questions: Sequence[Question], template: Template) -> int:
+    """:func:`permdistill.scores.score` by several workers. Returns the number of questions scored now.
 
     The same store, to the last byte after ``compact``, as far as the teacher's arithmetic does not depend on the number of
     threads or the kind of processor. Raises ValueError before any compute when a question does not suit template or
     teacher, MissingRay without Ray.
     """
-    if workers < 1 or cpus <= 0 or (gpus or 0) < 0:
-        raise ValueError(f"workers {workers}, cpus {cpus}, gpus {gpus}: give at least 1 worker, and what it takes above 0")
-    groups = lacking(store, questions, template, model_key)
+    groups = lacking(store, questions, template, workers.model_key)
     missing = sum(map(len, groups))
     if not groups:
         return 0
     paid = len(questions) - missing
-    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score, {workers} workers") as bar:
+    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score, {workers.n} workers") as bar:
         # Closed here, so that Ray ends with this function also when a score is refused.
-        with closing(_scored(groups, make_teacher, model_key, template, workers, cpus, gpus)) as scored:
+        with closing(_scored(groups, workers, template)) as scored:
             for group, log_probs in scored:
-                keep(store, group, log_probs, template, model_key)
+                keep(store, group, log_probs, template, workers.model_key)
                 bar.update(len(group))
     return missing
 
 
 def _scored(
-    groups: list[list[Question]],
-    make_teacher: Callable[[], Teacher],
-    model_key: str,
-    template: Template,
-    workers: int,
-    cpus: float,
-    gpus: float | None,
+    groups: list[list[Question]], workers: Workers, template: Template
 ) -> Generator[tuple[list[Question], np.ndarray], None, None]:
     """Groups with their log-probabilities (item, order, option), each once, in the order in which they are done."""
     ray = _ray()
-    with _running(ray, workers * cpus):
-        if gpus is None:
-            gpus = min(1, ray.cluster_resources().get("GPU", 0))
-        size = max(1, min(BLOCK * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers)))
+    with _running(ray, workers.n * workers.cpus):
+        gpus = min(1, ray.cluster_resources().get("GPU", 0)) if workers.gpus is None else workers.gpus
+        size = max(1, min(BLOCK * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers.n)))
         blocks = ray.data.range(len(groups), override_num_blocks=-(-len(groups) // size)).map_batches(
             Worker,
             batch_size=None,  # a block at a time
-            fn_constructor_args=(groups, make_teacher, model_key, template),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
-            num_cpus=cpus,
+            fn_constructor_args=(groups, workers.make_teacher, workers.model_key, template),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers.n, initial_size=workers.n),
+            num_cpus=workers.cpus,
             num_gpus=gpus,
         )
         done: set[int] = set()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -27,9 +26,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import softmax
 from tqdm import tqdm
 
-from permdistill.files import locked
+from permdistill.files import locked, replacing
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, all_orders, to_options
 from permdistill.prompts import Template
 from permdistill.questions import BadRecords, Question
@@ -107,10 +107,8 @@ class Store:
 
 
 def _write(path: Path, rows: Sequence[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part, compression="zstd")
-    os.replace(part, path)
+    with replacing(path) as part:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part, compression="zstd")
 
 
 def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
@@ -156,18 +154,14 @@ def keep(store: Store, group: Sequence[Question], log_probs: np.ndarray, templat
     """
     orders, rows = all_orders(len(group[0].options)), []
     try:
-        for question, values in zip(group, log_probs, strict=True):
-            rows.append(_row(question, orders, values, content_key(question, orders, template, model_key)))
+        for question, own in zip(group, log_probs, strict=True):
+            own, key = np.asarray(own, dtype=np.float32), content_key(question, orders, template, model_key)
+            if not np.isfinite(own).all():
+                raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {own}")
+            n_orders, k = orders.shape
+            rows.append({"key": key, "id": question.id, "k": k, "n_orders": n_orders, "log_probs": own.ravel()})
     finally:
         store.append(rows)
-
-
-def _row(question: Question, orders: np.ndarray, log_probs: np.ndarray, key: str) -> dict:
-    values = np.asarray(log_probs, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {values}")
-    n_orders, k = orders.shape
-    return {"key": key, "id": question.id, "k": k, "n_orders": n_orders, "log_probs": values.ravel()}
 
 
 def load(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> np.ndarray:
@@ -191,8 +185,7 @@ def load(store: Store, questions: Sequence[Question], template: Template, model_
 
 def probabilities(log_probs: np.ndarray) -> np.ndarray:
     """Log-probabilities over the vocabulary -> probabilities renormalised over the K options (last axis)."""
-    shifted = np.exp(log_probs - log_probs.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+    return softmax(log_probs, axis=-1)
 
 
 def from_records(path: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -1,13 +1,5 @@
-"""Students: a compact encoder + a head x what it reads. A student is a system like any other: P (item, order, option).
-
-Heads
-    joint       the paper's: one sequence per (question, order) with the options as shown, and a K-way head over label
-                *positions*. Not order-equivariant: it has to learn to bind letters to options.
-    per_option  each option in a sequence of its own, one score each, softmax over the options. No sequence depends on the
-                order, so the student is exactly order-equivariant, and an option that occurs in many questions (one summary
-                in many pairs) is scored once.
-    bi_encoder  question and options each in a sequence of their own, the cosine of their embeddings times a scale as logit.
-                Exactly order-equivariant too, and the only head that starts from what a sentence encoder already knows.
+"""Students: a compact encoder + a head (:mod:`permdistill.heads`) x what it reads. A student is a system like any other:
+P (item, order, option).
 
 Inputs
     plain       context, question and options: pure distillation
@@ -17,8 +9,6 @@ Inputs
                 are added to the logits: white-box error correction, of which the encoder learns what is left.
 
 Saved students are ordinary transformers checkpoints plus ``permdistill.json``, the :class:`StudentConfig`.
-Sources: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; the others are ours);
-Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine).
 """
 
 from __future__ import annotations
@@ -30,23 +20,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import softmax
 from tokenizers import Encoding
-from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMultipleChoice,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from permdistill import sources
@@ -55,46 +38,12 @@ from permdistill.debias import EPSILON
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
 from permdistill.files import sha256_of
+from permdistill.heads import HEADS, Head, Row, Text
 from permdistill.orders import to_options, to_positions
 from permdistill.questions import Question
 
-LABELS = "ABCDEF"
 CONFIG_FILE = "permdistill.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
-
-
-class Text(NamedTuple):
-    """One input sequence: the text pair (context + question, second), or one of the two alone."""
-
-    context: str
-    question: str
-    second: str
-
-    @property
-    def first(self) -> str:
-        return f"{self.context} {self.question}" if self.context else self.question
-
-
-Row = dict[str, np.ndarray]  # one tokenised sequence: input_ids and, where the encoder has them, token_type_ids
-
-
-def texts(config: StudentConfig, question: Question, order: Sequence[int], decision: int | None = None) -> list[Text]:
-    """The sequences of one question in one order: one (joint), one per *option* (per_option, whatever the order), or the
-    question's and one per option (bi_encoder).
-
-    ``decision`` is the index of the option that the teacher chose in this order, None for plain inputs.
-    """
-    if config.head == "joint":
-        shown = [question.options[o] for o in order]
-        second = " ".join(f"{label}) {option}" for label, option in zip(LABELS, shown, strict=False))
-        if decision is not None:
-            second += f" Prediction: {LABELS[list(order).index(decision)]}"
-        return [Text(question.context, question.question, second)]
-    marks = ["" if decision is None else " (chosen)" if o == decision else " (not chosen)" for o in range(config.k)]
-    options = [o + m for o, m in zip(question.options, marks, strict=True)]
-    if config.head == "bi_encoder":
-        return [Text(question.context, question.question, ""), *(Text("", "", option) for option in options)]
-    return [Text(question.context, question.question, option) for option in options]
 
 
 @dataclass(frozen=True)
@@ -114,6 +63,52 @@ class Correction:
         return to_options(self.scale * by_position + np.array(self.position), orders)
 
 
+def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Correction:
+    """The scale and position logits that bring the teacher's answers in single orders closest to the targets.
+
+    P (item, order, option) over ``orders`` (order, K), targets (item, option). Minimises the mean over items and orders of
+    KL(target || softmax(scale log P + position logits)), which is convex. Like prior-matching it reads no gold answer;
+    unlike it, it takes the teacher's answers over the other orders of the same questions as its goal. Raises ValueError
+    when no minimum is found.
+    """
+    k = P.shape[2]
+    log_p = np.log(np.maximum(to_positions(np.asarray(P, dtype=np.float64), orders), EPSILON)).reshape(-1, k)
+    goals = to_positions(np.broadcast_to(targets[:, None], P.shape), orders).reshape(-1, k)
+
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = x[0] * log_p + x[1:]
+        log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        slope = (np.exp(log_q) - goals) / len(goals)
+        # The mean of the position logits changes nothing: the square picks 0.
+        value = -(goals * log_q).sum() / len(goals) + x[1:].mean() ** 2 / 2
+        return value, np.concatenate([[(slope * log_p).sum()], slope.sum(axis=0) + x[1:].mean() / k])
+
+    found = minimize(value_and_gradient, np.r_[1.0, np.zeros(k)], jac=True, method="BFGS", options={"gtol": 1e-6})
+    if not np.abs(found.jac).max() < 1e-4:  # BFGS stops short of gtol where the value rounds off
+        raise ValueError(f"no correction brings the teacher to the targets ({found.message}): use inputs='prediction'")
+    return Correction(float(found.x[0]), tuple(float(v) for v in found.x[1:] - found.x[1:].mean()))
+
+
+def fit_scale(cosines: np.ndarray, offsets: np.ndarray, targets: np.ndarray) -> float:
+    """What cosines are multiplied by to become logits; all arrays (item, option). It reads no gold answer.
+
+    The scale that brings softmax(scale cosine + offset) closest to the targets (least mean KL(target || answer), a convex
+    problem in one number); but where an untrained encoder's cosines do not follow the targets that is near 0, from where
+    nothing can be learnt, so at least what lets a difference of 1 between two cosines say what the median target says of
+    its most and least probable option, beyond the offsets. Targets below 0.01 count as that much here.
+    """
+
+    def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = x[0] * cosines + offsets
+        log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        slope = ((np.exp(log_q) - targets) * cosines).sum() / len(targets)
+        return -(targets * log_q).sum() / len(targets), np.array([slope])
+
+    closest = float(minimize(value_and_slope, np.ones(1), jac=True, method="BFGS").x[0])
+    unsaid = np.log(np.maximum(targets, 0.01)) - offsets
+    return max(closest, float(np.median(np.ptp(unsaid, axis=1))))
+
+
 @dataclass
 class Student:
     """A model and its tokenizer under a :class:`StudentConfig`. Make one with :func:`build` or :meth:`from_pretrained`.
@@ -127,6 +122,11 @@ class Student:
     tokenizer: PreTrainedTokenizerBase
     correction: Correction | None = None
     scale: float = 1.0
+
+    @property
+    def head(self) -> Head:
+        """What is particular to its head."""
+        return HEADS[self.config.head]
 
     def encode(
         self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None = None
@@ -145,12 +145,12 @@ class Student:
         index = []
         for i, question in enumerate(questions):
             for j, order in enumerate(orders[i]):
-                for text in texts(self.config, question, order, None if decisions is None else int(decisions[i, j])):
+                for text in self.head.texts(question, order, None if decisions is None else int(decisions[i, j])):
                     if text not in seen:
                         ids.append(question.id)
                     index.append(seen.setdefault(text, len(seen)))
-        width = {"joint": (), "per_option": (self.config.k,), "bi_encoder": (1 + self.config.k,)}[self.config.head]
-        return self._tokenise(list(seen), ids), np.array(index, dtype=np.int64).reshape(*orders.shape[:2], *width)
+        shape = (*orders.shape[:2], *self.head.width(self.config.k))
+        return self._tokenise(list(seen), ids), np.array(index, dtype=np.int64).reshape(shape)
 
     def _check(self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None) -> None:
         k = self.config.k
@@ -175,10 +175,7 @@ class Student:
         rows = []
         for start in range(0, len(different), chunk):
             part = different[start : start + chunk]
-            if self.config.head == "bi_encoder":
-                encoded = self.tokenizer([t.first or t.second for t in part], verbose=False)
-            else:
-                encoded = self.tokenizer([t.first for t in part], [t.second for t in part], verbose=False)
+            encoded = self.tokenizer(*self.head.columns(part), verbose=False)
             names = [name for name in encoded if name != "attention_mask"]
             for i, text in enumerate(part):
                 cut = self._cut(encoded[i], text, ids[start + i])
@@ -202,17 +199,8 @@ class Student:
 
     def forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """One forward pass: logits (sequence, K) by position for the joint head, (sequence, 1) for the per-option head,
-        embeddings of length 1 (sequence, hidden) for the bi-encoder, in two passes where its questions are long and its
-        options short, so that these are not padded to the length of those."""
-        if self.config.head != "bi_encoder":
-            return self._pass(rows)
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        order, n = np.argsort(lengths, kind="stable"), np.arange(len(rows))
-        # Tokens, padding included, when the n shortest sequences have a pass of their own.
-        tokens = n * np.r_[0, lengths[order][:-1]] + (len(rows) - n) * lengths.max()
-        parts = np.split(order, [tokens.argmin()] if tokens.min() < 0.8 * tokens[0] else [])
-        outputs = torch.cat([self._pass([rows[i] for i in part]) for part in parts])
-        return outputs[np.argsort(order)]
+        embeddings of length 1 (sequence, hidden) for the bi-encoder, whose short sequences may have a pass of their own."""
+        return self.head.forward(self._pass, rows)
 
     def _pass(self, rows: Sequence[Row]) -> torch.Tensor:
         inputs = {}
@@ -223,21 +211,12 @@ class Student:
             )
         lengths = torch.tensor([len(r["input_ids"]) for r in rows])
         inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # (sequence, token)
-        if self.config.head == "per_option":
-            inputs = {name: value[:, None] for name, value in inputs.items()}  # (sequence, choices = 1, token)
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        if self.config.head != "bi_encoder":
-            return self.model(**inputs).logits.float()
-        states, mask = self.model(**inputs).last_hidden_state.float(), inputs["attention_mask"][..., None]
-        return normalize((states * mask).sum(dim=1), dim=-1)  # the mean over the tokens, but for its length
+        return self.head.outputs(self.model, {name: value.to(self.model.device) for name, value in inputs.items()})
 
     def logits(self, outputs: torch.Tensor, index: np.ndarray) -> torch.Tensor:
         """What :meth:`forward` gives for the different sequences -> logits (item, order, position) for the joint head,
         (item, order, option) for the others. ``index`` is that of :meth:`encode`."""
-        found = outputs[torch.from_numpy(index)]
-        if self.config.head == "bi_encoder":
-            return self.scale * (found[..., :1, :] * found[..., 1:, :]).sum(dim=-1)
-        return found if self.config.head == "joint" else found[..., 0]
+        return self.head.logits(outputs[torch.from_numpy(index)], self.scale)
 
     def offsets(self, distributions: np.ndarray | None, orders: np.ndarray) -> np.ndarray | float:
         """What the teacher's probabilities (item, order, option) in ``orders`` (item, order, K) add to the logits, in the
@@ -255,7 +234,7 @@ class Student:
         if self.correction is None:
             raise ValueError("this student has no correction yet: train it, or load a trained one")
         logits = self.correction.logits(distributions, orders)
-        return to_positions(logits, orders) if self.config.head == "joint" else logits
+        return logits if self.head.equivariant else to_positions(logits, orders)
 
     def predict(
         self,
@@ -294,7 +273,7 @@ class Student:
         """
         orders, k = np.asarray(orders), self.config.k
         offsets = self.offsets(distributions, np.broadcast_to(orders, (len(questions), *orders.shape)))
-        same = self.config.head != "joint" and decisions is None  # nothing depends on the order: compute it once
+        same = self.head.equivariant and decisions is None  # nothing depends on the order: compute it once
         used = orders[:1] if same else orders
         rows, index = self.encode(questions, np.broadcast_to(used, (len(questions), *used.shape)), decisions)
         lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
@@ -306,9 +285,8 @@ class Student:
                 for i, output in zip(batch, self.forward([rows[i] for i in batch]).cpu(), strict=True):
                     outputs[i] = output
                 bar.update(len(batch))
-        gathered = self.logits(torch.stack(outputs).double(), index).numpy() + offsets
-        p = np.exp(gathered - np.logaddexp.reduce(gathered, axis=-1, keepdims=True))
-        if self.config.head == "joint":
+        p = softmax(self.logits(torch.stack(outputs).double(), index).numpy() + offsets, axis=-1)
+        if not self.head.equivariant:
             p = to_options(p, orders)
         return np.broadcast_to(p, (len(questions), len(orders), k)).copy()
 
@@ -322,7 +300,7 @@ class Student:
             self.model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
         settings = asdict(self.config) | ({"correction": asdict(self.correction)} if self.correction else {})
-        settings |= {"scale": self.scale} if self.config.head == "bi_encoder" else {}
+        settings |= {"scale": self.scale} if self.head.scaled else {}
         (part / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (path / CONFIG_FILE).unlink(missing_ok=True)  # without it the folder is no student; it comes back last
         for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG_FILE):
@@ -365,20 +343,13 @@ def encoder_key(name: str) -> str:
 def _load(config: StudentConfig, source: sources.Source, seed: int = 0) -> Student:
     at = source.arguments
     tokenizer = AutoTokenizer.from_pretrained(**at)
-    labels = dict(enumerate(LABELS[: config.k]))
     settings: dict[str, Any] = {**at, "dtype": torch.float32}
     # Dropout on attention probabilities keeps torch from its fused attention: training takes 3 times as long with it.
     if hasattr(AutoConfig.from_pretrained(**at), "attention_probs_dropout_prob"):
         settings["attention_probs_dropout_prob"] = 0.0
     with _quiet():
         torch.manual_seed(seed)  # what a checkpoint lacks, here the head, is drawn inside from_pretrained
-        if config.head == "joint":
-            settings |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-            model = AutoModelForSequenceClassification.from_pretrained(**settings)
-        elif config.head == "bi_encoder":
-            model = AutoModel.from_pretrained(**settings)
-        else:
-            model = AutoModelForMultipleChoice.from_pretrained(**settings)
+        model = HEADS[config.head].model.from_pretrained(**settings, **HEADS[config.head].settings(config.k))
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
     if model.config.model_type in _OFFSET_POSITIONS:
         positions -= model.config.pad_token_id + 1

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -191,8 +192,7 @@ class PlantedTeacher:
         self.calls += len(questions)
         preference = np.stack([self.preferences[q.id] for q in questions])[:, None, :]  # (item, 1, option)
         bias = to_options(np.broadcast_to(self.bias, orders.shape), orders)[None]  # (1, order, option)
-        logits = preference + bias
-        return (logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)).astype(np.float32)
+        return log_softmax(preference + bias, axis=-1).astype(np.float32)
 
 
 # The committed scores were made in bfloat16 (with a float32 head), and so are new ones, unless asked otherwise.

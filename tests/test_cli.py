@@ -133,7 +133,7 @@ def test_students_of_a_profile_are_those_that_its_notebooks_look_for(monkeypatch
 
     cli.main([*arguments, "--list"])
     assert capsys.readouterr().out.splitlines() == [f"trained {run.name}" for run in runs]
-    monkeypatch.setattr(trainings, "_run", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trainings, "_train", lambda *args: pytest.fail("trained again"))
     for run, tasks, n in ((runs[0], settings.learnt, 12), (runs[1], settings.compared, 6)):  # as the notebooks do
         parts = [experiments.read_scores(settings.teachers[0], task, "train", "", settings.n_train) for task in tasks]
         train_on = experiments.together(parts)

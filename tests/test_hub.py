@@ -273,7 +273,7 @@ def test_student_learns_answers_and_comes_back(tiny, tmp_path, run):
     answers = experiments.distil(small, scored, scored, tmp_path)
     assert answers.P.shape == (6, 4, 4) and np.allclose(answers.P.sum(-1), 1)
     again = Student.from_pretrained(tmp_path / "students" / small.name)
-    asked = experiments.exam(small, scored)
+    asked = experiments.test_inputs(small, scored)
     assert np.allclose(again.predict_batch(**asked), answers.P, atol=1e-5)
     untrained = build(run.student, 0).predict_batch(**asked)
     assert np.abs(untrained - answers.P).max() > 1e-3

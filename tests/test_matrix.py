@@ -13,6 +13,7 @@ from test_students import make_encoder
 from permdistill import debias, metrics
 from permdistill.cli import main
 from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.lessons import Lesson
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import ablations, experiments, profiles, tables, tasks
 from permdistill.questions import unlabelled
@@ -159,24 +160,24 @@ def test_other_scores_recipes_or_questions_void_them(cell, tmp_path, monkeypatch
 
 def test_what_a_run_teaches(cell):
     train, _ = ablations.data("planted", cell.tasks)
-    usual = experiments.lessons(cell.run, train)
+    usual = experiments.lesson_of(cell.run, train)
     average = debias.permutation_average(train.P)
-    assert usual["targets"] == pytest.approx(average) and usual["decision_probs"] is None
-    assert (usual["orders"] == all_orders(3)).all() and usual["questions"] == unlabelled(train.task.questions)
-    hard = experiments.lessons(with_run(cell, power=np.inf).run, train)
-    assert (hard["targets"] == np.eye(3)[average.argmax(-1)]).all()
-    drawn = experiments.lessons(with_run(cell, draws=4).run, train)["targets"]
+    assert usual.targets == pytest.approx(average) and usual.seen is None
+    assert (usual.shown == all_orders(3)).all() and usual.questions == unlabelled(train.task.questions)
+    hard = experiments.lesson_of(with_run(cell, power=np.inf).run, train)
+    assert (hard.targets == np.eye(3)[average.argmax(-1)]).all()
+    drawn = experiments.lesson_of(with_run(cell, draws=4).run, train).targets
     assert set(np.unique(drawn)) <= {0, 0.25, 0.5, 0.75, 1} and drawn.sum(-1) == pytest.approx(1)
-    few, fewer = (experiments.lessons(with_run(cell, n_train=n).run, train) for n in (8, 4))
-    assert fewer["questions"] == few["questions"][:4] and len(few["targets"]) == 8
+    few, fewer = (experiments.lesson_of(with_run(cell, n_train=n).run, train) for n in (8, 4))
+    assert fewer.questions == few.questions[:4] and len(few.targets) == 8
     ids = [q.id for q in train.task.questions]
-    assert few["targets"] == pytest.approx(average[[ids.index(q.id) for q in few["questions"]]])
+    assert few.targets == pytest.approx(average[[ids.index(q.id) for q in few.questions]])
     shown = with_run(cell, orders="original", student=replace(cell.run.student, inputs="distribution")).run
-    one = experiments.lessons(shown, train)
-    assert (one["orders"] == [[0, 1, 2]]).all() and (one["decision_probs"] == train.P[:, :1]).all()
-    assert one["targets"] == pytest.approx(average)  # the teacher still averages over all orders
+    one = experiments.lesson_of(shown, train)
+    assert (one.shown == [[0, 1, 2]]).all() and (one.seen.P == train.P[:, :1]).all()
+    assert one.targets == pytest.approx(average)  # the teacher still averages over all orders
     with pytest.raises(ValueError, match="n_train = 25: there are 24 training questions"):
-        experiments.lessons(with_run(cell, n_train=25).run, train)
+        experiments.lesson_of(with_run(cell, n_train=25).run, train)
     with pytest.raises(ValueError, match="orders = 'some'"):
         with_run(cell, orders="some")
 
@@ -197,9 +198,10 @@ def test_content_key_covers_what_training_depends_on(cell):
     ):
         assert ablations.key(other) not in seen and other.run.name != cell.run.name
         seen.add(ablations.key(other))
-    lesson = experiments.lessons(cell.run, train)
-    assert content_key(cell.run.student, cell.run.training, **lesson) == content_key(
-        cell.run.student, cell.run.training, **lesson | {"orders": None}
+    lesson = experiments.lesson_of(cell.run, train)
+    unordered = Lesson(lesson.questions, lesson.targets)
+    assert content_key(cell.run.student, cell.run.training, lesson) == content_key(
+        cell.run.student, cell.run.training, unordered
     )
 
 

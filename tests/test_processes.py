@@ -18,6 +18,7 @@ from test_training import FAST, K, as_good_as_same, black_box, killer, soft, toy
 from permdistill import cli
 from permdistill.configs import StudentConfig
 from permdistill.engine import ranks
+from permdistill.lessons import Lesson
 from permdistill.paper import experiments
 from permdistill.questions import CONTENT_FREE
 from permdistill.students import Student
@@ -31,13 +32,14 @@ QUESTIONS, RIGHT = toy(36, 0)
 
 def joint(folder: Path, name: str = "joint", **more) -> Student:
     config = StudentConfig(str(folder / "encoder"), "joint", "prediction", K)
-    return train(config, STEPS, QUESTIONS, soft(RIGHT), folder / name, drawn=black_box(RIGHT), autocast=False, **more)
+    lesson = Lesson(QUESTIONS, soft(RIGHT), black_box(RIGHT))
+    return train(config, STEPS, lesson, folder / name, autocast=False, **more)
 
 
 def per_option(folder: Path) -> Student:
     """Its last batch has one question, so that the second process has none."""
     config, steps = StudentConfig(str(folder / "encoder"), "per_option", k=K), replace(STEPS, batch_size=28)
-    return train(config, steps, QUESTIONS, soft(RIGHT), folder / "per_option", autocast=False)
+    return train(config, steps, Lesson(QUESTIONS, soft(RIGHT)), folder / "per_option", autocast=False)
 
 
 def recorded(folder: Path, train_one) -> list[torch.Tensor]:
@@ -64,7 +66,7 @@ def program(folder: Path) -> None:
     joint(folder, "killed")
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         wild = replace(FAST, epochs=20, learning_rate=1e30, warmup=0.0)
-        train(StudentConfig(str(folder / "encoder"), k=K), wild, QUESTIONS, soft(RIGHT), folder / "wild")
+        train(StudentConfig(str(folder / "encoder"), k=K), wild, Lesson(QUESTIONS, soft(RIGHT)), folder / "wild")
     per_option(folder)  # loaded: no step
     torch.save(gradients, folder / "gradients.pt")
 

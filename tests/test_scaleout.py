@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from permdistill import cli, scaleout, scores
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
+from permdistill.scaleout import Workers
 from permdistill.scores import Store
 from permdistill.teachers import PlantedTeacher
 
@@ -143,7 +144,7 @@ def test_the_store_is_that_of_one_process_and_a_block_done_twice_is_stored_once(
     questions = make_questions(40)
     store = Store(tmp_path / "workers")
     make = partial(make_teacher, questions)
-    assert scaleout.score(store, make, "planted", [*questions, questions[0]], LETTERS, workers=2) == 40
+    assert scaleout.score(store, Workers(make, "planted", 2), [*questions, questions[0]], LETTERS) == 40
     assert ray.settings["num_cpus"] == 1 and ray.settings["num_gpus"] == 0
     assert len(stored(store.folder)) == 40 and set(stored(store.folder).values()) == {1}
     assert store.compact().read_bytes() == one_process(questions, tmp_path / "one")
@@ -153,7 +154,7 @@ def test_blocks_are_small_and_enough_for_all_workers(ray, tmp_path):
     questions = [Question(f"q{i}", "", f"{i}?", ("a", "b")) for i in range(400)]
     for n, workers, expected in ((400, 2, 50), (40, 2, 20), (5, 2, 5)):
         store = Store(tmp_path / f"{n}")
-        scaleout.score(store, partial(make_teacher, questions), "planted", questions[:n], LETTERS, workers)
+        scaleout.score(store, Workers(partial(make_teacher, questions), "planted", workers), questions[:n], LETTERS)
         assert len(ray.blocks) == expected
 
 
@@ -161,24 +162,24 @@ def test_a_rerun_hands_out_what_is_missing_only(ray, tmp_path, monkeypatch):
     questions, store = make_questions(12), Store(tmp_path)
     make = partial(make_teacher, questions)
     scores.score(store, make(), questions[:8], LETTERS)
-    assert scaleout.score(store, make, "planted", questions, LETTERS, workers=2) == 4
+    assert scaleout.score(store, Workers(make, "planted", 2), questions, LETTERS) == 4
     assert sum(map(len, ray.worker.groups)) == 4
     monkeypatch.setattr(scaleout, "_ray", None)  # is not called
-    assert scaleout.score(store, make, "planted", questions, LETTERS, workers=2) == 0
+    assert scaleout.score(store, Workers(make, "planted", 2), questions, LETTERS) == 0
 
 
 def test_what_a_worker_refuses_is_an_error_before_any_compute(ray, tmp_path):
     questions, store = make_questions(12), Store(tmp_path)
     make = partial(make_teacher, questions[:-1])
     with pytest.raises(ValueError, match="no preferences planted for question 'q11'"):
-        scaleout.score(store, make, "planted", questions, LETTERS, workers=2)
+        scaleout.score(store, Workers(make, "planted", 2), questions, LETTERS)
     with pytest.raises(ValueError, match="worker's teacher is 'planted', the scores are to be of 'another'"):
-        scaleout.score(store, make, "another", questions[:4], LETTERS, workers=2)
+        scaleout.score(store, Workers(make, "another", 2), questions[:4], LETTERS)
     with pytest.raises(ValueError, match="only 2 labels"):
-        scaleout.score(store, make, "planted", questions[:1], replace(LETTERS, labels=("A", "B")), 2)
-    for wrong in ({"workers": 0}, {"workers": 1, "cpus": 0}, {"workers": 1, "gpus": -1}):
+        scaleout.score(store, Workers(make, "planted", 2), questions[:1], replace(LETTERS, labels=("A", "B")))
+    for wrong in ({"n": 0}, {"n": 1, "cpus": 0}, {"n": 1, "gpus": -1}):
         with pytest.raises(ValueError, match="give at least 1 worker"):
-            scaleout.score(store, make, "planted", questions, LETTERS, **wrong)
+            Workers(make, "planted", **wrong)
     assert ray.worker.teacher.calls == 0 and not list(tmp_path.glob("*.parquet"))
 
 
@@ -190,7 +191,7 @@ def test_log_probability_that_is_not_finite_is_refused_and_the_rest_kept(ray, tm
     questions = make_questions(4)
     make = partial(Broken, make_teacher(questions).preferences, np.zeros(1))
     with pytest.raises(ValueError, match="'q3'.*not finite"):
-        scaleout.score(Store(tmp_path), make, "planted", questions, LETTERS, workers=1)
+        scaleout.score(Store(tmp_path), Workers(make, "planted", 1), questions, LETTERS)
     assert len(Store(tmp_path)) == 3
 
 
@@ -226,13 +227,14 @@ SCORE = """
     from functools import partial
     from pathlib import Path
     from permdistill import scaleout
+    from permdistill.scaleout import Workers
     from permdistill.scores import Store
     from test_scaleout import LETTERS, make_questions, make_slow
 
     folder, n, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     questions = make_questions(n)
     make = partial(make_slow, questions, folder, seconds)
-    print(scaleout.score(Store(folder), make, "planted", questions, LETTERS, workers=2))
+    print(scaleout.score(Store(folder), Workers(make, "planted", 2), questions, LETTERS))
 """
 
 
@@ -350,6 +352,7 @@ RATE = """
     from pathlib import Path
     import torch
     from permdistill import scaleout, scores
+    from permdistill.scaleout import Workers
     from permdistill.teachers import load_teacher
     from test_scaleout import LETTERS, make_questions
 
@@ -359,7 +362,7 @@ RATE = """
     keep = module.keep
     module.keep = lambda store, group, *rest: (arrivals.extend([time.monotonic()] * len(group)), keep(store, group, *rest))
     if workers:
-        scaleout.score(store, make, make().model_key, questions, LETTERS, workers)
+        scaleout.score(store, Workers(make, make().model_key, workers), questions, LETTERS)
     else:
         scores.score(store, make(), questions, LETTERS)
     # All are at work between a quarter and three quarters.

@@ -22,10 +22,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from permdistill import heads
 from permdistill.configs import HEADS, StudentConfig
+from permdistill.heads import LABELS
 from permdistill.orders import all_orders, to_options
 from permdistill.questions import Question
-from permdistill.students import LABELS, Student, build, encoder_key, texts
+from permdistill.students import Student, build, encoder_key
 
 WORDS = "yes no red green blue tall small old new cat dog bird stone river is it the which what long story".split()
 
@@ -76,14 +78,18 @@ def some_questions(n: int = 5, k: int = 3, context: str = "") -> list[Question]:
 
 def test_texts_are_what_the_paper_says():
     q = Question("q", "long story", "which ?", ("cat", "dog", "bird"))
-    joint = StudentConfig("e", "joint", k=3)
-    (text,) = texts(joint, q, [2, 0, 1])
+    joint, per_option = heads.HEADS["joint"], heads.HEADS["per_option"]
+    (text,) = joint.texts(q, [2, 0, 1], None)
     assert (text.first, text.second) == ("long story which ?", "A) bird B) cat C) dog")
     # Option 0 stands at position 1: the teacher said "B".
-    assert texts(joint, q, [2, 0, 1], 0)[0].second == "A) bird B) cat C) dog Prediction: B"
-    assert [t.second for t in texts(StudentConfig("e", "per_option", k=3), q, [2, 0, 1])] == ["cat", "dog", "bird"]
-    chosen = texts(StudentConfig("e", "per_option", "prediction", 3), q, [2, 0, 1], 1)
+    assert joint.texts(q, [2, 0, 1], 0)[0].second == "A) bird B) cat C) dog Prediction: B"
+    assert [t.second for t in per_option.texts(q, [2, 0, 1], None)] == ["cat", "dog", "bird"]
+    chosen = per_option.texts(q, [2, 0, 1], 1)
     assert [t.second for t in chosen] == ["cat (not chosen)", "dog (chosen)", "bird (not chosen)"]
+
+
+def test_every_head_that_a_config_may_name_is_there():
+    assert tuple(heads.HEADS) == HEADS
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,7 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
     p = student.predict_batch(questions, orders, decisions, batch_tokens=100, autocast=False)
     for i, question in enumerate(questions):
         for j, order in enumerate(orders):
-            pairs = [(t.first, t.second) for t in texts(student.config, question, order, int(decisions[i, j]))]
+            pairs = [(t.first, t.second) for t in student.head.texts(question, order, int(decisions[i, j]))]
             if head == "bi_encoder":
                 with torch.no_grad():
                     embedded = [
@@ -260,7 +266,7 @@ def test_truncation_cuts_the_context_and_never_the_options(encoder, head):
     student = build(StudentConfig(encoder, head, "prediction", 3, max_length=40), 0)
     question = Question("q", context, "which is old ?", options)
     rows, index = student.encode([question], np.array([[[2, 0, 1]]]), np.array([[1]]))
-    for row, text in zip(rows, texts(student.config, question, [2, 0, 1], 1), strict=True):
+    for row, text in zip(rows, student.head.texts(question, [2, 0, 1], 1), strict=True):
         assert len(row["input_ids"]) == len(row["token_type_ids"]) == 40
         first, second = (student.tokenizer.decode(row["input_ids"][row["token_type_ids"] == part]) for part in (0, 1))
         assert second.replace(" ", "").removesuffix("[SEP]") == text.second.replace(" ", "")

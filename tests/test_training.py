@@ -18,12 +18,14 @@ import torch
 from test_students import WORDS, make_encoder
 
 from permdistill import configs
+from permdistill import students as students_module
 from permdistill import training as training_module
 from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.lessons import Distributions, Draws, Lesson
 from permdistill.orders import all_orders, to_options
 from permdistill.questions import Question
-from permdistill.students import Student, build
-from permdistill.training import batches, fit_correction, fit_scale, kl_loss, pieces, rate, read_log, train
+from permdistill.students import Student, build, fit_correction, fit_scale
+from permdistill.training import batches, kl_loss, pieces, rate, read_log, train
 
 K = 3
 FAST = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=8, save_every=3)
@@ -148,7 +150,7 @@ def test_training_learns_the_planted_option(encoder, tmp_path, head):
     """The option "yes" is right: learnt beyond chance (1/3) on unseen questions, in every order."""
     questions, right = toy(400, 0)
     steps = replace(FAST, epochs=5 if head == "joint" else 2, learning_rate=3e-3, batch_size=16, save_every=100)
-    student = train(StudentConfig(encoder, head, k=K), steps, questions, soft(right), tmp_path, autocast=False)
+    student = train(StudentConfig(encoder, head, k=K), steps, Lesson(questions, soft(right)), tmp_path, autocast=False)
     unseen, truth = toy(100, 1)
     p = student.predict_batch(unseen, all_orders(K), autocast=False)
     assert (p.argmax(-1) == truth[:, None]).mean() > 0.9
@@ -164,7 +166,7 @@ def test_error_correction_can_copy_the_decision(encoder, tmp_path, head):
     probs = np.broadcast_to(np.eye(K)[right][:, None], (300, 6, K))
     steps = replace(FAST, epochs=5 if head == "joint" else 2, learning_rate=3e-3, batch_size=16, save_every=100)
     config = StudentConfig(encoder, head, "prediction", K)
-    student = train(config, steps, questions, soft(right), tmp_path, probs, autocast=False)
+    student = train(config, steps, Lesson(questions, soft(right), Distributions(probs)), tmp_path, autocast=False)
     decisions = np.random.default_rng(5).integers(K, size=(60, 6))
     p = student.predict_batch(questions[:60], all_orders(K), decisions, autocast=False)
     assert (p.argmax(-1) == decisions).mean() > 0.9
@@ -190,9 +192,9 @@ def test_correction_takes_a_planted_bias_and_temperature_away():
 
 
 def test_a_correction_that_was_not_found_says_so(monkeypatch):
-    found = training_module.minimize
+    found = students_module.minimize
     monkeypatch.setattr(
-        training_module, "minimize", lambda f, x, **rest: found(f, x, **(rest | {"options": {"maxiter": 1}}))
+        students_module, "minimize", lambda f, x, **rest: found(f, x, **(rest | {"options": {"maxiter": 1}}))
     )
     P = planted_scores(np.random.default_rng(0).normal(size=(50, K)), np.array([1.5, -0.5, -1.0]))
     with pytest.raises(ValueError, match="no correction brings the teacher to the targets"):
@@ -215,7 +217,7 @@ def test_white_box_error_correction_starts_from_the_teacher_and_survives_saving(
     questions, right = toy(48, 0)
     P = planted_scores(1.5 * np.eye(K)[right], np.array([2.0, 0.0, 0.0]))  # knows, but prefers the first position
     config = StudentConfig(encoder, head, "distribution", K, 64)
-    student = train(config, FAST, questions, P.mean(axis=1), tmp_path, decision_probs=P)
+    student = train(config, FAST, Lesson(questions, P.mean(axis=1), Distributions(P)), tmp_path)
     orders = all_orders(K)
     answers = student.predict_batch(questions, orders, distributions=P)
     assert (P.argmax(-1) == right[:, None]).mean() < 0.7  # the teacher in single orders
@@ -242,8 +244,8 @@ def test_distributions_must_fit_the_inputs(encoder, tmp_path):
         student.predict_batch(questions, orders, distributions=P)
     with pytest.raises(ValueError, match=r"distributions of shape \(4, 2, 3\)"):
         student.predict_batch(questions, orders, distributions=P[:, :2])
-    with pytest.raises(ValueError, match="'distribution' and decision_probs missing"):
-        train(student.config, FAST, questions, P.mean(1), tmp_path)
+    with pytest.raises(ValueError, match="'distribution' and distributions missing"):
+        train(student.config, FAST, Lesson(questions, P.mean(1)), tmp_path)
 
 
 @HEADS
@@ -265,11 +267,11 @@ def test_a_student_that_says_the_targets_has_loss_zero(encoder, tmp_path, head, 
         return torch.tensor(known, dtype=torch.float32) + 0 * next(self.model.parameters()).sum()
 
     monkeypatch.setattr(Student, "forward", forward)
-    train(StudentConfig(encoder, head, k=K), replace(FAST, micro_tokens=60), questions, soft(right), tmp_path)
+    train(StudentConfig(encoder, head, k=K), replace(FAST, micro_tokens=60), Lesson(questions, soft(right)), tmp_path)
     losses = read_log(tmp_path)["losses"]
     assert len(losses) == 16 and np.abs(losses).max() < 1e-6
     assert (drawn[-2] != drawn[-1]).any() and all(len(np.unique(o, axis=0)) == 6 for o in drawn)  # new orders each epoch
-    train(StudentConfig(encoder, head, k=K), FAST, questions, soft((right + 1) % K), tmp_path)
+    train(StudentConfig(encoder, head, k=K), FAST, Lesson(questions, soft((right + 1) % K)), tmp_path)
     assert min(read_log(tmp_path)["losses"]) > (0.5 if head == "bi_encoder" else 1)  # and the wrong targets do not pass
 
 
@@ -277,28 +279,34 @@ def test_a_student_that_says_the_targets_has_loss_zero(encoder, tmp_path, head, 
 def test_gold_answers_are_refused(encoder, tmp_path, head):
     questions, right = toy(8, 0)
     questions[3] = replace(questions[3], answer=int(right[3]))
-    with pytest.raises(ValueError, match=r"1 of 8 questions have an answer \('t3'\): pass data\.unlabelled"):
-        train(StudentConfig(encoder, head, k=K), FAST, questions, soft(right), tmp_path)
+    with pytest.raises(ValueError, match=r"1 of 8 questions have an answer \('t3'\): pass questions\.unlabelled"):
+        train(StudentConfig(encoder, head, k=K), FAST, Lesson(questions, soft(right)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_misfitting_arrays_are_refused(encoder, tmp_path):
     questions, right = toy(8, 0)
     with pytest.raises(ValueError, match="0 questions"):
-        train(StudentConfig(encoder, k=K), FAST, [], np.zeros((0, K)), tmp_path)
+        train(StudentConfig(encoder, k=K), FAST, Lesson([], np.zeros((0, K))), tmp_path)
     targets, plain, prediction = soft(right), StudentConfig(encoder, k=K), StudentConfig(encoder, "joint", "prediction", K)
     probs = np.full((8, 6, K), 1 / K)
     for config, p, d, message in (
         (plain, targets[:5], None, r"targets of shape \(5, 3\): give \(8, 3\)"),
         (plain, targets * 2, None, "targets are no probabilities"),
         (plain, np.where(targets > 0.5, np.nan, targets), None, "targets are no probabilities"),
-        (plain, targets, probs, "decision_probs given"),
-        (prediction, targets, None, "decision_probs missing"),
-        (prediction, targets, probs[:, :2], r"decision_probs of shape \(8, 2, 3\): give \(8, 6, 3\)"),
+        (plain, targets, probs, "distributions given"),
+        (prediction, targets, None, "distributions missing"),
+        (prediction, targets, probs[:, :2], r"distributions of shape \(8, 2, 3\): give \(8, 6, 3\)"),
+        (prediction, targets, probs * 2, "distributions are no probabilities"),
         (replace(plain, k=4), np.full((8, 4), 0.25), None, "'t0' has 3 options"),
+        (replace(plain, k=4), targets, None, r"targets of shape \(8, 3\): give \(8, 4\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(config, FAST, questions, p, tmp_path, d)
+            train(config, FAST, Lesson(questions, p, None if d is None else Distributions(d)), tmp_path)
+    with pytest.raises(ValueError, match=r"orders of shape \(2, 2\): give \(order, 3\) permutations of 0..2"):
+        Lesson(questions, targets, orders=all_orders(2))
+    with pytest.raises(ValueError, match="orders given beside what the teacher said"):
+        Lesson(questions, targets, Distributions(probs), all_orders(K))
 
 
 @HEADS
@@ -307,34 +315,36 @@ def test_a_killed_run_goes_on_to_the_same_weights(dropping, tmp_path, head, stop
     """Killed before the first checkpoint, at one, and in the second epoch (5 steps each, a checkpoint every 3)."""
     questions, right = toy(40, 0)
     probs = np.random.default_rng(0).dirichlet(np.ones(K), size=(40, 6))
-    args = (StudentConfig(dropping, head, "prediction", K), FAST, questions, soft(right))
-    whole = train(*args, tmp_path / "whole", probs)
+    args = (StudentConfig(dropping, head, "prediction", K), FAST, Lesson(questions, soft(right), Distributions(probs)))
+    whole = train(*args, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(*args, tmp_path / "killed", probs, on_step=killer(stop))
+        train(*args, tmp_path / "killed", on_step=killer(stop))
     assert (tmp_path / "killed" / "checkpoint.pt").exists() == (stop > 3)
-    (tmp_path / "killed" / ".checkpoint.pt.part").write_bytes(b"half a checkpoint")
+    (tmp_path / "killed" / ".checkpoint.pt.99.part").write_bytes(b"half a checkpoint")
     torch.manual_seed(12345)  # whatever happened in between
     steps = []
-    again = train(*args, tmp_path / "killed", probs, on_step=lambda step, loss: steps.append(step))
+    again = train(*args, tmp_path / "killed", on_step=lambda step, loss: steps.append(step))
     assert steps == list(range({2: 1, 3: 1, 7: 7}[stop], 11))  # paid again: what came after the last checkpoint
     assert as_good_as_same(whole, again) and same(again, Student.from_pretrained(tmp_path / "killed"))
     logs = [read_log(tmp_path / name) for name in ("whole", "killed")]
     assert logs[0]["losses"] == pytest.approx(logs[1]["losses"], abs=1e-4) and len(logs[0]["losses"]) == 10
-    assert not (tmp_path / "killed" / "checkpoint.pt").exists()
+    assert not list((tmp_path / "killed").glob("*checkpoint*")) and not list((tmp_path / "killed").glob(".*.part"))
 
 
 def test_kill_9_of_the_process_loses_the_steps_after_its_checkpoint_only(encoder, tmp_path):
     script = """
         import sys, time
         from test_training import FAST, K, soft, toy
-        from permdistill.students import StudentConfig
+        from permdistill.configs import StudentConfig
+        from permdistill.lessons import Lesson
         from permdistill.training import train
 
         questions, right = toy(40, 0)
-        train(StudentConfig(sys.argv[1], k=K), FAST, questions, soft(right), sys.argv[2], on_step=lambda *_: time.sleep(0.2))
+        lesson = Lesson(questions, soft(right))
+        train(StudentConfig(sys.argv[1], k=K), FAST, lesson, sys.argv[2], on_step=lambda *_: time.sleep(0.2))
     """
     questions, right = toy(40, 0)
-    args = (StudentConfig(encoder, k=K), FAST, questions, soft(right))
+    args = (StudentConfig(encoder, k=K), FAST, Lesson(questions, soft(right)))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", textwrap.dedent(script), encoder, str(tmp_path / "killed")]
     process = subprocess.Popen(command, env=environment)
@@ -355,30 +365,32 @@ def test_kill_9_of_the_process_loses_the_steps_after_its_checkpoint_only(encoder
 def test_a_finished_folder_is_loaded_and_another_run_retrains(encoder, tmp_path, monkeypatch):
     questions, right = toy(16, 0)
     config, one = StudentConfig(encoder, k=K), replace(FAST, epochs=1)
-    student = train(config, one, questions, soft(right), tmp_path)
+    student = train(config, one, Lesson(questions, soft(right)), tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"left by a kill after the log was written")
     with monkeypatch.context() as patch:
         patch.setattr(training_module, "build", never)
         renamed = [replace(q, id=f"other {q.id}") for q in questions]  # an id is no content
-        assert same(student, train(config, one, renamed, soft(right), tmp_path, on_step=never))
+        assert same(student, train(config, one, Lesson(renamed, soft(right)), tmp_path, on_step=never))
         assert not (tmp_path / "checkpoint.pt").exists()
         for other in (
-            (config, replace(one, seed=1), questions, soft(right)),
-            (replace(config, max_length=64), one, questions, soft(right)),
-            (config, one, questions[::-1], soft(right)),
-            (config, one, questions, soft(right[::-1])),
+            (config, replace(one, seed=1), Lesson(questions, soft(right))),
+            (replace(config, max_length=64), one, Lesson(questions, soft(right))),
+            (config, one, Lesson(questions[::-1], soft(right))),
+            (config, one, Lesson(questions, soft(right[::-1]))),
         ):
             with pytest.raises(AssertionError, match="there already"):
                 train(*other, tmp_path)
-    assert same(student, train(config, one, questions, soft(right), tmp_path, on_step=never))  # an attempt spoils nothing
-    other = train(config, replace(one, seed=1), questions, soft(right), tmp_path)
+    assert same(
+        student, train(config, one, Lesson(questions, soft(right)), tmp_path, on_step=never)
+    )  # an attempt spoils nothing
+    other = train(config, replace(one, seed=1), Lesson(questions, soft(right)), tmp_path)
     assert not as_good_as_same(student, other) and same(other, Student.from_pretrained(tmp_path))
 
 
 def test_a_kill_while_saving_over_another_student_mixes_nothing(encoder, tmp_path, monkeypatch):
     questions, right = toy(16, 0)
     config, one = StudentConfig(encoder, k=K), replace(FAST, epochs=1, save_every=100)
-    student = train(config, one, questions, soft(right), tmp_path)
+    student = train(config, one, Lesson(questions, soft(right)), tmp_path)
     real = os.replace
 
     def killed_at_the_config(source, target):
@@ -389,20 +401,22 @@ def test_a_kill_while_saving_over_another_student_mixes_nothing(encoder, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed_at_the_config)
         with pytest.raises(KeyboardInterrupt):
-            train(config, replace(one, seed=1), questions, soft(right), tmp_path)
+            train(config, replace(one, seed=1), Lesson(questions, soft(right)), tmp_path)
     with pytest.raises(FileNotFoundError):
         Student.from_pretrained(tmp_path)
-    assert as_good_as_same(student, train(config, one, questions, soft(right), tmp_path))  # trained anew, not the other's
+    assert as_good_as_same(
+        student, train(config, one, Lesson(questions, soft(right)), tmp_path)
+    )  # trained anew, not the other's
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed(encoder, tmp_path):
     questions, right = toy(24, 0)
     config = StudentConfig(encoder, k=K)
     with pytest.raises(KeyboardInterrupt):
-        train(config, FAST, questions, soft(right), tmp_path / "a", on_step=killer(5))
+        train(config, FAST, Lesson(questions, soft(right)), tmp_path / "a", on_step=killer(5))
     assert (tmp_path / "a" / "checkpoint.pt").exists()
     other = replace(FAST, learning_rate=5e-4)
-    resumed, fresh = (train(config, other, questions, soft(right), tmp_path / name) for name in ("a", "b"))
+    resumed, fresh = (train(config, other, Lesson(questions, soft(right)), tmp_path / name) for name in ("a", "b"))
     assert as_good_as_same(resumed, fresh)
 
 
@@ -414,7 +428,7 @@ def test_one_step_in_pieces_is_the_same_step(encoder, tmp_path, head):
     for micro_tokens in (10**6, 60):
         one = replace(FAST, epochs=1, batch_size=16, micro_tokens=micro_tokens)
         folder = tmp_path / str(micro_tokens)
-        results.append(train(StudentConfig(encoder, head, k=K), one, questions, soft(right), folder, autocast=False))
+        results.append(train(StudentConfig(encoder, head, k=K), one, Lesson(questions, soft(right)), folder, autocast=False))
     losses = [read_log(tmp_path / name)["losses"] for name in ("1000000", "60")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     # AdamW's first steps are near lr * sign(gradient): compare what the students say, not single weights.
@@ -428,7 +442,12 @@ def test_orders_can_be_restricted(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(Student, "encode", lambda self, q, o, d=None: drawn.append((o, d)) or real(self, q, o, d))
     orders = np.array([[0, 1, 2], [2, 0, 1]])
     probs = np.broadcast_to(np.eye(K)[[0, 2]][None], (16, 2, K))  # decides for option 0 in the first, 2 in the second order
-    train(StudentConfig(encoder, "joint", "prediction", K), FAST, questions, soft(right), tmp_path, probs, orders)
+    lesson = Lesson(questions, soft(right), Distributions(probs, orders))
+    train(StudentConfig(encoder, "joint", "prediction", K), FAST, lesson, tmp_path)
+    plain = Lesson(questions, soft(right), orders=orders)
+    train(StudentConfig(encoder, "joint", "plain", K), FAST, plain, tmp_path)
+    assert all({tuple(o) for o in shown[:, 0]} == {(0, 1, 2), (2, 0, 1)} for shown, _ in drawn[2:]) and len(drawn) == 4
+    del drawn[2:]
     for shown, decisions in drawn:
         assert {tuple(o) for o in shown[:, 0]} == {(0, 1, 2), (2, 0, 1)}
         assert (decisions[:, 0] == np.where(shown[:, 0, 0] == 0, 0, 2)).all()
@@ -437,7 +456,13 @@ def test_orders_can_be_restricted(encoder, tmp_path, monkeypatch):
 def test_the_log_says_what_was_run(encoder, tmp_path):
     questions, right = toy(16, 0)
     losses = []
-    train(StudentConfig(encoder, k=K), FAST, questions, soft(right), tmp_path, on_step=lambda _, loss: losses.append(loss))
+    train(
+        StudentConfig(encoder, k=K),
+        FAST,
+        Lesson(questions, soft(right)),
+        tmp_path,
+        on_step=lambda _, loss: losses.append(loss),
+    )
     log = read_log(tmp_path)
     assert log["losses"] == losses and len(losses) == 4
     assert log["student"]["k"] == K and log["training"]["learning_rate"] == 1e-3 and log["questions"] == 16
@@ -449,10 +474,10 @@ def test_a_diverging_run_says_so(encoder, tmp_path):
     questions, right = toy(8, 0)
     wild = replace(FAST, epochs=20, learning_rate=1e30, warmup=0.0)
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train(StudentConfig(encoder, k=K), wild, questions, soft(right), tmp_path)
+        train(StudentConfig(encoder, k=K), wild, Lesson(questions, soft(right)), tmp_path)
 
 
-def black_box(right: np.ndarray, n_draws: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def black_box(right: np.ndarray, n_draws: int = 6, seed: int = 0) -> Draws:
     """Orders (item, draw, K), and decisions of a teacher that is right in half of them and names nothing in some."""
     rng = np.random.default_rng(seed)
     orders = np.stack([rng.permuted(np.arange(K)[None].repeat(n_draws, 0), axis=1) for _ in right])
@@ -460,12 +485,12 @@ def black_box(right: np.ndarray, n_draws: int = 6, seed: int = 0) -> tuple[np.nd
         rng.random((len(right), n_draws)) < 0.5, right[:, None], rng.integers(K, size=(len(right), n_draws))
     )
     decisions[:, 1] = -1
-    return orders, decisions
+    return Draws(orders, decisions)
 
 
 def test_error_correction_from_black_box_decisions(encoder, tmp_path, monkeypatch):
     questions, right = toy(24, 0)
-    drawn = black_box(right)
+    lesson = Lesson(questions, soft(right), drawn := black_box(right))
     seen = []
     encode = Student.encode
 
@@ -475,35 +500,34 @@ def test_error_correction_from_black_box_decisions(encoder, tmp_path, monkeypatc
 
     monkeypatch.setattr(Student, "encode", recording)
     config = StudentConfig(encoder, "per_option", "prediction", K, 64)
-    first = train(config, FAST, questions, soft(right), tmp_path / "a", drawn=drawn)
+    first = train(config, FAST, lesson, tmp_path / "a")
     assert len(seen) == FAST.epochs
     for orders, decisions in seen:  # each is one of the item's own draws
-        matches = (drawn[0] == orders).all(axis=-1) & (drawn[1] == decisions)
+        matches = (drawn.orders == orders).all(axis=-1) & (drawn.decisions == decisions)
         assert matches.any(axis=1).all() and (decisions >= 0).all()
     assert (seen[0][0] != seen[1][0]).any()
-    assert as_good_as_same(first, train(config, FAST, questions, soft(right), tmp_path / "b", drawn=drawn))
+    assert as_good_as_same(first, train(config, FAST, lesson, tmp_path / "b"))
     monkeypatch.undo()
-    assert same(first, train(config, FAST, questions, soft(right), tmp_path / "a", drawn=drawn))  # loaded
+    assert same(first, train(config, FAST, lesson, tmp_path / "a"))  # loaded
     assert first.predict_batch(questions[:2], all_orders(K), np.zeros((2, 6), int)).shape == (2, 6, K)
 
 
 def test_misfitting_black_box_decisions_are_refused(encoder, tmp_path):
     questions, right = toy(8, 0)
-    orders, decisions = black_box(right)
+    orders, decisions = (said := black_box(right)).orders, said.decisions
     prediction, plain = (StudentConfig(encoder, "joint", inputs, K, 64) for inputs in ("prediction", "plain"))
     silent = np.where(np.arange(8)[:, None] == 5, -1, decisions)
     for config, drawn, message in (
-        (plain, (orders, decisions), "drawn given: drawn goes with"),
+        (plain, (orders, decisions), "draws given: draws go with"),
         (prediction, (orders[:7], decisions), r"shape \(7, 6, 3\) .*give \(8, draw, 3\)"),
         (prediction, (orders * 0, decisions), "give permutations of 0..2"),
         (prediction, (orders, decisions + 3), "option indices or -1"),
         (prediction, (orders, silent), r"question 5 has no decision \(1 in all\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(config, FAST, questions, soft(right), tmp_path, drawn=drawn)
-    with pytest.raises(ValueError, match="drawn and decision_probs given"):
-        probs = np.full((8, 6, K), 1 / K)
-        train(prediction, FAST, questions, soft(right), tmp_path, decision_probs=probs, drawn=(orders, decisions))
+            train(config, FAST, Lesson(questions, soft(right), Draws(*drawn)), tmp_path)
+    with pytest.raises(ValueError, match="orders given beside what the teacher said"):
+        Lesson(questions, soft(right), said, all_orders(K))
 
 
 HELD = replace(FAST, epochs=6, held_out=0.25, patience=6)
@@ -516,8 +540,8 @@ def test_held_out_questions_are_not_trained_on_and_their_best_epoch_is_kept(enco
     real = Student.encode
     monkeypatch.setattr(Student, "encode", lambda self, q, o, d=None: seen.append({x.id for x in q}) or real(self, q, o, d))
     kls = iter([0.9, 0.5, 0.3, 0.4, 0.2, 0.6])
-    monkeypatch.setattr(training_module, "_held_out_kl", lambda *args: next(kls))
-    student = train(StudentConfig(encoder, k=K), HELD, questions, soft(right), tmp_path)
+    monkeypatch.setattr(training_module._Trainer, "_held_out_kl", lambda *args: next(kls))
+    student = train(StudentConfig(encoder, k=K), HELD, Lesson(questions, soft(right)), tmp_path)
     trained_on = set.union(*seen)
     out = {q.id for q in questions} - trained_on
     assert 5 <= len(out) <= 15 and all(ids == trained_on for ids in seen)
@@ -528,14 +552,14 @@ def test_held_out_questions_are_not_trained_on_and_their_best_epoch_is_kept(enco
     assert not (tmp_path / "best.pt").exists()
 
     # The fifth epoch's weights are those that a run stopped there has at that moment.
-    monkeypatch.setattr(training_module, "_held_out_kl", lambda student, *args: taken(student))
+    monkeypatch.setattr(training_module._Trainer, "_held_out_kl", lambda self, *args: taken(self.student))
     snapshots: list[dict] = []
 
     def taken(student: Student) -> float:
         snapshots.append({name: value.clone() for name, value in student.model.state_dict().items()})
         return 1.0 / len(snapshots)
 
-    last = train(StudentConfig(encoder, k=K), HELD, questions, soft(right), tmp_path / "again")
+    last = train(StudentConfig(encoder, k=K), HELD, Lesson(questions, soft(right)), tmp_path / "again")
     for name, value in student.model.state_dict().items():
         torch.testing.assert_close(value, snapshots[4][name], rtol=1e-4, atol=1e-5)
     assert same(last, Student.from_pretrained(tmp_path / "again")) and not as_good_as_same(student, last)
@@ -544,8 +568,8 @@ def test_held_out_questions_are_not_trained_on_and_their_best_epoch_is_kept(enco
 def test_training_stops_when_patience_ends(encoder, tmp_path, monkeypatch):
     questions, right = toy(40, 0)
     kls = iter([0.3, 0.2, 0.4, 0.2001])
-    monkeypatch.setattr(training_module, "_held_out_kl", lambda *args: next(kls))
-    train(StudentConfig(encoder, k=K), replace(HELD, patience=2), questions, soft(right), tmp_path)
+    monkeypatch.setattr(training_module._Trainer, "_held_out_kl", lambda *args: next(kls))
+    train(StudentConfig(encoder, k=K), replace(HELD, patience=2), Lesson(questions, soft(right)), tmp_path)
     assert read_log(tmp_path)["held_out_kl"] == [0.3, 0.2, 0.4, 0.2001]
 
 
@@ -554,19 +578,16 @@ def test_held_out_kl_is_that_of_the_student_and_moves_nothing(encoder, tmp_path,
     """The log's value is KL by predict_batch, in one order: exact for the heads that have no other."""
     questions, right = toy(40, 0)
     config = replace(HELD, epochs=1)
-    student = train(StudentConfig(encoder, head, k=K), config, questions, soft(right), tmp_path / "held")
+    student = train(StudentConfig(encoder, head, k=K), config, Lesson(questions, soft(right)), tmp_path / "held")
     (kl,) = read_log(tmp_path / "held")["held_out_kl"]
-    taught = training_module._Taught(questions, soft(right), None, all_orders(K), None)
-    kept, out = taught.split(0.25, config.seed)
+    kept, out = Lesson(questions, soft(right)).split(0.25, config.seed)
     P = student.predict_batch(out.questions, all_orders(K))
     by_order = (out.targets[:, None] * (np.log(out.targets)[:, None] - np.log(P))).sum(-1)
     if head != "joint":
         assert kl == pytest.approx(by_order[:, 0].mean(), rel=1e-4)
     assert by_order.min(axis=1).mean() - 1e-6 <= kl <= by_order.max(axis=1).mean() + 1e-6
     # Training on the rest alone is the same training.
-    alone = train(
-        StudentConfig(encoder, head, k=K), replace(FAST, epochs=1), kept.questions, kept.targets, tmp_path / "alone"
-    )
+    alone = train(StudentConfig(encoder, head, k=K), replace(FAST, epochs=1), kept, tmp_path / "alone")
     assert as_good_as_same(student, alone)
 
 
@@ -574,11 +595,15 @@ def test_held_out_kl_is_that_of_the_student_and_moves_nothing(encoder, tmp_path,
 def test_a_killed_run_with_held_out_questions_goes_on_to_the_same_weights(dropping, tmp_path, stop):
     questions, right = toy(40, 0)
     probs = np.random.default_rng(0).dirichlet(np.ones(K), size=(40, 6))
-    args = (StudentConfig(dropping, "joint", "prediction", K), replace(HELD, epochs=4), questions, soft(right))
-    whole = train(*args, tmp_path / "whole", probs)
+    args = (
+        StudentConfig(dropping, "joint", "prediction", K),
+        replace(HELD, epochs=4),
+        Lesson(questions, soft(right), Distributions(probs)),
+    )
+    whole = train(*args, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(*args, tmp_path / "killed", probs, on_step=killer(stop))
-    again = train(*args, tmp_path / "killed", probs)
+        train(*args, tmp_path / "killed", on_step=killer(stop))
+    again = train(*args, tmp_path / "killed")
     assert as_good_as_same(whole, again)
     logs = [read_log(tmp_path / name) for name in ("whole", "killed")]
     assert logs[0]["held_out_kl"] == pytest.approx(logs[1]["held_out_kl"], abs=1e-4) and len(logs[0]["held_out_kl"]) == 4
@@ -588,7 +613,7 @@ def test_held_out_must_leave_something(encoder, tmp_path):
     questions, right = toy(2, 0)
     questions = [replace(q, question="same ?") for q in questions]
     with pytest.raises(ValueError, match=r"held_out = 0.25 of 1 questions leaves none to train on"):
-        train(StudentConfig(encoder, k=K), HELD, questions, soft(right), tmp_path)
+        train(StudentConfig(encoder, k=K), HELD, Lesson(questions, soft(right)), tmp_path)
 
 
 def test_options_that_are_off_change_no_key():
@@ -599,7 +624,7 @@ def test_options_that_are_off_change_no_key():
 def test_no_epochs_leave_the_encoder_as_it_is_and_fit_the_scale(encoder, tmp_path):
     questions, right = toy(40, 0)
     config = StudentConfig(encoder, "bi_encoder", k=K)
-    student = train(config, replace(FAST, epochs=0), questions, soft(right), tmp_path)
+    student = train(config, replace(FAST, epochs=0), Lesson(questions, soft(right)), tmp_path)
     untouched = build(config, 0)
     assert same(student, untouched) and student.scale > 1 and read_log(tmp_path)["losses"] == []
     untouched.scale = student.scale

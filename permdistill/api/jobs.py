@@ -17,6 +17,7 @@ import numpy as np
 
 from permdistill.api.endpoint import FREE, Endpoint, Prices
 from permdistill.api.replies import Replies, content_key
+from permdistill.lessons import Draws
 from permdistill.orders import all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
@@ -239,16 +240,8 @@ def read_logprobs(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, An
 # Replies -> arrays
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Sampled decisions, each in an order of its own.
-
-    orders     (item, draw, K)
-    decisions  (item, draw) option indices; -1 where the draw has no decision
-    """
-
-    orders: np.ndarray
-    decisions: np.ndarray
+class Drawn(Draws):
+    """Sampled decisions, each in an order of its own, and what they add up to."""
 
     @property
     def counts(self) -> np.ndarray:

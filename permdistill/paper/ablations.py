@@ -35,12 +35,12 @@ from permdistill.paper.experiments import (
     System,
     baselines,
     black_box_decisions,
-    exam,
     in_cyclic_orders,
-    lessons,
+    lesson_of,
     read_predictions,
     read_scores,
     save_predictions,
+    test_inputs,
     together,
 )
 from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Run
@@ -66,8 +66,8 @@ def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
 def key(cell: Cell) -> str:
     """sha256 over whatever the predictions depend on: training, its data, and what the student is asked."""
     train_on, test = data(cell.teacher, cell.tasks)
-    asked = exam(cell.run, test)
-    weights = content_key(cell.run.student, cell.run.training, **lessons(cell.run, train_on))
+    asked = test_inputs(cell.run, test)
+    weights = content_key(cell.run.student, cell.run.training, lesson_of(cell.run, train_on))
     return digest(weights, asked["questions"], asked["orders"], asked["decisions"], asked["distributions"])
 
 
@@ -107,9 +107,9 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
     for cell in tqdm(missing, desc="students", unit="student"):
         train_on, test = data(cell.teacher, cell.tasks)
         home = work / Path(cell.teacher).name / cell.about / cell.run.name
-        asked = exam(cell.run, test)
+        asked = test_inputs(cell.run, test)
         with locked(home / "lock"):
-            student = train(cell.run.student, cell.run.training, folder=home / "student", **lessons(cell.run, train_on))
+            student = train(cell.run.student, cell.run.training, lesson_of(cell.run, train_on), home / "student")
             P = student.predict_batch(**asked)
             log = read_log(home / "student")
             about = {"key": key(cell), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
@@ -124,7 +124,7 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
 
 def cost(student: Student, asked: dict[str, Any], n: int = 128) -> dict[str, float]:
     """What it takes to answer one question in one order: floating-point operations of its matrix products, and seconds with
-    tokenisation, over the first ``n`` questions of ``asked`` (:func:`permdistill.paper.experiments.exam`)."""
+    tokenisation, over the first ``n`` questions of ``asked`` (:func:`permdistill.paper.experiments.test_inputs`)."""
     first = {name: value if value is None or name == "orders" else value[:n] for name, value in asked.items()}
     first |= {name: first[name][:, :1] for name in ("decisions", "distributions") if first[name] is not None}
     first["orders"] = asked["orders"][:1]
@@ -148,10 +148,10 @@ def sweep(runs: Iterable[Run], train_on: Scored, folder: str | Path) -> pd.DataF
     for run in runs:
         if not run.training.held_out:
             raise ValueError(f"{run.name}: held_out = 0, give a share of the questions to compare the students on")
-        lesson = lessons(run, train_on)
-        train(run.student, run.training, folder=Path(folder) / run.name, **lesson)
+        lesson = lesson_of(run, train_on)
+        train(run.student, run.training, lesson, Path(folder) / run.name)
         log = read_log(Path(folder) / run.name)
-        entropy = -(lesson["targets"] * np.log(np.maximum(lesson["targets"], debias.EPSILON))).sum(-1).mean()
+        entropy = -(lesson.targets * np.log(np.maximum(lesson.targets, debias.EPSILON))).sum(-1).mean()
         row = {"student": run.title, "learning rate": run.training.learning_rate, "warm-up": run.training.warmup}
         row |= {"seed": run.training.seed, "held-out KL": min(log["held_out_kl"])}
         row |= {"epoch": int(np.argmin(log["held_out_kl"])) + 1, "seconds": round(log["seconds"])}
@@ -258,7 +258,7 @@ def fits(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.Data
             losses = about["losses"]
             if not losses:  # untrained
                 continue
-            Q = lessons(cell.run, data(cell.teacher, cell.tasks)[0])["targets"]
+            Q = lesson_of(cell.run, data(cell.teacher, cell.tasks)[0]).targets
             uniform = np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1).mean()
             row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1, "uniform": uniform}
             kls = about.get("held_out_kl", [])  # predictions stored before this was kept held nothing out

@@ -41,6 +41,7 @@ from transformers.pytorch_utils import Conv1D
 
 from permdistill.engine import batches, trie
 from permdistill.engine.placement import PackedLinear, PeakMemory, matmul_peak, synchronise
+from permdistill.files import replacing
 from permdistill.orders import all_orders
 from permdistill.paper.readers import ATTRIBUTES, summary_pairs, summeval_file
 from permdistill.paper.tasks import SEED, load_task
@@ -380,10 +381,8 @@ def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: i
         result.setdefault(name, {} if name in ("peak_flops", "layers_flops", "time") else [])
 
     def save() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     for name, dtype in models:
         key = f"{name} {str(dtype).removeprefix('torch.')}"

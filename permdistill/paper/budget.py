@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from permdistill.engine import trie
+from permdistill.heads import HEADS
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import bench, hub, models
 from permdistill.paper.models import MODELS
@@ -44,7 +45,6 @@ from permdistill.paper.profiles import Need, Profile, Run, needs, repositories
 from permdistill.paper.tasks import GIGABYTES, SEED, SUMMARIES, TASKS, PairsTask, load_task
 from permdistill.prompts import TEMPLATES, Template
 from permdistill.questions import Question
-from permdistill.students import texts
 from permdistill.teachers import CausalTeacher, Seq2SeqTeacher
 
 # Dense bfloat16 peaks, FLOP/s, with float32 accumulation, as NVIDIA's data sheets give them: A100, H100 (SXM) and L40S
@@ -290,7 +290,7 @@ def students_plan(settings: Profile, n: int = SAMPLE) -> pd.DataFrame:
                 every = np.array([length for own in lengths for length in own])
                 scale = size / len(lengths)
                 passes[split] = (size, scale * every.sum(), scale * encoder_flops(model, every))
-            again = len(cyclic_orders(run.student.k)) if run.student.head == "joint" else 1
+            again = 1 if HEADS[run.student.head].equivariant else len(cyclic_orders(run.student.k))
             epochs = run.training.epochs
             rows.append(
                 {"table": table, "model": Path(run.student.encoder).name, "run": run.name, "questions": passes["train"][0]}
@@ -305,13 +305,12 @@ def _sequences(run: Run, question: Question) -> list[int]:
     """Lengths of the sequences of one question in one order."""
     tokenizer = _tokenizer(run.student.encoder)
     decision = 0 if run.student.inputs == "prediction" else None
-    pairs = [(t.first, t.second) for t in texts(run.student, question, range(run.student.k), decision)]
+    head = HEADS[run.student.head]
+    texts = head.texts(question, range(run.student.k), decision)
     if tokenizer is None:
-        found = [len(guessed_tokens(" ".join(pair))) + 3 for pair in pairs]
+        found = [len(guessed_tokens(f"{text.first} {text.second}")) + 3 for text in texts]
     else:
-        together = ([a for a, _ in pairs], [b for _, b in pairs])
-        given = ([a or b for a, b in pairs],) if run.student.head == "bi_encoder" else together
-        found = [len(ids) for ids in tokenizer(*given, verbose=False)["input_ids"]]
+        found = [len(ids) for ids in tokenizer(*head.columns(texts), verbose=False)["input_ids"]]
     return [min(length, run.student.max_length) for length in found]
 
 

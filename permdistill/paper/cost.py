@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from permdistill.engine.placement import PackedLinear, has_bfloat16, matmul_peak
+from permdistill.lessons import Lesson
 from permdistill.orders import all_orders
 from permdistill.paper import bench
 from permdistill.paper.models import TEACHERS
@@ -124,19 +125,19 @@ def training_rows(rounds: int, n: int) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if has_bfloat16(cpu) else torch.float32  # what mixed_precision multiplies in
     operations: dict[str, float] = {}  # counted once: counting takes as long as training
     k = len(questions[0].options)
-    targets = np.random.default_rng(0).dirichlet(np.ones(k), size=n)  # what they are costs nothing
+    lesson = Lesson(questions[:n], np.random.default_rng(0).dirichlet(np.ones(k), size=n))  # what they are costs nothing
     for number in tqdm(range(rounds), desc="training", unit="round"):
         for encoder in ENCODERS:
             for head, length in LENGTH.items():
                 config = StudentConfig(encoder, head, "plain", k, length)
                 peak = matmul_peak(cpu, dtype, seconds=0.5)
                 with tempfile.TemporaryDirectory() as folder:
-                    train(config, TrainingConfig(epochs=1), questions[:n], targets, folder=folder)
+                    train(config, TrainingConfig(epochs=1), lesson, folder)
                     seconds = read_log(folder)["seconds"]
                     name = f"{encoder}, {head.replace('_', '-')} head"
                     if name not in operations:
                         with FlopCounterMode(display=False) as counter:
-                            train(config, TrainingConfig(epochs=1, seed=1), questions[:n], targets, folder=folder)
+                            train(config, TrainingConfig(epochs=1, seed=1), lesson, folder)
                         operations[name] = counter.get_total_flops() / n
                 rows.append(
                     {"system": name, "round": number, "peak": peak, "seconds": seconds / n, "flops": operations[name]}

@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from permdistill import debias, scores
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Drawn, Job, calls_in_orders, drawn_calls
+from permdistill.files import replacing
+from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Profile, Run
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
@@ -253,11 +255,8 @@ def baselines(test: Scored) -> list[System]:
     ]
 
 
-def lessons(run: Run, train_on: Scored) -> dict[str, Any]:
-    """What :func:`permdistill.training.train` takes as questions, targets, decision_probs and orders.
-
-    No gold answer enters: the questions are stripped of theirs.
-    """
+def lesson_of(run: Run, train_on: Scored) -> Lesson:
+    """What the student of ``run`` learns from. No gold answer enters: the questions are stripped of theirs."""
     questions, P, orders = unlabelled(train_on.task.questions), train_on.P, train_on.orders
     if run.n_train > len(P):
         raise ValueError(f"n_train = {run.n_train}: there are {len(P)} training questions, give no more")
@@ -268,17 +267,14 @@ def lessons(run: Run, train_on: Scored) -> dict[str, Any]:
         Q = debias.black_box_targets(P, run.draws, np.random.default_rng((SEED, run.training.seed)))
     else:
         Q = debias.permutation_average(P)
-    shown = slice(None) if run.orders == "all" else slice(1)
-    seen = {"plain": None, "prediction": debias.decide(P) if run.greedy else P, "distribution": P}[run.student.inputs]
-    return {
-        "questions": questions,
-        "targets": debias.sharpen(Q, run.power),
-        "decision_probs": None if seen is None else seen[:, shown],
-        "orders": orders[shown],
-    }
+    targets, shown = debias.sharpen(Q, run.power), slice(None) if run.orders == "all" else slice(1)
+    if run.student.inputs == "plain":
+        return Lesson(questions, targets, orders=orders[shown])
+    said = debias.decide(P) if run.greedy and run.student.inputs == "prediction" else P
+    return Lesson(questions, targets, Distributions(said[:, shown], orders[shown]))
 
 
-def exam(run: Run, test: Scored) -> dict[str, Any]:
+def test_inputs(run: Run, test: Scored) -> dict[str, Any]:
     """What :meth:`permdistill.students.Student.predict_batch` takes as questions, orders, decisions and distributions: the
     test questions without gold answers, in the cyclic orders, with what the teacher said where the student sees it."""
     return {
@@ -295,8 +291,8 @@ def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     Writes ``folder``/students/<run.name> (an ordinary transformers checkpoint) and ``folder``/predictions/<run.name>.parquet
     (id, order, probabilities by option). No gold answer enters: both sets of questions are stripped of theirs.
     """
-    student = train(run.student, run.training, folder=folder / "students" / run.name, **lessons(run, train_on))
-    P = student.predict_batch(**exam(run, test))
+    student = train(run.student, run.training, lesson_of(run, train_on), folder / "students" / run.name)
+    P = student.predict_batch(**test_inputs(run, test))
     parameters = sum(p.numel() for p in student.model.parameters())
     orders = cyclic_orders(run.student.k)
     save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P, {"parameters": parameters})
@@ -314,10 +310,8 @@ def save_predictions(path: Path, test: Scored, orders: np.ndarray, P: np.ndarray
     }
     types = {"id": pa.string(), "order": pa.list_(pa.int8()), "probabilities": pa.list_(pa.float32())}
     schema = pa.schema(types, metadata={"permdistill": json.dumps(about)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pq.write_table(pa.table(columns, schema=schema), part, compression="zstd")
-    part.replace(path)
+    with replacing(path) as part:
+        pq.write_table(pa.table(columns, schema=schema), part, compression="zstd")
 
 
 def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, Any]]:
@@ -373,14 +367,9 @@ def distil_decisions(run: Run, task: TaskSplit, said: Drawn, test: TaskSplit, on
     Writes ``folder``/students/<run.name>. No gold answer enters.
     """
     correcting = run.student.inputs == "prediction"
-    student = train(
-        run.student,
-        run.training,
-        unlabelled(task.questions),
-        debias.sharpen(said.targets(), run.power),
-        folder / "students" / run.name,
-        drawn=(said.orders, said.decisions) if correcting else None,
-    )
+    targets = debias.sharpen(said.targets(), run.power)
+    lesson = Lesson(unlabelled(task.questions), targets, said if correcting else None)
+    student = train(run.student, run.training, lesson, folder / "students" / run.name)
     orders = np.arange(task.k)[None]
     P = student.predict_batch(unlabelled(test.questions), orders, one.decisions if correcting else None)
     return System(run.title, "student", P, orders, run.calls, sum(p.numel() for p in student.model.parameters()))

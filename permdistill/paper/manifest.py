@@ -23,7 +23,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from permdistill.files import sha256_of
+from permdistill.files import replacing, sha256_of
 from permdistill.paper import models, tasks
 from permdistill.paper.hub import revisions
 
@@ -72,10 +72,8 @@ def _notebooks(build: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_json(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -1,0 +1,151 @@
+"""The heads of a student: which sequences an encoder reads, and how its outputs become K logits.
+
+    joint       the paper's: one sequence per (question, order) with the options as shown, and a K-way head over label
+                *positions*. Not order-equivariant: it has to learn to bind letters to options.
+    per_option  each option in a sequence of its own, one score each, softmax over the options. No sequence depends on the
+                order, so the student is exactly order-equivariant, and an option that occurs in many questions (one summary
+                in many pairs) is scored once.
+    bi_encoder  question and options each in a sequence of their own, the cosine of their embeddings times a scale as logit.
+                Exactly order-equivariant too, and the only head that starts from what a sentence encoder already knows.
+
+Sources: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; the others are ours);
+Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoModelForMultipleChoice, AutoModelForSequenceClassification, PreTrainedModel
+
+from permdistill.questions import Question
+
+LABELS = "ABCDEF"
+Row = dict[str, np.ndarray]  # one tokenised sequence: input_ids and, where the encoder has them, token_type_ids
+
+
+class Text(NamedTuple):
+    """One input sequence: the text pair (context + question, second), or one of the two alone."""
+
+    context: str
+    question: str
+    second: str
+
+    @property
+    def first(self) -> str:
+        return f"{self.context} {self.question}" if self.context else self.question
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is particular to a head.
+
+    model        the class of transformers that holds the encoder and what stands on it
+    texts        (question, order, decision) -> the sequences of one question in one order; ``decision`` is the index of the
+                 option that the teacher chose in this order, None for inputs without one
+    width        K -> the axes that these sequences have in an index (:meth:`permdistill.students.Student.encode`)
+    outputs      (model, inputs) -> what one forward pass gives for padded sequences (sequence, token)
+    logits       (outputs in the shape of an index, scale) -> logits (item, order, position or option)
+    equivariant  whether no sequence depends on the order: then logits go by option, else by position
+    scaled       whether the logits are multiplied by the student's scale
+    settings     K -> what the model's configuration has to say
+    columns      texts -> what the tokenizer takes
+    forward      (one forward pass, sequences) -> outputs, by that pass or by several
+    """
+
+    model: Any
+    texts: Callable[[Question, Sequence[int], int | None], list[Text]]
+    width: Callable[[int], tuple[int, ...]]
+    outputs: Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor]
+    logits: Callable[[torch.Tensor, float], torch.Tensor]
+    equivariant: bool = True
+    scaled: bool = False
+    settings: Callable[[int], dict[str, Any]] = lambda k: {}
+    columns: Callable[[Sequence[Text]], tuple[list[str], ...]] = lambda texts: (
+        [text.first for text in texts],
+        [text.second for text in texts],
+    )
+    forward: Callable[[Callable[[Sequence[Row]], torch.Tensor], Sequence[Row]], torch.Tensor] = lambda once, rows: once(rows)
+
+
+def _joint(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
+    shown = [question.options[o] for o in order]
+    second = " ".join(f"{label}) {option}" for label, option in zip(LABELS, shown, strict=False))
+    if decision is not None:
+        second += f" Prediction: {LABELS[list(order).index(decision)]}"
+    return [Text(question.context, question.question, second)]
+
+
+def _labels(k: int) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(LABELS[:k])), "label2id": {label: i for i, label in enumerate(LABELS[:k])}}
+
+
+def _marked(question: Question, decision: int | None) -> list[str]:
+    """The options, each with a mark that says whether the teacher chose it."""
+    if decision is None:
+        return list(question.options)
+    return [text + (" (chosen)" if o == decision else " (not chosen)") for o, text in enumerate(question.options)]
+
+
+def _per_option(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
+    return [Text(question.context, question.question, option) for option in _marked(question, decision)]
+
+
+def _apart(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
+    options = [Text("", "", option) for option in _marked(question, decision)]
+    return [Text(question.context, question.question, ""), *options]
+
+
+def _classified(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits.float()
+
+
+def _embedded(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    states, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"][..., None]
+    return normalize((states * mask).sum(dim=1), dim=-1)  # the mean over the tokens, but for its length
+
+
+def _short_and_long(once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
+    """Two passes where questions are long and options short, so that these are not padded to the length of those."""
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    order, n = np.argsort(lengths, kind="stable"), np.arange(len(rows))
+    # Tokens, padding included, when the n shortest sequences have a pass of their own.
+    tokens = n * np.r_[0, lengths[order][:-1]] + (len(rows) - n) * lengths.max()
+    parts = np.split(order, [tokens.argmin()] if tokens.min() < 0.8 * tokens[0] else [])
+    outputs = torch.cat([once([rows[i] for i in part]) for part in parts])
+    return outputs[np.argsort(order)]
+
+
+HEADS = {  # as in configs.HEADS
+    "joint": Head(
+        model=AutoModelForSequenceClassification,
+        texts=_joint,
+        width=lambda k: (),
+        outputs=_classified,  # (sequence, K)
+        logits=lambda found, scale: found,
+        equivariant=False,
+        settings=_labels,
+    ),
+    "per_option": Head(
+        model=AutoModelForMultipleChoice,
+        texts=_per_option,
+        width=lambda k: (k,),
+        outputs=lambda model, inputs: _classified(model, {name: v[:, None] for name, v in inputs.items()}),  # (sequence, 1)
+        logits=lambda found, scale: found[..., 0],
+    ),
+    "bi_encoder": Head(
+        model=AutoModel,
+        texts=_apart,
+        width=lambda k: (1 + k,),
+        outputs=_embedded,  # (sequence, hidden), of length 1
+        logits=lambda found, scale: scale * (found[..., :1, :] * found[..., 1:, :]).sum(dim=-1),
+        scaled=True,
+        columns=lambda texts: ([text.first or text.second for text in texts],),
+        forward=_short_and_long,
+    ),
+}
