@@ -40,7 +40,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 PY := "$(abspath $(VENV))/bin/python"
 OUT := $(abspath $(BUILD))
 INSTALLED := $(VENV)/.installed
-CODE := $(filter-out permdistill/paper/manifest.py,$(wildcard permdistill/*.py permdistill/*/*.py))
+CODE := $(filter-out permdistill/cli.py permdistill/_moved.py permdistill/paper/cli.py permdistill/paper/manifest.py,$(wildcard permdistill/*.py permdistill/*/*.py))
 
 .PHONY: help
 help: ## list the targets and the settings

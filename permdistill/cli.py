@@ -43,9 +43,8 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    seed, generator = commands.rng(args.seed)
-    samples = {name: commands.drawn(questions, args.n, generator) for name, questions in _questions(args).items()}
-    commands.refuse(commands.audit(args.teacher, samples, args, seed))
+    samples = {name: commands.drawn(questions, args.n, args.seed) for name, questions in _questions(args).items()}
+    commands.audit(args.teacher, samples, args)
 
 
 def _measure(args: argparse.Namespace) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from secrets import randbelow
 from typing import Any
 
 from permdistill.questions import Question
@@ -59,13 +61,12 @@ def add_scoring(command: argparse.ArgumentParser, scores: str, workers: bool) ->
         command.add_argument("--worker-gpus", type=float, help="of each worker (default: 1 where the cluster has some)")
     else:
         command.add_argument("--n", type=int, default=8, help="questions per template (%(default)s)")
-        command.add_argument("--seed", type=int, help="of the sample (default: another one each time)")
+        text = "of the sample (default: another one each time)"
+        command.add_argument("--seed", type=int, default=randbelow(2**32), help=text)
 
 
 def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
     """Score with a teacher what its store lacks, a template after the other. ``args``: see :func:`add_scoring`."""
-    from functools import partial
-
     import torch
 
     from permdistill import scaleout, scores, teachers
@@ -76,6 +77,8 @@ def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
     if not any(scores.lacking(store, questions, TEMPLATES[template], key) for template, questions in jobs.items()):
         print(f"{name}: all {sum(map(len, jobs.values()))} questions were in the store")
         return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the teacher before is gone
     loaded = None if args.workers else teachers.load_teacher(teacher, dtype)
     for template, questions in jobs.items():
         if loaded is None:
@@ -88,45 +91,38 @@ def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
     store.compact()
 
 
-def rng(seed: int | None) -> tuple[int, Any]:
-    """A seed (a fresh one for None) and numpy's generator with it."""
+def drawn(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
+    """At most ``n`` of the questions, at random."""
     import numpy as np
 
-    seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-    return seed, np.random.default_rng(seed)
+    chosen = np.random.default_rng(seed).choice(len(questions), size=min(n, len(questions)), replace=False)
+    return [questions[i] for i in chosen]
 
 
-def drawn(questions: Sequence[Question], n: int, generator: Any) -> list[Question]:
-    """At most ``n`` of the questions, at random."""
-    return [questions[i] for i in generator.choice(len(questions), size=min(n, len(questions)), replace=False)]
+def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
+    """Score samples again and compare with the store; ends the program when they differ by more than rounding.
 
-
-def audit(teacher: str, samples: Jobs, args: argparse.Namespace, seed: int) -> bool:
-    """Score samples again and compare with the store: whether all agree, rounding apart. Raises MissingScores first."""
+    Raises MissingScores before the model is loaded.
+    """
     import torch
 
     from permdistill import scores, teachers
     from permdistill.prompts import TEMPLATES
 
     stored = teachers.model_key(teacher, getattr(torch, args.dtype))
-    store, agree = scores.Store(Path(args.scores) / Path(teacher).name), True
-    for template, questions in samples.items():  # what is missing must show before the model is loaded
+    store, failed = scores.Store(Path(args.scores) / Path(teacher).name), False
+    for template, questions in samples.items():
         for question in questions:
             scores.load(store, [question], TEMPLATES[template], stored)
     loaded = teachers.load_teacher(teacher, teachers.fast_dtype())  # rounding apart, any number format must agree
     for template, questions in samples.items():
         tv = scores.audit(store, loaded, questions, TEMPLATES[template], stored)
         bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
-        agree &= not bad
+        failed |= bad
         print(
-            f"audit {loaded.name}, template {template}: {len(questions)} questions re-scored (seed {seed}), "
+            f"audit {loaded.name}, template {template}: {len(questions)} questions re-scored (seed {args.seed}), "
             f"TV mean {tv.mean():.4f} (at most {AUDIT_MEAN_TV}), max {tv.max():.4f} (at most {AUDIT_MAX_TV}): "
             f"{'FAILED' if bad else 'ok'}"
         )
-    return agree
-
-
-def refuse(agree: bool) -> None:
-    """End with an error when an audit failed."""
-    if not agree:
+    if failed:
         sys.exit("the stored scores are not what this machine computes: rerun with live scores, and report it")

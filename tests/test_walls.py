@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +84,7 @@ def test_core_alone_runs_from_teacher_to_student(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = set(done.stdout.split())
     assert {"torch", "transformers", "permdistill", "pyarrow"} <= loaded
-    assert not loaded & {"openai", "httpx2", "datasets", "matplotlib", "accelerate", "psutil", "nbformat"}
+    assert not loaded & {"openai", "datasets", "matplotlib", "accelerate", "psutil", "nbformat"}
 
 
 @pytest.mark.parametrize("old, new", list(_moved.MOVED.items()))
@@ -142,3 +144,33 @@ def test_sizes():
     too_much |= {"core": core} if core > 2700 else {}
     too_much |= {"package": sum(lines.values())} if sum(lines.values()) > 9500 else {}
     assert not too_much
+
+
+def test_installed_package_reads_and_writes_in_the_working_folder(tmp_path):
+    """Not beside itself in site-packages."""
+    site, work = tmp_path / "site-packages", tmp_path / "work"
+    shutil.copytree(PACKAGE, site / "permdistill", ignore=shutil.ignore_patterns("__pycache__"))
+    work.mkdir()
+    code = """
+import permdistill, sys
+from permdistill.paper import ablations, cli, cost, experiments, manifest, paths
+assert str(paths.ROOT) == "." and permdistill.__file__.startswith(sys.argv[1])
+scores = cli.parser().parse_args(["score"]).scores
+print(experiments.output_folder("", "smoke"), experiments.COMMITTED, ablations.COMMITTED, scores)
+print(manifest.write(experiments.output_folder("", "smoke")))
+try:
+    cost.read()
+except FileNotFoundError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", code, str(site)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment)
+    assert done.returncode == 0, done.stderr
+    folders, written, missing = done.stdout.splitlines()
+    assert folders == "build/smoke scores predictions scores" and written == "build/smoke/manifest.json"
+    assert missing == f"figures/cost.json is not in {work}: work in a checkout of permdistill, or give a path"
+    assert (work / written).exists() and [path.name for path in site.iterdir()] == ["permdistill"]
+    from permdistill.paper import experiments
+
+    assert experiments.output_folder("", "smoke") == ROOT / "build" / "smoke" and experiments.COMMITTED == ROOT / "scores"

@@ -50,22 +50,13 @@ def _score(args: argparse.Namespace) -> None:
     needs = profiles.all_needs(settings)
     for teacher in settings.teachers:
         commands.score(teacher, _questions([need for need in needs if need.teacher == teacher]), args)
-        _free()
-
-
-def _free() -> None:
-    """Give back the GPU's memory: the teacher before is gone."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _audit(args: argparse.Namespace) -> None:
     """Of every teacher's scores ``--n`` questions of each template, and three of those that only R1 reads; of the first
     teacher's questions for training and testing together, of the others' apart."""
-    settings, (seed, generator) = profiles.get(args.profile), commands.rng(args.seed)
-    needs, agree = profiles.all_needs(settings), True
+    settings = profiles.get(args.profile)
+    needs = profiles.all_needs(settings)
     for teacher in settings.teachers:
         groups: dict[tuple[str, str], list[profiles.Need]] = {}
         for need in (need for need in needs if need.teacher == teacher):
@@ -74,10 +65,8 @@ def _audit(args: argparse.Namespace) -> None:
         samples: dict[str, list[Question]] = {}
         for (template, _), group in groups.items():
             n = min(args.n, 3) if all(need.table == "R1" for need in group) else args.n
-            samples.setdefault(template, []).extend(commands.drawn(_questions(group)[template], n, generator))
-        agree &= commands.audit(teacher, samples, args, seed)
-        _free()
-    commands.refuse(agree)
+            samples.setdefault(template, []).extend(commands.drawn(_questions(group)[template], n, args.seed))
+        commands.audit(teacher, samples, args)
 
 
 def _students(args: argparse.Namespace) -> None:
