@@ -8,7 +8,7 @@ VENV ?= .venv
 ## TEACHER=committed    committed: read scores/ and check a sample of it live; live: score everything anew (hours)
 TEACHER ?= committed
 ## PROFILE=full         full: the paper's tables and figures; smoke: in small, to see that it runs; paper: its own models, on GPUs;
-##                      full-20, paper-12, ..: the same with so many questions of each task
+##                      full-60, paper-150, ..: the same with so many questions of each task
 PROFILE ?= full
 ## BUILD=build          where executed notebooks, tables and checkpoints go
 BUILD ?= build
@@ -18,7 +18,7 @@ ifeq ($(filter committed live,$(TEACHER)),)
 $(error TEACHER is '$(TEACHER)': give committed or live)
 endif
 ifeq ($(filter smoke full paper smoke-% full-% paper-%,$(PROFILE)),)
-$(error PROFILE is '$(PROFILE)': give smoke, full or paper, or one of them with a limit: paper-12)
+$(error PROFILE is '$(PROFILE)': give smoke, full or paper, or one of them with a limit: full-60)
 endif
 # No scores of the paper's own models are committed.
 ifneq ($(filter paper paper-%,$(PROFILE)),)

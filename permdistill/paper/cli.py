@@ -1,4 +1,4 @@
-"""The paper's runs, by profile (smoke, full, paper; full-20: the same with 20 questions of everything)."""
+"""The paper's runs, by profile (smoke, full, paper; full-60: the same with 60 questions of each task)."""
 
 from __future__ import annotations
 

@@ -151,12 +151,17 @@ class Profile:
     matrix: bool = False
 
     def limited(self, n: int) -> Profile:
-        """The same with at most ``n`` questions of each task, and without the matrix."""
+        """The same with at most ``n`` questions of each task, and without the matrix.
+
+        SummEval's pairs in other words stay: intervals need two documents, and each has 28 pairs (the paper's 120). With real
+        data, so does every other table: give more than that.
+        """
         if n < 1:
             raise ValueError(f"limit = {n}: give a number of at least 1")
         sizes: dict[str, Any] = {name: min(getattr(self, name), n) for name in ("n_test", "n_train", "n_api")}
-        for name in ("n_others", "n_prompts", "n_students"):
+        for name in ("n_others", "n_students"):
             sizes[name] = tuple(min(m, n) for m in getattr(self, name))
+        sizes["n_prompts"] = (min(self.n_prompts[0], n), self.n_prompts[1])
         return replace(self, matrix=False, **sizes)
 
     def n_questions(self, teacher: str, task: str) -> int:
