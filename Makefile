@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ## TEACHER=committed    committed: read scores/ and check a sample of it live; live: score everything anew (hours)
 TEACHER ?= committed
-## PROFILE=full         full: the paper's tables and figures; smoke: in small, to see that it runs; paper: its own models, on GPUs
+## PROFILE=full         full: the paper's tables and figures; smoke: in small, to see that it runs; paper: its own models, on GPUs;
+##                      full-60, paper-150, ..: the same with so many questions of each task
 PROFILE ?= full
 ## BUILD=build          where executed notebooks, tables and checkpoints go
 BUILD ?= build
@@ -16,13 +17,15 @@ NOTEBOOKS ?= notebooks
 ifeq ($(filter committed live,$(TEACHER)),)
 $(error TEACHER is '$(TEACHER)': give committed or live)
 endif
-ifeq ($(filter smoke full paper,$(PROFILE)),)
-$(error PROFILE is '$(PROFILE)': give smoke, full or paper)
+ifeq ($(filter smoke full paper smoke-% full-% paper-%,$(PROFILE)),)
+$(error PROFILE is '$(PROFILE)': give smoke, full or paper, or one of them with a limit: full-60)
 endif
 # No scores of the paper's own models are committed.
-ifeq ($(PROFILE),paper)
+ifneq ($(filter paper paper-%,$(PROFILE)),)
 override TEACHER := live
 endif
+# What TEACHER=live makes. The smoke profile reads a part of what the full one does.
+SCORED_PROFILE := $(if $(filter smoke,$(PROFILE)),full,$(PROFILE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,10 +37,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-PY := $(abspath $(VENV))/bin/python
+PY := "$(abspath $(VENV))/bin/python"
 OUT := $(abspath $(BUILD))
 INSTALLED := $(VENV)/.installed
-CODE := $(filter-out permdistill/paper/manifest.py,$(wildcard permdistill/*.py permdistill/*/*.py))
+CODE := $(filter-out permdistill/cli.py permdistill/_moved.py permdistill/paper/cli.py permdistill/paper/manifest.py,$(wildcard permdistill/*.py permdistill/*/*.py))
 
 .PHONY: help
 help: ## list the targets and the settings
@@ -65,28 +68,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper
 
-# The committed scores come from these commands: what profiles.PROFILES["full"] and profiles.MATRIX ask for. What a store
-# holds already is not scored again. The last lines put the same questions in other words.
-MULTIPLE_CHOICE := arc_easy arc_challenge openbookqa
-TEST_ONLY := csqa hellaswag mmlu socialiqa piqa
-SUMMEVAL := summeval_coherence summeval_consistency summeval_fluency summeval_relevance
-SCORE = $(PY) -m permdistill.cli score --scores $(1) --teacher
-AUDIT = $(PY) -m permdistill.cli audit
-define score
-$(SCORE) qwen2.5-coder-1.5b
-$(SCORE) qwen2.5-coder-0.5b --splits train --tasks $(MULTIPLE_CHOICE)
-for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
-    $(SCORE) $$teacher --splits test --tasks $(MULTIPLE_CHOICE) && \
-    $(SCORE) $$teacher --splits test --tasks $(TEST_ONLY) --limit 150 && \
-    $(SCORE) $$teacher --splits test --tasks $(SUMMEVAL) --limit 280 || exit; done
-for template in numbers brief; do \
-    $(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --limit 80 --template $$template || exit; done
-$(SCORE) qwen2.5-coder-1.5b --splits test --tasks $(SUMMEVAL) --limit 140 --template summaries_letters
-endef
+PAPER := $(PY) -m permdistill.paper
 
 ifeq ($(TEACHER),live)
 SCORES := $(OUT)/scores
-SCORED := $(BUILD)/scores/.complete$(if $(filter paper,$(PROFILE)),-paper)
+SCORED := $(BUILD)/scores/.complete-$(SCORED_PROFILE)
 AUDITED :=
 else
 SCORES := $(abspath scores)
@@ -95,27 +81,16 @@ AUDITED := $(BUILD)/audit.ok
 endif
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
-SCORING := $(addprefix permdistill/,cli.py orders.py prompts.py questions.py scores.py sources.py teachers.py $(addprefix paper/,assets.py hub.py models.py profiles.py readers.py tasks.py)) $(wildcard permdistill/engine/*.py)
+SCORING := $(addprefix permdistill/,commands.py orders.py prompts.py questions.py scores.py sources.py teachers.py $(addprefix paper/,assets.py cli.py hub.py models.py profiles.py readers.py tasks.py)) $(wildcard permdistill/engine/*.py)
 
-$(BUILD)/scores/.complete: $(SCORING) | $(INSTALLED)
+$(BUILD)/scores/.complete-$(SCORED_PROFILE): $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
-	$(call score,"$(OUT)/scores")
-	@touch $@
-
-$(BUILD)/scores/.complete-paper: $(SCORING) | $(INSTALLED)
-	@mkdir -p $(@D)
-	$(PY) -m permdistill.cli score --profile paper --scores "$(OUT)/scores"
+	$(PAPER) score --profile $(SCORED_PROFILE) --scores "$(OUT)/scores"
 	@touch $@
 
 $(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
 	@mkdir -p $(@D)
-	$(PY) -m permdistill.paper.manifest "$(OUT)" --measure audit -- $(AUDIT)
-	$(AUDIT) --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --splits test --limit 80 --template numbers --n 3
-	$(AUDIT) --tasks $(MULTIPLE_CHOICE) mmlu socialiqa piqa --splits test --limit 80 --template brief --n 3
-	$(AUDIT) --tasks $(SUMMEVAL) --splits test --limit 140 --template summaries_letters --n 3
-	$(AUDIT) --teacher qwen2.5-coder-0.5b --tasks $(MULTIPLE_CHOICE)
-	for teacher in qwen2.5-coder-0.5b smollm2-135m; do \
-	    $(AUDIT) --teacher $$teacher --tasks $(MULTIPLE_CHOICE) $(TEST_ONLY) $(SUMMEVAL) --splits test --limit 150 || exit; done
+	$(PAPER) manifest "$(OUT)" --measure audit -- $(PAPER) audit --profile full
 	@touch $@
 
 # Another PROFILE or TEACHER makes the notebooks out of date: this file changes only when they do.
@@ -133,7 +108,7 @@ EXECUTED := $(NAMES:%=$(BUILD)/notebooks/%.ipynb)
 $(EXECUTED): $(BUILD)/notebooks/%.ipynb: $(NOTEBOOKS)/%.ipynb $(CODE) $(SCORED) $(BUILD)/settings requirements.lock | $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "== $* ($(PROFILE))"
-	@TQDM_MININTERVAL=15 $(PY) -m permdistill.paper.manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
+	@TQDM_MININTERVAL=15 $(PAPER) manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
 	    -r profile $(PROFILE) -r output "$(OUT)/$(PROFILE)" -r scores "$(SCORES)" "$<" "$(@:.ipynb=.part.ipynb)"
 	@mv "$(@:.ipynb=.part.ipynb)" "$@"
 
@@ -148,7 +123,7 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
 	@$(if $(EXECUTED),,echo "there are no notebooks in $(NOTEBOOKS)/" >&2; exit 1)
 	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/full/figures" ]; then \
 	    mkdir -p figures && cp $(BUILD)/full/figures/* $(BUILD)/full/tables/* figures/; fi
-	@$(PY) -m permdistill.paper.manifest "$(BUILD)"
+	@$(PAPER) manifest "$(BUILD)"
 	$(eval MADE := yes)
 
 .PHONY: paper
@@ -157,18 +132,18 @@ paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks (an h
 
 .PHONY: plan
 plan: $(INSTALLED) ## what PROFILE takes: questions, tokens, FLOPs, GPU-hours, downloads and disk
-	$(PY) -m permdistill.cli plan --profile $(PROFILE)
+	$(PAPER) plan --profile $(PROFILE)
 
 .PHONY: audit
 audit: $(BUILD)/audit.ok ## re-score a random sample of the committed scores, fail if it differs
 
 .PHONY: scores
 scores: $(INSTALLED) ## make the committed scores (hours); continues where it was stopped
-	$(call score,"$(abspath scores)")
+	$(PAPER) score --profile full --scores "$(abspath scores)"
 
 .PHONY: students
 students: $(INSTALLED) ## train the matrix of students and keep their predictions (hours); continues where it was stopped
-	$(PY) -m permdistill.cli students
+	$(PAPER) students
 
 .PHONY: cost
 cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 10

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from permdistill import _moved as _moved
+
 
 def __getattr__(name: str) -> Any:
     if name == "Student":  # loaded when asked for: torch takes seconds

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from test_students import make_encoder
 
-from permdistill import cli, scores
+from permdistill import cli, scores, teachers
 from permdistill import training as trainings
+from permdistill.api import command, endpoint
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.orders import all_orders
+from permdistill.paper import cli as paper_cli
 from permdistill.paper import experiments, profiles
 from permdistill.questions import CONTENT_FREE
 from permdistill.teachers import PlantedTeacher
@@ -25,8 +31,8 @@ from permdistill.training import read_log
 @pytest.fixture
 def planted(monkeypatch) -> PlantedTeacher:
     teacher = PlantedTeacher({f"q{i}": np.array([i, 0.0, 1.0]) for i in range(4)}, np.array([1.0, 0.0, 0.0]))
-    monkeypatch.setattr(cli, "load_teacher", lambda name, dtype: teacher)
-    monkeypatch.setattr(cli, "model_key", lambda name, dtype: teacher.model_key)
+    monkeypatch.setattr(teachers, "load_teacher", lambda name, dtype: teacher)
+    monkeypatch.setattr(teachers, "model_key", lambda name, dtype: teacher.model_key)
     return teacher
 
 
@@ -80,12 +86,129 @@ def test_errors_are_one_message_before_any_scoring(planted, questions, tmp_path)
         cli.main(["audit", "--questions", questions, "--scores", str(tmp_path / "empty"), "--n", "1"])
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["audit"], ["fetch"]])
-def test_help(command, capsys):
+CORE = ("score", "audit", "measure", "ask", "sweep")
+PAPER = ("plan", "fetch", "score", "audit", "students", "manifest")
+
+
+@pytest.mark.parametrize(
+    "names, main, program",
+    [(CORE, cli.main, "permdistill"), (PAPER, paper_cli.main, "python -m permdistill.paper")],
+    ids=["core", "paper"],
+)
+def test_help_lists_the_commands_in_the_order_of_use_with_an_example_each(names, main, program, capsys):
+    def shown(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--help"])
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    every = shown()
+    assert f"usage: {program}" in every
+    places = [every.index(f"\n    {name} ") for name in names]
+    assert places == sorted(places) and every.count("\n    ") >= len(names)
+    for name in names:
+        assert f"\nexample:\n  {program} {name} " in shown(name), name
+
+
+def test_example_commands_are_understood():
+    """Those in the help texts: every option that they name is there."""
+    for parser in (cli.parser(), paper_cli.parser()):
+        (found,) = (action for action in parser._actions if hasattr(action, "choices") and action.choices)
+        for own in found.choices.values():
+            words = own.epilog.split("\n  ")[1].removeprefix(f"{parser.prog} ").split()
+            assert parser.parse_args(words).run, words
+
+
+def best_of_three(*words: str) -> float:
+    """Seconds."""
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def test_import_and_help_are_quick_and_load_no_torch():
+    """0.5 and 1 s on a machine of its own; bounds are for one that has other work to do too."""
+    check = "heavy = {'torch', 'transformers', 'datasets', 'openai', 'pandas', 'scipy'} & {*sys.modules}; assert not heavy"
+    assert best_of_three("-c", f"import sys, permdistill; {check}") < 1
+    helps = (
+        "import sys, permdistill.cli as c, permdistill.paper.cli as p; c.parser().format_help(); p.parser().format_help(); "
+    )
+    assert best_of_three("-c", helps + check) < 3
+    assert best_of_three("-m", "permdistill.cli", "--help") < 2
+    plain = ("configs", "orders", "questions", "prompts", "sources", "files", "commands")
+    plain += ("paper.tasks", "paper.models", "paper.profiles", "paper.hub", "paper.assets", "paper.readers", "paper.paths")
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; [__import__('permdistill.' + n) for n in {plain}]; {check}"], check=True
+    )
+
+
+def test_choices_that_the_parser_repeats_are_those_of_the_module():
+    assert command.MODES == endpoint.MODES
+
+
+@pytest.mark.parametrize("words", ["fetch x", "plan", "students --list", "score --profile full", "audit --profile=full"])
+def test_commands_of_the_paper_say_where_they_went(words, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([*command, "--help"])
-    assert stopped.value.code == 0
-    assert "usage: permdistill" in capsys.readouterr().out
+        cli.main(words.split())
+    assert stopped.value.code == 2
+    assert f"is now python -m permdistill.paper {words.split()[0]}" in capsys.readouterr().err
+
+
+def test_package_that_is_not_installed_is_named_with_its_fix(monkeypatch, tmp_path, questions):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "permdistill.api.endpoint")
+    monkeypatch.delitem(sys.modules, "permdistill.api.ask", raising=False)
+    arguments = ["--base-url", "http://127.0.0.1:9/v1", "--model", "m", "--questions", questions, "--dry-run"]
+    with pytest.raises(SystemExit, match=r"needs the package openai: pip install 'permdistill\[all\]'"):
+        cli.main(["ask", *arguments, "--replies", str(tmp_path / "replies")])
+
+
+@pytest.fixture
+def flat(monkeypatch):
+    """Teachers that answer everything alike, by name; with what each was asked, by template."""
+
+    class Flat:
+        def __init__(self, name):
+            self.name, self.model_key, self.asked = name, f"flat:{name}", Counter()
+
+        def check(self, questions, template):
+            pass
+
+        def log_probs(self, questions, orders, template):
+            self.asked[template.name] += len(questions)
+            return np.full((len(questions), *orders.shape), -2.0, dtype=np.float32)
+
+    made: dict[str, Flat] = {}
+    monkeypatch.setattr(teachers, "load_teacher", lambda name, dtype=None: made.setdefault(name, Flat(name)))
+    monkeypatch.setattr(teachers, "model_key", lambda name, dtype=None: f"flat:{name}")
+    return made
+
+
+def test_profile_is_scored_and_audited_whole(flat, monkeypatch, tmp_path, capsys):
+    tasks = {"tasks": ("arc_easy", "piqa"), "learnt": ("arc_easy",), "compared": ("piqa",)}
+    sizes = {"n_test": 20, "n_train": 20, "n_others": (12, 10, 0), "n_prompts": (6, 0)}
+    settings = replace(profiles.PROFILES["smoke"], teachers=("one", "two"), **tasks, **sizes)
+    monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
+    monkeypatch.setattr(profiles, "PUT_DIFFERENTLY", {"letters": ("arc_easy",), "summaries": ()})
+    arguments = ["--profile", "smoke", "--scores", str(tmp_path)]
+    with pytest.raises(SystemExit, match="have no scores in"):
+        paper_cli.main(["audit", *arguments])
+    assert not flat
+    paper_cli.main(["score", *arguments])
+    # Questions and three content-free forms: test and training questions share theirs.
+    assert flat["one"].asked == {"letters": 2 * 20 + 3 + 2 * 20 + 3, "numbers": 6 + 3, "brief": 6 + 3}
+    assert flat["two"].asked == {"letters": 12 + 3 + 10 + 3}
+    capsys.readouterr()
+    paper_cli.main(["score", *arguments])
+    assert capsys.readouterr().out.count("questions were in the store") == 2
+    before = {name: teacher.asked.copy() for name, teacher in flat.items()}
+    paper_cli.main(["audit", *arguments])
+    assert flat["one"].asked - before["one"] == {"letters": 8, "numbers": 3, "brief": 3}
+    assert flat["two"].asked - before["two"] == {"letters": 8}
+    assert capsys.readouterr().out.count("TV mean 0.0000") == 4
 
 
 def test_measure_scores_from_elsewhere(tmp_path, questions, capsys):
@@ -122,16 +245,16 @@ def test_students_of_a_profile_are_those_that_its_notebooks_look_for(monkeypatch
     )
     monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
     arguments = ["students", "--profile", "smoke", "--work", str(tmp_path / "work")]
-    cli.main([*arguments, "--list"])
+    paper_cli.main([*arguments, "--list"])
     assert capsys.readouterr().out.splitlines() == [f"missing {run.name}" for run in runs]
     with pytest.raises(SystemExit, match="6 of 6 questions have no scores in"):  # before any training
-        cli.main([*arguments, "--scores", str(tmp_path / "no")])
+        paper_cli.main([*arguments, "--scores", str(tmp_path / "no")])
     assert not (tmp_path / "work").exists()
-    cli.main(arguments)
+    paper_cli.main(arguments)
     folders = [tmp_path / "work" / "students" / run.name for run in runs]
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == list(map(str, folders))
 
-    cli.main([*arguments, "--list"])
+    paper_cli.main([*arguments, "--list"])
     assert capsys.readouterr().out.splitlines() == [f"trained {run.name}" for run in runs]
     monkeypatch.setattr(trainings, "_train", lambda *args: pytest.fail("trained again"))
     for run, tasks, n in ((runs[0], settings.learnt, 12), (runs[1], settings.compared, 6)):  # as the notebooks do

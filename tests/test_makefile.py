@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from permdistill.paper.models import TEACHERS
-from permdistill.paper.profiles import PROMPTS
+from permdistill.paper.models import MODELS
+from permdistill.paper.tasks import TASKS
+from permdistill.prompts import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -43,14 +44,43 @@ def test_notebooks_run_one_after_the_other_in_the_order_of_their_numbers(tmp_pat
     assert ran == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     # The teachers' table is there within minutes; what takes longer waits for the audit.
     first, second = [place.start() for place in re.finditer("== ", planned)][:2]
-    assert first < planned.index("permdistill.cli audit") < second
+    assert first < planned.index("permdistill.paper audit --profile full") < second
 
 
 def test_live_scores_take_the_place_of_the_committed_ones(tmp_path):
     planned = make("-n", "paper", "TEACHER=live", f"BUILD={tmp_path}/build").stdout
-    assert "permdistill.cli audit" not in planned
-    for teacher in TEACHERS:
-        assert re.search(rf"permdistill\.cli score .*{teacher}|for teacher in .*{teacher}", planned), teacher
-    for templates in PROMPTS.values():
-        assert all(name in planned for name in templates[1:])
+    assert "permdistill.paper audit" not in planned
+    assert f'permdistill.paper score --profile full --scores "{tmp_path}/build/scores"' in planned
     assert f'-r scores "{tmp_path}/build/scores"' in planned
+    limited = make("-n", "paper", "TEACHER=live", "PROFILE=full-12", f"BUILD={tmp_path}/build").stdout
+    assert "permdistill.paper score --profile full-12 " in limited and "-r profile full-12 " in limited
+
+
+def test_names_no_task_teacher_template_or_number_that_a_profile_knows():
+    """What is scored and audited stands in profiles.py; test_plan.py says that it is all of it."""
+    named = {*TASKS, *MODELS, *TEMPLATES} - {"brief", "numbers"}
+    assert not [name for name in named if name in MAKEFILE] and "--limit" not in MAKEFILE and "--template" not in MAKEFILE
+    assert f'permdistill.paper score --profile full --scores "{ROOT}/scores"' in make("-n", "scores").stdout
+
+
+def test_a_folder_with_a_space_in_its_name_will_do(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "Makefile").write_text(MAKEFILE, encoding="utf-8")
+    (folder / "requirements.lock").touch()
+    (folder / "pyproject.toml").touch()
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".installed").touch()
+    planned = subprocess.run(["make", "-n", "test", "scores", "plan"], cwd=folder, capture_output=True, text=True).stdout
+    commands = [line for line in planned.splitlines() if "bin/python" in line]
+    assert len(commands) == 3 and all(f'"{folder}/.venv/bin/python" -m ' in line for line in commands)
+
+
+def test_environment_yml_names_the_packages_that_the_project_stands_on():
+    """Beside the lock, which pins them: what is named must be in both."""
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    named = {match.lower() for match in re.findall(r"^ +- ([A-Za-z0-9_-]+)", text, re.M)}
+    locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines()}
+    stands_on = {"jupyterlab", "papermill", "torch", "transformers", "datasets", "matplotlib", "seaborn", "nbval"}
+    assert stands_on <= named and stands_on <= locked
+    assert "-r requirements.lock" in text and "-e ." in text

@@ -11,11 +11,11 @@ from test_experiments import planted
 from test_students import make_encoder
 
 from permdistill import debias, metrics
-from permdistill.cli import main
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.lessons import Lesson
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import ablations, experiments, profiles, tables, tasks
+from permdistill.paper.cli import main
 from permdistill.questions import unlabelled
 from permdistill.training import content_key
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,58 +17,42 @@ from permdistill.paper import claims, hub, profiles
 from permdistill.training import read_log
 
 ROOT = Path(__file__).parent.parent
-PAPER = profiles.PROFILES["paper"]
-
-
-def checkout(folder: Path) -> Path:
-    """The sources, with the first 12 questions of each set: those that do not come from the hub would take half an hour."""
-    skipped = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info")
-    shutil.copytree(ROOT, folder, ignore=skipped)
-    path = folder / "permdistill" / "profiles.py"
-    text = path.read_text(encoding="utf-8")
-    start = text.index('    "paper": Profile(')
-    before, paper = text[:start], text[start:]
-    fewer = {"n_test": "12", "n_others": "(12, 12, 12)", "n_prompts": "(12, 5 * 28)", "n_students": "(12, 12)"}
-    for name, number in fewer.items():
-        paper, found = re.subn(rf"{name}=.*,\n", f"{name}={number},\n", paper, count=1)
-        assert found == 1, name
-    before, found = re.subn(r"n_api: int = 100\b", "n_api: int = 10", before)
-    assert found == 1
-    path.write_text(before + paper, encoding="utf-8")
-    return folder
+NAME = "paper-12"  # the first 12 questions of each set: those that do not come from the hub would take half an hour
+PAPER = profiles.get(NAME)
+SKIPPED = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info")
 
 
 @pytest.mark.long
 def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
     tiny_hub.write(tmp_path / "hub", n=10)
-    home = checkout(tmp_path / "checkout")
+    home = shutil.copytree(ROOT, tmp_path / "checkout", ignore=SKIPPED)
     settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), hub.LOCAL: str(tmp_path / "hub")}
     environment = os.environ | settings | {"PYTHONPATH": str(home), "TQDM_DISABLE": "1"}
     # What README says for several GPUs; `make paper` takes up what it finds.
-    scoring = [sys.executable, "-m", "permdistill.cli", "score", "--profile", "paper", "--scores", "build/scores"]
+    scoring = [sys.executable, "-m", "permdistill.paper", "score", "--profile", NAME, "--scores", "build/scores"]
     training = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    training += ["-m", "permdistill.cli", "students", "--profile", "paper", "--scores", "build/scores"]
+    training += ["-m", "permdistill.paper", "students", "--profile", NAME, "--scores", "build/scores"]
     for words in (scoring, training):
         done = subprocess.run(words, cwd=home, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    logs = {folder.name: read_log(folder) for folder in (home / "build" / "paper" / "students").iterdir()}
+    logs = {folder.name: read_log(folder) for folder in (home / "build" / NAME / "students").iterdir()}
     assert set(logs) == {run.name for run in (*PAPER.multiple_choice, *PAPER.pairs)}
     assert {log["processes"] for log in logs.values()} == {2}
 
-    command = ["make", "paper", "PROFILE=paper", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
+    command = ["make", "paper", f"PROFILE={NAME}", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     build = home / "build"
     made = json.loads((build / "manifest.json").read_text())
     assert list(made["notebooks"]) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-    assert all(notebook["parameters"]["profile"] == "paper" for notebook in made["notebooks"].values())
+    assert all(notebook["parameters"]["profile"] == NAME for notebook in made["notebooks"].values())
     assert set(made["revisions"]) == set(tiny_hub.REPOS)
-    assert {folder.name: read_log(folder) for folder in (build / "paper" / "students").iterdir()} == logs
+    assert {folder.name: read_log(folder) for folder in (build / NAME / "students").iterdir()} == logs
     scores = {path.parent.name for path in (build / "scores").glob("*/scores.parquet")}
     assert scores == {Path(name).name for name in PAPER.teachers}
-    tables = {path.stem: pd.read_csv(path) for path in (build / "paper" / "tables").glob("*.csv")}
-    figures = {path.stem for path in (build / "paper" / "figures").glob("*.png")}
+    tables = {path.stem: pd.read_csv(path) for path in (build / NAME / "tables").glob("*.csv")}
+    figures = {path.stem for path in (build / NAME / "figures").glob("*.png")}
     assert {"T1_teachers", "T2_students_multiple_choice", "T3_students_summeval", "F5_sensitivity_accuracy"} <= figures
     assert set(tables["T1_teachers"].teacher) == scores
     assert set(tables["T1_teachers"].task) == set(PAPER.tasks)
@@ -89,6 +72,6 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
 def test_make_scores_the_papers_own_models_itself(tmp_path):
     command = ["make", "-n", "paper", "PROFILE=paper", "TEACHER=committed", f"BUILD={tmp_path}/build"]
     planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    assert f'permdistill.cli score --profile paper --scores "{tmp_path}/build/scores"' in planned
-    assert "permdistill.cli audit" not in planned and "--teacher" not in planned
+    assert f'permdistill.paper score --profile paper --scores "{tmp_path}/build/scores"' in planned
+    assert "permdistill.paper audit" not in planned and "--teacher" not in planned
     assert f'-r scores "{tmp_path}/build/scores"' in planned and "-r profile paper" in planned

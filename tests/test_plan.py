@@ -12,8 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from permdistill import cli, scores
-from permdistill.paper import budget, hub, profiles, tasks
+from permdistill import scores
+from permdistill.paper import budget, cli, hub, profiles, tasks
+from permdistill.paper.models import TEACHERS
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import unlabelled
 from permdistill.teachers import load_teacher
@@ -39,6 +40,35 @@ def test_needs_are_what_the_notebooks_read():
     paper = [n for n in profiles.needs(PAPER) if n.table == "R1"]
     assert len(paper) == 2 * 6 + 2 * 4  # the laptop's SummEval is not
     assert {n.task for n in profiles.needs(PAPER) if n.table == "T2"} == {"race_middle", "race_high", "race_c"}
+
+
+def test_full_profile_scores_what_the_matrix_reads_too():
+    settings = profiles.PROFILES["full"]
+    needs = profiles.all_needs(settings)
+    assert {n.teacher for n in needs} == set(TEACHERS)
+    assert {n.template_name for n in needs} == {*profiles.PROMPTS["letters"], *profiles.PROMPTS["summaries"]}
+    more = needs[len(profiles.needs(settings)) :]
+    trained = [("qwen2.5-coder-0.5b", task, "train") for task in tasks.MULTIPLE_CHOICE]
+    assert [(n.teacher, n.task, n.split) for n in more] == [*trained, ("qwen2.5-coder-1.5b", "piqa", "train")]
+    for cell in (cell for part in profiles.MATRIX.values() for cell in part):
+        for task in cell.tasks:
+            assert {n.split for n in needs if (n.teacher, n.task) == (cell.teacher, task)} >= {"train", "test"}
+    assert profiles.all_needs(PAPER) == profiles.needs(PAPER)
+
+
+def test_profile_with_a_limit_has_no_more_questions_and_the_same_students():
+    small = profiles.get("paper-12")
+    assert small == PAPER.limited(12) and profiles.get("paper") is PAPER
+    assert (small.n_test, small.n_train, small.n_api) == (12, 12, 12) and small.n_students == (12, 12)
+    assert (small.teachers, small.tasks, small.multiple_choice) == (PAPER.teachers, PAPER.tasks, PAPER.multiple_choice)
+    needs = profiles.all_needs(profiles.get("full-12"))
+    assert {n.n for n in needs if n.template_name != "summaries_letters"} == {12}
+    assert {n.n for n in needs if n.template_name == "summaries_letters"} == {140}  # intervals need several documents
+    smoke = profiles.PROFILES["smoke"]
+    assert profiles.get("smoke-1000") == smoke.limited(1000) and smoke.limited(1000).n_prompts == smoke.n_prompts
+    for wrong in ("papers", "paper-", "paper-0", "paper-x", "paper--1", "-3"):
+        with pytest.raises(ValueError, match="paper-12|at least 1"):
+            profiles.get(wrong)
 
 
 @pytest.mark.parametrize("name", [LLAMA, T5])

@@ -9,10 +9,7 @@ import time
 from types import TracebackType
 from typing import Any, TypeGuard
 
-import psutil
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory
 from transformers import PreTrainedModel
 
 
@@ -34,6 +31,9 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if size + SPARE <= torch.cuda.mem_get_info()[0]:
         return model.to("cuda")  # type: ignore[arg-type]  # a decorated method of torch
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
     whole = list(model._no_split_modules or [])
     memory = get_balanced_memory(model, no_split_module_classes=whole)
     return spread(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole))
@@ -42,6 +42,8 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
 def spread(model: PreTrainedModel, device_map: dict[str, Any], **settings: Any) -> PreTrainedModel:
     """accelerate's dispatch_model, with the places at which logits are wanted left on the CPU: the output layer may lie on
     another device than the input, and indices on the CPU suit any."""
+    from accelerate import dispatch_model  # takes a second, and only models on several devices need it
+
     skipped = [*(model._skip_keys_device_placement or []), "logits_to_keep"]
     return dispatch_model(model, device_map, skip_keys=skipped, **settings)
 
@@ -142,6 +144,8 @@ class PeakMemory:
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work freed must not hide what this work takes
         except (OSError, AttributeError):
             pass  # another C library
+        import psutil
+
         self._process = psutil.Process()
         self._before = self._peak = self._process.memory_info().rss
         self._done = threading.Event()

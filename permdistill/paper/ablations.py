@@ -30,7 +30,6 @@ from permdistill.files import locked
 from permdistill.orders import cyclic_orders
 from permdistill.paper import tables
 from permdistill.paper.experiments import (
-    ROOT,
     Scored,
     System,
     baselines,
@@ -43,6 +42,7 @@ from permdistill.paper.experiments import (
     test_inputs,
     together,
 )
+from permdistill.paper.paths import ROOT
 from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Run
 from permdistill.paper.tasks import SUMMEVAL
 from permdistill.students import Student

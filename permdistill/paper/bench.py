@@ -43,6 +43,7 @@ from permdistill.engine import batches, trie
 from permdistill.engine.placement import PackedLinear, PeakMemory, matmul_peak, synchronise
 from permdistill.files import replacing
 from permdistill.orders import all_orders
+from permdistill.paper.paths import committed
 from permdistill.paper.readers import ATTRIBUTES, summary_pairs, summeval_file
 from permdistill.paper.tasks import SEED, load_task
 from permdistill.prompts import TEMPLATES
@@ -424,12 +425,9 @@ def _processor() -> str:
         return platform.processor()
 
 
-ROOT = Path(__file__).parents[2]
-
-
-def read(path: str | Path = ROOT / "figures" / "bench.json") -> dict[str, Any]:
+def read(path: str | Path = "") -> dict[str, Any]:
     """What an earlier run of the benchmark wrote; by default the committed one."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(path or committed("figures/bench.json")).read_text(encoding="utf-8"))
 
 
 def table(result: dict[str, Any]) -> pd.DataFrame:

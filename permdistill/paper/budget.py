@@ -1,6 +1,6 @@
 """What a profile takes, before it is run: questions, orders, tokens, floating-point operations, GPU-hours, downloads, disk.
 
-    permdistill plan --profile paper                 (`make plan PROFILE=paper`)
+    python -m permdistill.paper plan --profile paper        (`make plan PROFILE=paper`)
 
 Lengths are read off a sample of the questions, put into prompts and tokenised, where questions and tokenizer are at hand
 (``PERMDISTILL_HUB``, or the hub client's cache): "measured". Where they are not, made-up texts of about the published
@@ -158,10 +158,6 @@ def _questions(need: Need) -> tuple[list[Question], int, bool]:
     return found, len(found), True
 
 
-def _template(need: Need) -> Template:
-    return TEMPLATES[need.template or TASKS[need.task].template]
-
-
 @dataclass
 class Tokens:
     """What scoring all orders of some questions passes through a teacher.
@@ -231,7 +227,7 @@ def teachers_plan(settings: Profile, n: int = SAMPLE) -> pd.DataFrame:
     """
     together: dict[tuple, list[Need]] = {}
     for need in needs(settings):
-        together.setdefault((need.table, need.teacher, need.split, _template(need).name), []).append(need)
+        together.setdefault((need.table, need.teacher, need.split, need.template_name), []).append(need)
     rows = []
     for (table, teacher, split, template), parts in together.items():
         model, total, stored = architecture(teacher), Tokens(), 0.0

@@ -15,7 +15,7 @@ import pandas as pd
 
 from permdistill import debias, metrics
 from permdistill.metrics import Interval
-from permdistill.paper import ablations, profiles, tables
+from permdistill.paper import ablations, paths, profiles, tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.models import MODELS
 from permdistill.paper.tasks import RACE, SUMMARIES, TASKS
@@ -346,6 +346,6 @@ def as_targets(table: pd.DataFrame, name: str, tolerance: float) -> pd.DataFrame
 
 
 if __name__ == "__main__":  # python -m permdistill.paper.claims: the laptop targets become what figures/T1_teachers.csv says
-    own = as_targets(pd.read_csv(TARGETS.parents[2] / "figures" / "T1_teachers.csv"), "T1_teachers", 0.02)
+    own = as_targets(pd.read_csv(paths.ROOT / "figures" / "T1_teachers.csv"), "T1_teachers", 0.02)
     published = targets("paper").assign(source="paper")
     pd.concat([published, own]).to_csv(TARGETS, index=False)

@@ -31,6 +31,7 @@ from permdistill.lessons import Lesson
 from permdistill.orders import all_orders
 from permdistill.paper import bench
 from permdistill.paper.models import TEACHERS
+from permdistill.paper.paths import committed
 from permdistill.paper.profiles import LENGTH
 from permdistill.paper.tasks import MULTIPLE_CHOICE, load_task
 from permdistill.prompts import TEMPLATES
@@ -154,9 +155,9 @@ def training_table(result: dict[str, Any]) -> pd.DataFrame:
     return by.rename(columns={"speed": "questions/s", "gflop": "GFLOP a question", "share": "share of the peak"})
 
 
-def read(path: str | Path = bench.ROOT / "figures" / "cost.json") -> dict[str, Any]:
+def read(path: str | Path = "") -> dict[str, Any]:
     """What an earlier run wrote; by default the committed one."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(path or committed("figures/cost.json")).read_text(encoding="utf-8"))
 
 
 def table(result: dict[str, Any]) -> pd.DataFrame:

@@ -27,6 +27,7 @@ from permdistill.api.jobs import Drawn, Job, calls_in_orders, drawn_calls
 from permdistill.files import replacing
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
+from permdistill.paper.paths import ROOT, output_folder  # noqa: F401  (notebooks take it from here)
 from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Profile, Run
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import TEMPLATES
@@ -34,13 +35,7 @@ from permdistill.questions import Question, content_free, from_jsonl, unlabelled
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
-ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "scores"
-
-
-def output_folder(output: str, profile: str) -> Path:
-    """Where results go: ``output`` if given, else build/<profile> beside the package."""
-    return Path(output) if output else ROOT / "build" / profile
 
 
 @dataclass(frozen=True)

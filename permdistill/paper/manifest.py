@@ -1,11 +1,10 @@
 """The manifest of a run: what was run, on what, and what came of it.
 
-``python -m permdistill.paper.manifest BUILD`` writes ``BUILD/manifest.json``, the last file of ``make paper``: commit,
+``python -m permdistill.paper manifest BUILD`` writes ``BUILD/manifest.json``, the last file of ``make paper``: commit,
 versions, revisions of the hub's repositories, sha256 of every score file, parameters and times of every executed
-notebook, sha256 of
-every figure and table.
+notebook, sha256 of every figure and table.
 
-``python -m permdistill.paper.manifest BUILD --measure NAME -- COMMAND ...`` runs a command, hands on its exit status, and
+``python -m permdistill.paper manifest BUILD --measure NAME -- COMMAND ...`` runs a command, hands on its exit status, and
 keeps its time and peak memory in ``BUILD/resources/NAME.json`` for the manifest.
 """
 
@@ -26,8 +25,7 @@ from typing import Any
 from permdistill.files import replacing, sha256_of
 from permdistill.paper import models, tasks
 from permdistill.paper.hub import revisions
-
-ROOT = Path(__file__).parents[2]
+from permdistill.paper.paths import ROOT
 
 
 def _git(*arguments: str) -> str | None:
@@ -119,15 +117,11 @@ def measure(command: Sequence[str], target: Path) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point of ``python -m permdistill.paper.manifest``; see the module's docstring."""
+    """Entry point of ``python -m permdistill.paper manifest``; see the module's docstring."""
     if len(argv) == 1 and not argv[0].startswith("-"):
         print(write(Path(argv[0])))
         return 0
     if len(argv) > 4 and argv[1] == "--measure" and argv[3] == "--":
         return measure(argv[4:], Path(argv[0]) / "resources" / f"{argv[2]}.json")
-    print("usage: python -m permdistill.paper.manifest BUILD [--measure NAME -- COMMAND ...]", file=sys.stderr)
+    print("usage: python -m permdistill.paper manifest BUILD [--measure NAME -- COMMAND ...]", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

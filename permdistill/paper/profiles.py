@@ -1,7 +1,7 @@
 """What the paper's runs consist of: questions, teachers, templates, students.
 
-The notebooks, ``permdistill score`` and the tests all read the same definitions, so that the committed scores, the live
-audit and the tables always speak of the same questions. A :class:`Profile` says how much of it a run does.
+The notebooks, ``python -m permdistill.paper score`` and the tests all read the same definitions, so that the committed
+scores, the live audit and the tables always speak of the same questions. A :class:`Profile` says how much of it a run does.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ class Profile:
     n_api, draws     its questions, for training and testing together, and decisions for each training question
     learnt           tasks that multiple-choice students learn and answer, as one
     compared         the same for the students of pairs
+    matrix           whether the students of :data:`MATRIX` are its own too
     """
 
     teachers: tuple[str, ...]
@@ -147,6 +148,21 @@ class Profile:
     draws: int = 16
     learnt: tuple[str, ...] = MULTIPLE_CHOICE
     compared: tuple[str, ...] = SUMMEVAL
+    matrix: bool = False
+
+    def limited(self, n: int) -> Profile:
+        """The same with at most ``n`` questions of each task, and without the matrix.
+
+        SummEval's pairs in other words stay: intervals need two documents, and each has 28 pairs (the paper's 120). With real
+        data, so does every other table: give more than that.
+        """
+        if n < 1:
+            raise ValueError(f"limit = {n}: give a number of at least 1")
+        sizes: dict[str, Any] = {name: min(getattr(self, name), n) for name in ("n_test", "n_train", "n_api")}
+        for name in ("n_others", "n_students"):
+            sizes[name] = tuple(min(m, n) for m in getattr(self, name))
+        sizes["n_prompts"] = (min(self.n_prompts[0], n), self.n_prompts[1])
+        return replace(self, matrix=False, **sizes)
 
     def n_questions(self, teacher: str, task: str) -> int:
         """How many test questions of ``task`` are asked of ``teacher``, at most."""
@@ -234,6 +250,7 @@ PROFILES = {
         n_others=(350, 150, 10 * 28),
         n_prompts=(80, 5 * 28),
         n_students=(350, 25 * 28),
+        matrix=True,
         # About an hour on 2 cores: the small encoder, one seed; the rest is in MATRIX. For summaries the lengths leave all
         # heads about the same share of the article, since the joint head's sequence holds two summaries.
         multiple_choice=(
@@ -263,6 +280,14 @@ PROFILES = {
 }
 
 
+def get(name: str) -> Profile:
+    """A profile by its name; "paper-12" is the profile "paper" with :meth:`Profile.limited` (12). Raises ValueError."""
+    known, _, limit = name.partition("-")
+    if known not in PROFILES or (limit or "1").strip("0123456789") or name.endswith("-"):
+        raise ValueError(f"profile {name!r}: give {', '.join(PROFILES)}, or one of them with a limit, like paper-12")
+    return PROFILES[known].limited(int(limit)) if limit else PROFILES[known]
+
+
 @dataclass(frozen=True)
 class Need:
     """Scores that a table needs: the first ``n`` questions of a task and split, in a template ("": the usual one)."""
@@ -273,6 +298,11 @@ class Need:
     split: str
     n: int
     template: str = ""
+
+    @property
+    def template_name(self) -> str:
+        """Of the template in which the questions are put."""
+        return self.template or TASKS[self.task].template
 
     def load(self) -> TaskSplit:
         """The questions."""
@@ -415,3 +445,16 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     ),
     "rates": tuple(_pairs_cell(SUMMEVAL, learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4)),
 }
+
+
+def all_needs(settings: Profile) -> list[Need]:
+    """:func:`needs`, and what the matrix reads besides where the profile has it; the committed stores hold these scores."""
+    found = needs(settings)
+    cells = [cell for part in MATRIX.values() for cell in part] if settings.matrix else []
+    for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
+        sizes = {"train": settings.n_train, "test": settings.n_students[tasks[0] in SUMMEVAL]}
+        for need in (Need("matrix", teacher, task, split, n) for split, n in sizes.items() for task in tasks):
+            own = (need.teacher, need.task, need.split, need.template_name)
+            if not any((f.teacher, f.task, f.split, f.template_name) == own and f.n >= need.n for f in found):
+                found.append(need)
+    return found

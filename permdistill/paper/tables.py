@@ -455,7 +455,8 @@ def readme(text: str, folder: str | Path) -> str:
 
 
 if __name__ == "__main__":  # python -m permdistill.paper.tables: bring the README's numbers up to date
-    root = Path(__file__).parents[2]
+    from permdistill.paper.paths import ROOT as root
+
     (root / "README.md").write_text(
         readme((root / "README.md").read_text(encoding="utf-8"), root / "figures"), encoding="utf-8"
     )

@@ -1,0 +1,120 @@
+"""``permdistill ask``: its options, and what it does. Loads neither openai nor torch until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from permdistill.files import replacing
+from permdistill.questions import Question
+
+if TYPE_CHECKING:
+    from permdistill.api.jobs import Call, Job
+    from permdistill.api.replies import Replies
+
+MODES = ("decisions", "logprobs")
+
+
+def _json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text} is no JSON object")
+    return value
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """All options but those that say which questions."""
+    add = command.add_argument
+    add("--base-url", required=True, help="up to and with /v1")
+    add("--model", required=True, help="as the API calls it")
+    add("--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)")
+    modes = "sampled tokens, or top_logprobs, asked in the order that vLLM's and SGLang's prefix caches like (%(default)s)"
+    add("--mode", choices=MODES, default="decisions", help=modes)
+    orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
+    add("--orders", choices=("drawn", "cyclic", "all"), help=orders)
+    add("--draws", type=int, default=32, help="calls an item, each in an order of its own (%(default)s)")
+    add("--seed", type=int, default=0, help="of the drawn orders")
+    add("--replies", default="replies", help="folder of the store (%(default)s)")
+    add("--dry-run", action="store_true", help="print the plan and its cost, ask nothing")
+    add("--max-calls", type=int, help="limit on all that the store ever cost, retries included")
+    add("--max-tokens", type=int, help="the same for tokens, prompts and replies together")
+    add("--max-cost", type=float, help="the same for money; needs prices")
+    add("--price-in", type=float, default=0.0, help="money per million prompt tokens")
+    add("--price-out", type=float, default=0.0, help="money per million completion tokens")
+    add("--tokenizer", help="folder or hub repository: counts the plan's tokens (default: by length)")
+    add("--concurrency", type=int, default=8, help="calls under way at a time (%(default)s)")
+    add("--tries", type=int, default=3, help="replies to a call that may name no option (%(default)s)")
+    add("--max-retries", type=int, default=6, help="of a call that gets no reply (%(default)s)")
+    add("--timeout", type=float, default=60.0, help="seconds for one attempt (%(default)s)")
+    add("--top-logprobs", type=int, default=20, help="alternatives to ask for (%(default)s)")
+    add("--limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")
+    add("--extra-body", type=_json_object, default={}, help="JSON object: further fields of each request")
+    add("--records", help="write every answer to this JSONL file; with logprobs, measure reads it")
+
+
+def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
+    """Ask {template's name: questions}, within the limits; ends with an error when items stay incomplete."""
+    from permdistill.api import ask
+    from permdistill.api.endpoint import Endpoint, Limits, Prices
+    from permdistill.api.jobs import Job, plan
+    from permdistill.api.replies import Replies
+    from permdistill.prompts import TEMPLATES
+
+    names = ("key_name", "timeout", "max_retries", "extra_body", "top_logprobs", "limit_field")
+    endpoint = Endpoint(args.base_url, args.model, **{name: getattr(args, name) for name in names})
+    store, prices = Replies(args.replies), Prices(args.price_in, args.price_out)
+    limits = Limits(args.max_calls, args.max_tokens, args.max_cost)
+    jobs = [
+        Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries)
+        for template, questions in asked.items()
+    ]
+    count_tokens = _token_counter(args.tokenizer)
+    for job in jobs:
+        print(f"{args.model}, template {job.template.name}, {args.mode}: {plan(job, store, prices, count_tokens)}")
+    spent = store.spent
+    total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
+    print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
+    if args.dry_run:
+        return
+    reports = []
+    for job in jobs:
+        reports.append(ask.ask(job, store, limits, prices, args.concurrency))
+        print(f"\n{reports[-1]}")
+    if args.records:
+        _write_records(Path(args.records), jobs, store)
+    if incomplete := sum(report.items - report.complete for report in reports):
+        sys.exit(f"{incomplete} items are incomplete: see the table; the same command goes on from here")
+
+
+def _calls(args: argparse.Namespace, questions: list[Question]) -> list[Call]:
+    from permdistill.api.jobs import calls_in_orders, drawn_calls
+    from permdistill.orders import cyclic_orders
+
+    orders = args.orders or ("drawn" if args.mode == "decisions" else "all")
+    if orders == "drawn":
+        return drawn_calls(questions, args.draws, args.seed)
+    by_k = {k: cyclic_orders(k) if orders == "cyclic" else None for k in {len(q.options) for q in questions}}
+    return [call for q in questions for call in calls_in_orders([q], by_k[len(q.options)])]
+
+
+def _token_counter(name: str | None) -> Callable[[str], int] | None:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _write_records(path: Path, jobs: list[Job], store: Replies) -> None:
+    """Every answered call as a line: id, order, and the decision (an option's index), or probabilities by position, which is
+    what ``permdistill measure`` reads."""
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        for job in jobs:
+            for call in job.calls:
+                if (record := job.record(store, call)) is not None:
+                    file.write(json.dumps(record) + "\n")

@@ -1,0 +1,5 @@
+"""``python -m permdistill.paper``."""
+
+from permdistill.paper.cli import main
+
+main()
