@@ -49,7 +49,7 @@ def test_exact_on_200_real_questions(name, tokenizer):
 def test_arms_agree_and_count_what_they_forward(tokenizer, workload, monkeypatch):
     teacher = tiny_teacher("llama", tokenizer)
     real = bench.summary_pairs
-    monkeypatch.setattr(bench, \"summary_pairs\", lambda documents, systems, *rest: real(documents, min(systems, 4), *rest))
+    monkeypatch.setattr(bench, "summary_pairs", lambda documents, systems, *rest: real(documents, min(systems, 4), *rest))
     rows = {row.arm: row for row in bench.measure(teacher, workload, 1, peak=1e11)}
     assert set(rows) == set(bench.ARMS)
     assert max(row.apart_max for row in rows.values()) < 1e-4
@@ -127,7 +127,7 @@ def test_a_killed_benchmark_goes_on_where_it_was(tokenizer, monkeypatch, tmp_pat
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
     monkeypatch.setattr(bench, "SAMPLE", dict.fromkeys(bench.SAMPLE, 1))
     real = bench.summary_pairs
-    monkeypatch.setattr(bench, \"summary_pairs\", lambda documents, systems, *rest: real(documents, min(systems, 3), *rest))
+    monkeypatch.setattr(bench, "summary_pairs", lambda documents, systems, *rest: real(documents, min(systems, 3), *rest))
     measure = bench.measure
 
     def killed_at_passages(teacher, workload, n, peak):

@@ -69,7 +69,7 @@ def test_own_questions_and_a_student_of_them(tmp_path):
     measure, distil = (block("README.md", "python", words) for words in ("permutation_sensitivity", "Lesson("))
     shown = python(measure + distil, tmp_path)
     number = r"\d(?:\.\d*)?(?:e-\d+)?"
-    assert re.match(rf"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+ *\]", shown), shown
+    assert re.match(r"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+ *\]", shown), shown
     (answer,) = re.findall(rf"^\[({number}) +({number}) +({number}) *\]$", shown, re.M)
     assert sum(map(float, answer)) == pytest.approx(1, abs=1e-4)
     assert (tmp_path / "my-student" / "permdistill.json").exists()

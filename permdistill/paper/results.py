@@ -1,6 +1,6 @@
 """The committed tables and figures as one page, ``figures/README.md``, and the README's headline table.
 
-    python -m permdistill.paper results        bring both up to date with figures/*.csv
+python -m permdistill.paper results        bring both up to date with figures/*.csv
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ FIGURES = {
 def page(folder: str | Path) -> str:
     """figures/README.md from the CSV files and pictures in ``folder``."""
     folder = Path(folder)
-    parts = ["# Tables and figures", "As `make paper` writes them: points, with 95% bootstrap intervals. CSV and LaTeX lie here."]
+    parts = [
+        "# Tables and figures",
+        "As `make paper` writes them: points, with 95% bootstrap intervals. CSV and LaTeX lie here.",
+    ]
     for section in SECTIONS:
         shown = tables.markdown(_shown(pd.read_csv(folder / f"{section.name}.csv")))
         parts += [f"## {section.heading}", section.text, shown]
