@@ -356,13 +356,13 @@ BIASED = "biased"
 MAJORITY = "majority vote over all orders"
 DEBIASED = "all-orders average"
 CYCLIC = "cyclic average"
-RANDOM = "mean over {} random orders"
+RANDOM, RANDOM_FAMILY = "mean over {} random orders", "mean over random orders"
 PRIOR_MATCHING = "prior-matching"
 CONTEXT_PRIOR_MATCHING = "context prior-matching"
 PRIDE_FRACTION = 0.05
 PRIDE = "PriDe at 5%"
 CALIBRATION = "contextual calibration"
-BLACK_BOX = "black-box histogram, {} draws"
+BLACK_BOX, BLACK_BOX_FAMILY = "black-box histogram, {} draws", "black-box histogram"
 DRAWS = (1, 2, 4, 8, 16, 32, 64)
 
 _LIUSIE, _ZHENG, _ZHAO = "Liusie et al., Findings of ACL 2024", "Zheng et al., ICLR 2024", "Zhao et al., ICML 2021"
@@ -393,6 +393,7 @@ class Debiaser:
     answer  (P, orders, content_free, rng) -> (item, order, option). ``content_free`` (position,) or None; deterministic
             methods leave the generator ``rng`` alone
     fits    orders -> whether they are what the method needs: all K!, closed under rotation, or any
+    family  the name of it with whatever number of calls; "": its own
     """
 
     name: str
@@ -400,6 +401,7 @@ class Debiaser:
     source: str
     answer: Callable[[np.ndarray, np.ndarray, np.ndarray | None, np.random.Generator], np.ndarray]
     fits: Callable[[np.ndarray], bool]
+    family: str = ""
 
 
 def _calibrated(P: np.ndarray, orders: np.ndarray, content_free: np.ndarray | None) -> np.ndarray:
@@ -417,6 +419,7 @@ def _random(n: int) -> Debiaser:
         f"{_LIUSIE}, with fewer orders",
         lambda P, o, c, rng: random_average(P, n, rng),
         _complete,
+        RANDOM_FAMILY,
     )
 
 
@@ -427,6 +430,7 @@ def _black_box(n: int) -> Debiaser:
         _LIUSIE,
         lambda P, o, c, rng: broadcast(black_box_targets(P, n, rng), len(o)),
         _complete,
+        BLACK_BOX_FAMILY,
     )
 
 

@@ -87,7 +87,7 @@ def test_result_makes_a_table_with_the_spread(tokenizer):
     assert (table.ratio_low <= table.ratio).all() and (table.ratio <= table.ratio_high).all()
     assert table.rounds.eq(2).all()
     assert bench.pretty(table).shape[0] == len(bench.ARMS)
-    assert len(figures.cost(table).axes) == 1
+    assert len(figures.scoring_time(table).axes) == 1
 
 
 def test_peak_memory_sees_what_was_taken_and_given_back():

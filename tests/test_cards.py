@@ -33,8 +33,8 @@ def test_card_holds_the_measured_numbers_and_the_recipe(trained):
     for run, path in zip(runs, cards.write(folder, table, runs, scored), strict=True):
         text = path.read_text(encoding="utf-8")
         assert path.parent == folder / "students" / run.name and text.startswith("---\nlibrary_name: transformers")
-        own = tables.pretty(table[(table.task == "all") & (table.system == run.title)]).iloc[0]
-        assert own["accuracy"] in text and own["gain over biased"] in text
+        own = tables.pretty(table[(table.task == "all") & (table.method == run.what.method)]).iloc[0]
+        assert own["accuracy"] in text and own["gain over biased"] in text and f"| {run.title} |" in text
         assert "24\nquestions without gold answers: one (licence not known here)" in text
         assert "learning rate 0.001" in text and "**planted**" in text
         others = {r.title for r in runs} - {run.title}

@@ -2,69 +2,116 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from test_experiments import planted
 
+from permdistill import debias
 from permdistill.metrics import Interval
 from permdistill.orders import cyclic_orders
-from permdistill.paper import ablations, claims, profiles, tables
+from permdistill.paper import ablations, claims, profiles, systems, tables
 from permdistill.paper.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE
 from permdistill.paper.experiments import System
+from permdistill.paper.systems import BIASED, COPY, CORRECTION, DISTILLATION, WHITE_BOX, Description, described_rows
+
+USUAL = Path(profiles.USUAL.teacher).name
 
 
-def by_claim(verdicts: list[claims.Verdict]) -> dict[str, str]:
-    return {v.claim[:3]: v.verdict for v in verdicts}
+NOTHING = pd.DataFrame(columns=["teacher", "task", "kind", "method"])
+
+
+def measured(scored=(), t1=NOTHING, t2=NOTHING, t3=NOTHING, gaps=None) -> claims.Measured:
+    """What claims are judged by; ``gaps`` stands in for the stored students'."""
+    found = claims.Measured(scored, t1, t2, t3)
+    found.__dict__["gaps"] = pd.DataFrame(columns=GAPS) if gaps is None else gaps
+    return found
+
+
+def judged(m: claims.Measured, letters: str) -> list[tuple[str, claims.Finding]]:
+    return [(claim.letter, f) for claim in claims.CLAIMS if claim.letter in letters for f in claim.judge(m)]
+
+
+def by_claim(m: claims.Measured, letters: str) -> dict[str, bool | None]:
+    return {letter: found.holds for letter, found in judged(m, letters)}
+
+
+def of_teacher(name: str = "t") -> pd.DataFrame:
+    """T1, as far as it says whose scores there are."""
+    return pd.DataFrame({"teacher": [name]})
 
 
 def test_debiasing_is_confirmed_where_accuracy_rises_and_not_where_it_cannot():
     biased, knowing = planted("one"), planted("two", bias=0.5)
-    (verdict,) = claims.debiasing(tables.teachers([biased]))
-    assert verdict.verdict == CONFIRMED and "ps = 0 on 1 of 1 tasks" in verdict.evidence
+    (found,) = claims.debiased(measured(t1=tables.teachers([biased])))
+    assert found.holds and "ps = 0 on 1 of 1 tasks" in found.evidence
     # Right in every order with the bias too: nothing to gain.
-    (verdict,) = claims.debiasing(tables.teachers([biased, knowing]))
-    assert verdict.verdict == NOT_CONFIRMED and "accuracy up on 1" in verdict.evidence
+    (found,) = claims.debiased(measured(t1=tables.teachers([biased, knowing])))
+    assert not found.holds and "accuracy up on 1" in found.evidence
 
 
 def test_prior_matching_equals_debiasing_on_an_additive_bias():
-    found = by_claim(claims.prior_matching([planted("one", n=60)]))
+    found = by_claim(measured([planted("one", n=60)]), "bc")
     # It recovers everything, so it does not lie *between*, and context prior-matching is as good as debiasing.
-    assert found == {"(b)": NOT_CONFIRMED, "(c)": CONFIRMED}
+    assert found == {"b": False, "c": True}
 
 
 def test_invariance_is_compared_at_the_same_number_of_options():
     pairs = planted("summeval_coherence", k=2, bias=3.0)
-    assert by_claim(claims.task_specific([pairs, planted("piqa", k=2, bias=0.1)])) == {"(d)": CONFIRMED}
-    assert by_claim(claims.task_specific([pairs, planted("piqa", k=2, bias=3.0)])) == {"(d)": NOT_CONFIRMED}
-    assert by_claim(claims.task_specific([pairs, planted("arc", k=3)])) == {"(d)": NOT_TESTABLE}
+    assert by_claim(measured([pairs, planted("piqa", k=2, bias=0.1)]), "d") == {"d": True}
+    assert by_claim(measured([pairs, planted("piqa", k=2, bias=3.0)]), "d") == {"d": False}
+    assert by_claim(measured([pairs, planted("arc", k=3)]), "d") == {"d": None}
 
 
-def students(*rows: tuple) -> pd.DataFrame:
-    """(system, kind, accuracy, gain, ps), each with intervals of 2 points and 0.01."""
-    frame = pd.DataFrame(rows, columns=["system", "kind", "accuracy", "gain", "ps"]).assign(task="all")
+def students(*rows: tuple[Description, float, float | None, float]) -> pd.DataFrame:
+    """(what, accuracy, gain, ps), each with intervals of 2 points and 0.01."""
+    numbers = [dict(zip(("accuracy", "gain", "ps"), row[1:], strict=True)) for row in rows]
+    whats = [asdict(what) for what, *_ in rows]
+    frame = described_rows([{"teacher": "t", "task": "all", **w, **n} for w, n in zip(whats, numbers, strict=True)])
     for name, half in (("accuracy", 0.02), ("gain", 0.02), ("ps", 0.01)):
         frame[f"{name}_low"], frame[f"{name}_high"] = frame[name] - half, frame[name] + half
     return frame
 
 
+def student(method: str, encoder: str = "m", head: str = "joint", greedy: bool = False) -> Description:
+    return Description("student", method, int(method != DISTILLATION), encoder, head, greedy, 1.0, 0, 0, "all")
+
+
+BASELINES = [
+    (Description("teacher", BIASED, 1), 0.6, None, 0.2),
+    (Description("copy", COPY, 1, greedy=False), 0.5, -0.1, 0.4),
+]
+
+
 def test_students_claims():
-    teachers = [("t, biased", "teacher", 0.6, None, 0.2), ("copy of one", "copy", 0.5, -0.1, 0.4)]
+    t2 = students(*BASELINES, (student(DISTILLATION), 0.3, -0.3, 0.0), (student(CORRECTION), 0.64, 0.04, 0.1))
+    t3 = students(*BASELINES, (student(DISTILLATION), 0.7, 0.1, 0.0))
+    assert by_claim(measured((), of_teacher(), t2, t3), "efjk") == dict.fromkeys("efjk", True)
     t2 = students(
-        *teachers, ("m, distillation", "student", 0.3, -0.3, 0.0), ("m, error correction", "student", 0.64, 0.04, 0.1)
+        *BASELINES,
+        (student(DISTILLATION), 0.61, 0.01, 0.2),
+        (student(CORRECTION), 0.5, -0.1, 0.2),
+        (student(WHITE_BOX), 0.6, 0.0, 0.2),  # sees more than the copy
     )
-    t3 = students(*teachers, ("m, distillation", "student", 0.7, 0.1, 0.0))
-    found = by_claim(claims.students(t2, t3))
-    assert {c: found[f"({c})"] for c in "efjk"} == dict.fromkeys("efjk", CONFIRMED)
-    t2 = students(
-        *teachers,
-        ("m, distillation", "student", 0.61, 0.01, 0.2),
-        ("m, error correction", "student", 0.5, -0.1, 0.2),
-        ("m, white-box error correction", "student", 0.6, 0.0, 0.2),  # sees more than the copy
-    )
-    t3 = students(*teachers, ("m, distillation", "student", 0.61, 0.01, 0.2))
-    found = by_claim(claims.students(t2, t3))
-    assert {c: found[f"({c})"] for c in "efjk"} == dict.fromkeys("efjk", NOT_CONFIRMED)
+    t3 = students(*BASELINES, (student(DISTILLATION), 0.61, 0.01, 0.2))
+    assert by_claim(measured((), of_teacher(), t2, t3), "efjk") == dict.fromkeys("efjk", False)
+
+
+def test_white_box_students_are_counted_and_decide_nothing():
+    own = [(student(CORRECTION), 0.5, -0.1, 0.1), (student(WHITE_BOX), 0.7, 0.1, 0.3)]
+    gaps = differences(("t", student(WHITE_BOX, "n"), BASELINES[0][0], 0.1), ("t", student(WHITE_BOX, "n"), COPIES[0], 0.2))
+    m = measured((), of_teacher(), students(*BASELINES, *own), students(*BASELINES), gaps)
+    found = dict(judged(m, "fjk"))
+    assert {letter: f.holds for letter, f in found.items()} == {"f": False, "j": True, "k": False}
+    shown = {letter: f.evidence.split(": ", 1)[1] for letter, f in found.items()}
+    others = "white-box, not the paper's: 1 of 1 this run's, 1 of 1 stored"
+    for letter in "fk":
+        assert shown[letter].startswith("0 of 1 this run's; best: m, joint head, error correction")
+        assert shown[letter].endswith(others) and found[letter].students == "this run's and stored"
+    assert shown["j"] == "1 of 1 this run's; white-box, not the paper's: 0 of 1 this run's"
 
 
 def test_ablations_follow_the_stored_students(monkeypatch):
@@ -88,43 +135,97 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     def answer(cell: profiles.Cell, folder: str = "") -> System:
         if cell not in shares:
             raise ablations.MissingPredictions("run `make students`")
-        return System("s", "student", answers(shares[cell]), orders, 0, 1)
+        return System(cell.run.what, answers(shares[cell]), orders, 1)
 
     monkeypatch.setattr(ablations, "answer", answer)
-    assert by_claim(claims.varied()) == {"(g)": CONFIRMED, "(h)": NOT_TESTABLE, "(i)": CONFIRMED}
+    m = measured(t1=of_teacher(USUAL))
+    assert by_claim(m, "ghi") == {"g": True, "h": None, "i": True}
     shares[large] = 0.9
     del shares[profiles.MATRIX["draws"][1]]
-    assert by_claim(claims.varied()) == {"(g)": NOT_TESTABLE, "(h)": NOT_TESTABLE, "(i)": NOT_CONFIRMED}
+    assert by_claim(m, "ghi") == {"g": None, "h": None, "i": False}
     shares[profiles.MATRIX["draws"][1]] = 0.3
-    assert by_claim(claims.varied())["(g)"] == NOT_CONFIRMED
+    assert by_claim(m, "g") == {"g": False}
 
 
-def test_stored_students_are_compared_with_what_they_see(monkeypatch):
-    rows = [
-        ("weak", "m, bi-encoder head, distillation", "biased teacher", 0.1),
-        ("weak", "m, bi-encoder head, distillation", "copy of one sampled decision", 0.2),
-        ("weak", "m, bi-encoder head, error correction", "biased teacher", 0.0),
-        ("weak", "m, bi-encoder head, error correction", "copy of one sampled decision", 0.1),
-        ("weak", "m, bi-encoder head, error correction", "copy of the most probable decision", -0.1),
-        ("strong", "m, bi-encoder head, error correction (greedy)", "biased teacher", -0.1),
-        ("strong", "m, bi-encoder head, error correction (greedy)", "copy of one sampled decision", 0.1),
-        ("strong", "m, bi-encoder head, error correction (greedy)", "copy of the most probable decision", 0.0),
-        ("strong", "m, bi-encoder head, white-box error correction", "biased teacher", 0.01),
-    ]
-    gaps = pd.DataFrame(rows, columns=["teacher", "system", "rival", "difference"])
-    gaps = gaps.assign(difference_low=gaps.difference - 0.02, difference_high=gaps.difference + 0.02)
-    monkeypatch.setattr(ablations, "available", lambda cells, folder: list(cells))
-    monkeypatch.setattr(ablations, "differences", lambda cells, folder: gaps)
-    found = {(v.claim[:3], v.about.split()[-1]): v for v in claims.stored()}
-    assert {key: v.verdict for key, v in found.items()} == {
-        ("(f)", "weak"): CONFIRMED,
-        ("(f)", "strong"): NOT_CONFIRMED,
-        ("(k)", "weak"): CONFIRMED,
-        ("(k)", "strong"): NOT_CONFIRMED,
+GAPS = ["teacher", "kind", "method", "greedy", "rival_kind", "rival_greedy"]
+COPIES = [Description("copy", COPY, 1, greedy=greedy) for greedy in (False, True)]
+
+
+def differences(*rows: tuple[str, Description, Description, float]) -> pd.DataFrame:
+    """(teacher, student, rival, difference), with intervals of 2 points."""
+    return described_rows(
+        [
+            {"teacher": teacher, **asdict(what), **{f"rival_{name}": value for name, value in asdict(rival).items()}}
+            | {"difference": d, "difference_low": d - 0.02, "difference_high": d + 0.02}
+            for teacher, what, rival, d in rows
+        ]
+    )
+
+
+def test_stored_students_are_compared_with_what_they_see():
+    biased, (one, probable) = BASELINES[0][0], COPIES
+    distilled, corrected = (student(method, head="bi_encoder") for method in (DISTILLATION, CORRECTION))
+    greedy, white_box = student(CORRECTION, head="bi_encoder", greedy=True), student(WHITE_BOX, head="bi_encoder")
+    gaps = differences(
+        ("weak", distilled, biased, 0.1),
+        ("weak", distilled, one, 0.2),
+        ("weak", corrected, biased, 0.0),
+        ("weak", corrected, one, 0.1),
+        ("weak", corrected, probable, -0.1),
+        ("strong", greedy, biased, -0.1),
+        ("strong", greedy, one, 0.1),
+        ("strong", greedy, probable, 0.0),
+        ("strong", white_box, biased, 0.01),
+    )
+    m = measured((), of_teacher(), students(*BASELINES), students(*BASELINES), gaps)
+    found = {(letter, f.teacher): f for letter, f in judged(m, "fk")}
+    assert {key: f.holds for key, f in found.items()} == {
+        ("f", "weak"): True,
+        ("f", "strong"): False,
+        ("k", "weak"): True,
+        ("k", "strong"): False,
     }
-    assert found["(k)", "weak"].evidence.endswith("m, bi-encoder head, distillation 10.0 [8.0, 12.0]")
+    assert found["k", "weak"].evidence.endswith("m, bi-encoder head, distillation 10.0 [8.0, 12.0]")
+    assert "1 of 2 stored" in found["k", "weak"].evidence
+    assert judged(measured((), of_teacher(), students(*BASELINES), students(*BASELINES)), "fk") == []
+
+
+def test_stored_students_that_are_not_there_are_no_students(monkeypatch):
     monkeypatch.setattr(ablations, "available", lambda cells, folder: [])
-    assert claims.stored() == []
+    assert len(claims.Measured((), of_teacher(USUAL), NOTHING, NOTHING).gaps) == 0
+
+
+def test_titles_are_for_people_alone(monkeypatch):
+    """However systems are called, the verdicts are the same."""
+    scored = [planted("one"), planted("summeval_coherence", k=2), planted("piqa", k=2)]
+    own = [(student(DISTILLATION), 0.3, -0.3, 0.0), (student(CORRECTION, "a-base"), 0.64, 0.04, 0.1)]
+    own += [(student(CORRECTION, "a-large"), 0.5, -0.1, 0.3), (student(WHITE_BOX), 0.9, 0.3, 0.0)]
+    t2, t3 = students(*BASELINES, *own), students(*BASELINES, *own[::-1])
+    gaps = differences(*(("t", what, rival, 0.1) for what, *_ in own for rival in (BASELINES[0][0], *COPIES)))
+
+    def found() -> pd.DataFrame:
+        return claims.verdicts(measured(scored, tables.teachers(scored), t2, t3, gaps))
+
+    usual = found()
+    assert set(usual.verdict) == {CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE}
+    for module in (systems, claims, tables):
+        monkeypatch.setattr(module, "title", lambda what: f"system {hash(what)}", raising=False)
+    renamed = found()
+    assert "best: system" in renamed.evidence.str.cat() and "best: system" not in usual.evidence.str.cat()
+    same = ["claim", "in the paper", "teacher", "students", "verdict"]
+    pd.testing.assert_frame_equal(renamed[same], usual[same])
+    counts = r"; best: .*?\]"
+    assert usual.evidence.replace(counts, "", regex=True).equals(renamed.evidence.replace(counts, "", regex=True))
+    papers = claims.in_the_papers_words(tables.teachers(scored), t2, t3)
+    monkeypatch.undo()
+    assert papers.keys() == claims.in_the_papers_words(tables.teachers(scored), t2, t3).keys()
+
+
+def test_every_claim_is_listed_once_with_its_place_and_criterion():
+    assert "".join(claim.letter for claim in claims.CLAIMS) == "abcdefghijk"
+    listed = claims.listed()
+    assert len(listed) == 11 and (listed.map(len) > 5).all(axis=None)
+    assert len({claim.judge for claim in claims.CLAIMS}) == 11
 
 
 def test_targets_are_found_missed_or_not_there():
@@ -153,14 +254,13 @@ def test_the_targets_file_holds_the_papers_numbers_and_ours():
 
 def test_the_papers_cells_are_found_under_its_names():
     race, pairs = ("race_middle", "race_high", "race_c"), "summeval16_coherence"
-    rows = [("t, biased", "teacher", 0.61, 0.3), ("t, all-orders average", "debiased", 0.7, 0.0)]
-    rows += [("roberta-large, joint head, error correction", "student", 0.675, 0.1)]
-    rows += [("roberta-large, joint head, distillation", "student", 0.5, 0.1)]
-    rows += [("roberta-large, per-option head, distillation", "student", 0.9, 0.0)]
-    rows += [("deberta-v3-large, joint head, distillation", "student", 0.65, 0.1)]
-    rows += [("all-MiniLM-L6-v2, joint head, distillation", "student", 0.2, 0.1)]
-    systems = pd.DataFrame(rows, columns=["system", "kind", "accuracy", "ps"]).assign(n=100)
-    t2, t3 = (pd.concat([systems.assign(task=task) for task in tasks]) for tasks in ((*race, "all"), (pairs, "all")))
+    rows = [(Description("teacher", BIASED, 1), 0.61, 0.3), (Description("debiased", debias.DEBIASED, 24), 0.7, 0.0)]
+    rows += [(student(CORRECTION, "roberta-large"), 0.675, 0.1), (student(DISTILLATION, "roberta-large"), 0.5, 0.1)]
+    rows += [(student(DISTILLATION, "roberta-large", "per_option"), 0.9, 0.0)]
+    rows += [(replace(student(DISTILLATION, "roberta-large"), draws=32), 0.9, 0.0)]  # not the paper's targets
+    rows += [(student(DISTILLATION, "deberta-v3-large"), 0.65, 0.1), (student(DISTILLATION, "all-MiniLM-L6-v2"), 0.2, 0.1)]
+    made = described_rows([{**asdict(what), "accuracy": accuracy, "ps": ps, "n": 100} for what, accuracy, ps in rows])
+    t2, t3 = (pd.concat([made.assign(task=task) for task in tasks]) for tasks in ((*race, "all"), (pairs, "all")))
     t1 = pd.DataFrame(
         [("flan-t5-xl", task, ps) for task, ps in (("race_c", 0.1), ("medmcqa", 0.14), (pairs, 0.4), ("piqa", 0.9))]
         + [("flan-t5-xxl", pairs, 0.5), ("smollm2-135m", "race_c", 0.1)],
@@ -190,30 +290,37 @@ def test_difference_of_independent_intervals():
     assert difference == pytest.approx((0.3, 0.3 - 0.03 * 2**0.5, 0.3 + 0.04 * 2**0.5))
 
 
-def test_stored_students_are_judged_beside_their_own_teachers_only(monkeypatch):
-    monkeypatch.setattr(claims, "stored", lambda: [claims.Verdict("(f)", "stored", CONFIRMED, "")])
-    monkeypatch.setattr(claims, "varied", lambda: [claims.Verdict("(g)", "stored", CONFIRMED, "")])
-    monkeypatch.setattr(claims, "task_specific", lambda scored: [])
-    monkeypatch.setattr(claims, "students", lambda t2, t3: [])
-    for name, expected in ((profiles.USUAL.teacher, {"(f)", "(g)"}), ("her-own/llm", set())):
-        t1 = tables.teachers([planted("one")]).assign(teacher=name)
-        found = claims.verdicts([planted("one")], t1, students(), students())
-        assert set(found[found.about == "stored"].claim) == expected
-        rest = {} if expected else dict.fromkeys(("(g)", "(h)", "(i)"), NOT_TESTABLE)
-        assert by_claim(found[found.about == "students"].itertuples()) == rest
+@pytest.mark.parametrize("teacher", [profiles.USUAL.teacher, "her-own/llm"])
+def test_stored_students_are_judged_beside_their_own_teachers_only(monkeypatch, teacher):
+    asked = []
+    monkeypatch.setattr(ablations, "available", lambda cells, folder: asked.append(1) or [])
+    monkeypatch.setattr(ablations, "gap", lambda *cells: asked.append(1) or Interval(0.0, -0.1, 0.1))
+    t1 = tables.teachers([planted("one")]).assign(teacher=teacher)
+    m = claims.Measured((), t1, students(*BASELINES), students(*BASELINES))
+    found = claims.verdicts(m)
+    assert bool(asked) == m.with_stored == (teacher == USUAL)
+    if m.with_stored:
+        assert set(found[found.students == "stored"].claim.str[:3]) == {"(g)", "(h)", "(i)"}
+    else:
+        assert "stored" not in set(found.students)
+        varied = found[found.claim.str[:3].isin(["(g)", "(h)", "(i)"])]
+        assert varied.verdict.tolist() == [NOT_TESTABLE] * 3 and set(varied.students) == {"this run's"}
 
 
 def test_sizes_compare_large_encoders_with_their_own_base():
     def table(*accuracies: float) -> pd.DataFrame:
-        names = [f"{family}-{size}, joint head, error correction" for family in ("a", "b") for size in ("base", "large")]
-        rows = [(name, "student", accuracy, 0.0, 0.1) for name, accuracy in zip(names, accuracies, strict=True)]
-        other = [(f"a-{size}, joint head, white-box error correction", at) for size, at in (("base", 0.1), ("large", 0.9))]
-        other.append(("c-large, joint head, error correction", 0.9))  # without its base
-        return students(*rows, *((name, "student", accuracy, 0.0, 0.1) for name, accuracy in other))
+        encoders = [f"{family}-{size}" for family in ("a", "b") for size in ("base", "large")]
+        rows = [(student(CORRECTION, e), accuracy, 0.0, 0.1) for e, accuracy in zip(encoders, accuracies, strict=True)]
+        rows += [(student(WHITE_BOX, f"a-{size}"), at, 0.0, 0.1) for size, at in (("base", 0.1), ("large", 0.9))]
+        rows.append((student(CORRECTION, "c-large"), 0.9, 0.0, 0.1))  # without its base
+        return students(*rows)
+
+    def found(t2: pd.DataFrame, t3: pd.DataFrame) -> claims.Finding:
+        return next(claims.student_size(measured((), of_teacher("her-own"), t2, t3)))
 
     even, better = table(0.5, 0.5, 0.6, 0.6), table(0.5, 0.6, 0.6, 0.7)
-    found = claims.sizes(better, even)
-    assert found.verdict == CONFIRMED and found.evidence.startswith("multiple choice: 2 of 2 large encoders above")
+    assert found(better, even).holds
+    assert found(better, even).evidence.startswith("multiple choice: 2 of 2 large encoders above")
     half = table(0.5, 0.6, 0.6, 0.6)
     for t2, t3 in ((even, even), (better, half), (half, even)):
-        assert claims.sizes(t2, t3).verdict == NOT_CONFIRMED
+        assert not found(t2, t3).holds

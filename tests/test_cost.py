@@ -3,51 +3,58 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
-import pandas as pd
 import pytest
 from test_experiments import planted
 from test_students import make_encoder
 
+from permdistill import debias
 from permdistill.orders import all_orders
-from permdistill.paper import cost, figures
+from permdistill.paper import cost, figures, systems
+from permdistill.paper.systems import Description, described_rows
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import unlabelled
 from permdistill.teachers import load_teacher
 
+MINI = {"encoder": "mini", "head": "bi_encoder"}
 ROWS = [
-    {"system": f"big, {arm}", "kind": "teacher", "parameters": 10**9, "round": 0, "seconds": seconds, "flops": flops}
+    {"kind": "teacher", "teacher": "big", "arm": arm, "parameters": 10**9, "round": 0, "seconds": seconds, "flops": flops}
     for arm, seconds, flops in ((cost.ONE, 1.0, 10.0), (cost.EACH, 24.0, 240.0), (cost.SHARED, 4.0, 40.0))
 ] + [
-    {"system": "mini, bi-encoder head", "kind": "student", "parameters": 10**7, "round": n, "seconds": s, "flops": 2.0}
+    {"kind": "student", **MINI, "parameters": 10**7, "round": n, "seconds": s, "flops": 2.0}
     for n, s in enumerate((0.1, 0.2, 9.0))
 ]
 
 
 def test_table_takes_medians_and_compares_with_the_first_teacher(tmp_path):
     (tmp_path / "cost.json").write_text(json.dumps({"rows": ROWS}))
-    table = cost.table(cost.read(tmp_path / "cost.json")).set_index("system")
-    student = table.loc["mini, bi-encoder head"]
+    table = cost.table(cost.read(tmp_path / "cost.json"))
+    (student,) = table[table.encoder == "mini"].itertuples()
+    student = table.loc[student.Index]
     assert (student.seconds, student["times one order"], student["times all orders"]) == pytest.approx((0.2, 5, 120))
-    assert cost.pretty(table.reset_index())["questions/s"].tolist() == ["1", "0.0417", "0.25", "5"]
+    shown = cost.pretty(table)
+    assert shown["questions/s"].tolist() == ["1", "0.0417", "0.25", "5"]
+    assert shown.system.tolist()[1:] == [
+        "big, all orders, one by one",
+        "big, all orders, shared prefixes",
+        "mini, bi-encoder head",
+    ]
 
 
 def test_systems_cost_what_they_call():
-    names = [
-        ("biased teacher", "teacher", 1.0),
-        ("prior-matching, 1 call", "debiased", 1.0),
-        ("mean over 2 orders", "debiased", 2.0),
-        ("mean over 4 cyclic orders", "debiased", 4.0),
-        ("all-orders average", "debiased", 4.0),
-        ("mini, bi-encoder head, distillation", "student", 0.2),
-        ("mini, bi-encoder head, white-box error correction, 8 draws", "student", 1.2),
-    ]
-    calls = [1, 1, 2, 4, 24, 0, 1]
-    systems = pd.DataFrame(
-        [{"system": s, "kind": k, "teacher": "big", "calls": n} for (s, k, _), n in zip(names, calls, strict=True)]
-    )
-    found = cost.of_systems(systems, cost.table({"rows": ROWS}))
-    assert found.seconds.tolist() == pytest.approx([seconds for *_, seconds in names])
+    expected = {
+        Description("teacher", systems.BIASED, 1): 1.0,
+        Description("debiased", debias.PRIOR_MATCHING, 1): 1.0,
+        Description("debiased", systems.TWO_ORDERS, 2): 2.0,
+        Description("debiased", debias.CYCLIC, 4): 4.0,
+        Description("debiased", debias.DEBIASED, 24): 4.0,
+        Description("student", systems.DISTILLATION, 0, **MINI): 0.2,
+        Description("student", systems.WHITE_BOX, 1, **MINI, draws=8): 1.2,
+    }
+    rows = [{"teacher": "big", **asdict(what)} for what in expected]
+    found = cost.of_systems(described_rows(rows), cost.table({"rows": ROWS}))
+    assert found.seconds.tolist() == pytest.approx(list(expected.values()))
     assert found.flops.iloc[-1] == pytest.approx(12)
 
 
@@ -56,13 +63,10 @@ def test_training_is_measured_beside_the_limit(monkeypatch, tmp_path):
     monkeypatch.setattr(cost, "LENGTH", {"joint": 128, "bi_encoder": 128})
     monkeypatch.setattr(cost, "_questions", lambda: unlabelled(planted("test", n=24).task.questions))
     rows = cost.training_rows(2, 8)
-    assert [row["round"] for row in rows] == [0, 0, 1, 1] and {row["system"].split(", ")[1] for row in rows} == {
-        "joint head",
-        "bi-encoder head",
-    }
+    assert [row["round"] for row in rows] == [0, 0, 1, 1] and {row["head"] for row in rows} == {"joint", "bi_encoder"}
     table = cost.training_table({"training": rows})
     assert len(table) == 2 and (table["share of the peak"] > 0).all() and (table["share of the peak"] < 1).all()
-    row = {"system": "s", "round": 0, "seconds": 0.5, "flops": 4e9, "peak": 16e9}
+    row = {**MINI, "round": 0, "seconds": 0.5, "flops": 4e9, "peak": 16e9}
     (one,) = cost.training_table({"training": [row]}).to_dict("records")
     assert (one["questions/s"], one["GFLOP a question"], one["share of the peak"]) == (2, 4, 0.5)
 
@@ -81,13 +85,13 @@ def test_every_arm_answers_alike():
 
 
 def test_the_figure_shows_every_system():
-    names = [("biased teacher", "teacher"), ("all-orders average", "debiased")]
-    names += [(f"{e}, bi-encoder head, {m}", "student") for e in ("mini", "big") for m in ("distillation", "untrained")]
-    names += [("mini, joint head, white-box error correction", "student")]
-    calls = [1, 24, 0, 0, 0, 0, 1]
-    systems = pd.DataFrame([{"system": s, "kind": k, "teacher": "t", "accuracy": 0.5} for s, k in names]).assign(calls=calls)
-    systems = systems.assign(accuracy_low=0.4, accuracy_high=0.6, parameters_millions=20.0, seconds=range(1, 8))
-    figure = figures.accuracy_and_cost(systems)
+    names = [Description("teacher", systems.BIASED, 1), Description("debiased", debias.DEBIASED, 24)]
+    methods = (systems.DISTILLATION, systems.UNTRAINED)
+    names += [Description("student", m, 0, e, "bi_encoder") for e in ("mini", "big") for m in methods]
+    names += [Description("student", systems.WHITE_BOX, 1, "mini", "joint")]
+    table = described_rows([{"teacher": "t", "accuracy": 0.5, **asdict(what)} for what in names])
+    table = table.assign(accuracy_low=0.4, accuracy_high=0.6, parameters_millions=20.0, seconds=range(1, 8))
+    figure = figures.accuracy_and_cost(table)
     (ax,), (legend,) = figure.axes, figure.legends
     assert {text.get_text() for text in ax.texts} == {"biased", "all orders", ""}
     assert len(ax.containers) == len(names)

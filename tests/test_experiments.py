@@ -20,6 +20,7 @@ from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import experiments, figures, models, profiles, tables
 from permdistill.paper import tasks as registry
 from permdistill.paper.experiments import Scored
+from permdistill.paper.systems import Description, described, titled
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import CONTENT_FREE, Question, from_jsonl, unlabelled
 from permdistill.students import Student
@@ -123,7 +124,7 @@ def test_distil_writes_checkpoint_and_predictions(tmp_path, inputs):
     run = profiles.Run(StudentConfig(encoder, "per_option", inputs, 3, 64), TrainingConfig(epochs=1))
     train, test = planted("train", n=24), planted("test", n=12, seed=5)
     system = experiments.distil(run, train, test, tmp_path)
-    assert system.P.shape == (12, 3, 3) and system.kind == "student" and system.parameters > 1000
+    assert system.P.shape == (12, 3, 3) and system.what == run.what and system.parameters > 1000
     (predictions,) = (tmp_path / "predictions").rglob("*.parquet")
     frame = pd.read_parquet(predictions)
     assert frame.columns.tolist() == ["id", "order", "probabilities"] and len(frame) == 12 * 3
@@ -137,16 +138,18 @@ def test_students_table_compares_with_the_biased_teacher_and_keeps_losers():
     right = np.array([q.answer for q in test.task.questions])
     good = debias.broadcast(debias.one_hot(right, 3), 3)
     bad = debias.broadcast(debias.one_hot((right + 1) % 3, 3), 3)
-    systems += [experiments.System(n, "student", P, cyclic_orders(3), 0, 10) for n, P in (("good", good), ("bad", bad))]
+    students = {n: Description("student", n, 0) for n in ("good", "bad")}
+    systems += [experiments.System(students[n], P, cyclic_orders(3), 10) for n, P in (("good", good), ("bad", bad))]
     frame = tables.students(test, systems)
     assert frame.groupby("task", sort=False).size().to_dict() == {"one": 5, "two": 5, "all": 5}
-    by = frame.set_index(["task", "system"])
+    assert set(frame.teacher) == {"planted"} and described(frame)[:5] == [system.what for system in systems]
+    by = frame.set_index(["task", "method"])
     assert by.loc[("all", "good"), "gain"] == pytest.approx(2 / 3) and by.loc[("all", "bad"), "gain"] == pytest.approx(
         -1 / 3
     )
-    assert np.isnan(by.loc[("all", "planted, biased"), "gain"]) and by.loc[("all", "good"), "n"] == 80
-    assert tables.better_than_teacher(frame).system.tolist() == ["good"]
-    assert tables.worse_than_teacher(frame).system.tolist() == ["bad"]
+    assert np.isnan(by.loc[("all", "biased"), "gain"]) and by.loc[("all", "good"), "n"] == 80
+    assert tables.better_than_teacher(frame).method.tolist() == ["good"]
+    assert tables.worse_than_teacher(frame).method.tolist() == ["bad"]
     # (students' ps is 0, the teacher's is not)
     assert tables.less_sensitive(frame)["below teacher"].tolist() == ["2 of 2"] * 3
     for draw in (figures.students, figures.sensitivity_against_accuracy):
@@ -286,6 +289,7 @@ def test_every_debiaser_on_what_is_there():
     assert len(whole) == len(debias.debiasers(3))
     row = whole.set_index("debiaser").loc[debias.DEBIASED]
     assert row.accuracy == 1 and row.ps == 0 and row.calls == 6 and row.gain == pytest.approx(2 / 3)
+    assert set(whole.family) == set(figures.FAMILIES)  # each has a marker
     assert {"rstd", "ckld", "cramers_v", "circular", "adversarial", "flip", "ppa", "pbm"} <= set(whole)
     # A harness that did the rotations only: no method that needs all orders, no calibration.
     cyclic = [s.orders.tolist().index(order) for order in cyclic_orders(3).tolist()]
@@ -317,16 +321,34 @@ def test_mcnemar_table_counts_the_questions_that_change():
 def test_seeds_of_a_student_share_a_row_of_their_mean():
     s = planted("one")
     biased, averaged, copied = experiments.baselines(s)
-    seeds = [replace(averaged, name="student", kind="student"), replace(copied, name="student", kind="student")]
-    table = tables.students(s, [biased, *seeds]).set_index(["task", "system"])
-    row = table.loc[("all", "student")]
-    alone = tables.students(s, [biased, averaged, copied]).set_index(["task", "system"]).loc["all"]
-    assert row.seeds == 2 and row.accuracy == pytest.approx(alone.loc[[averaged.name, copied.name]].accuracy.mean())
-    assert row.ps == pytest.approx(alone.loc[[averaged.name, copied.name]].ps.mean())
+    seeds = [replace(system, what=Description("student", "any", 0)) for system in (averaged, copied)]
+    table = tables.students(s, [biased, *seeds]).set_index(["task", "method"])
+    row = table.loc[("all", "any")]
+    alone = tables.students(s, [biased, averaged, copied]).set_index(["task", "method"]).loc["all"]
+    both = alone.loc[[averaged.what.method, copied.what.method]]
+    assert row.seeds == 2 and row.accuracy == pytest.approx(both.accuracy.mean())
+    assert row.ps == pytest.approx(both.ps.mean())
     run = profiles.PROFILES["smoke"].multiple_choice[0]
     other = replace(run, training=replace(run.training, seed=1))
-    assert other.title == run.title and other.name == f"{run.name}-seed1"
+    assert other.what == run.what and other.title == run.title and other.name == f"{run.name}-seed1"
     assert replace(run, greedy=True, power=4.0).name == f"{run.name}-greedy-power4"
+
+
+def test_titles_are_made_when_tables_are_printed(tmp_path):
+    s = planted("one")
+    run = profiles.PROFILES["smoke"].multiple_choice[0]
+    unusual = replace(run, greedy=True, power=np.inf, draws=8, n_train=20, orders="original")
+    baselines = experiments.baselines(s)
+    students = [replace(baselines[1], what=one.what) for one in (run, unusual)]
+    api = replace(baselines[2], what=replace(baselines[2].what, greedy=None))
+    table = tables.students(s, [*baselines, api, *students])
+    titles = ["biased teacher", "all-orders average", "copy of one sampled decision", "copy of the one decision"]
+    titles += [run.title, f"{run.title} (greedy), hard targets, 8 draws, 20 questions, original order only"]
+    assert "system" not in table and tables.pretty(table).system.tolist() == titles * 2
+    read = pd.read_csv(tables.save(table, tmp_path, "T"))
+    assert described(read) == described(table) and titled(read).system.tolist() == titles * 2
+    assert "20.0" not in (tmp_path / "tables" / "T.csv").read_text()  # whole numbers stay whole
+    assert not {"kind", "method", "draws"} & {*titled(read)} and "calls" in titled(read)
 
 
 def test_greedy_decisions_are_the_most_probable():

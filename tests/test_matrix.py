@@ -16,6 +16,7 @@ from permdistill.lessons import Lesson
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import ablations, experiments, profiles, tables, tasks
 from permdistill.paper.cli import main
+from permdistill.paper.systems import title, titled
 from permdistill.questions import unlabelled
 from permdistill.training import content_key
 
@@ -45,11 +46,11 @@ def test_what_is_made_is_found_and_not_made_again(cell, tmp_path, monkeypatch):
     found = ablations.answer(cell, folder)
     expected = experiments.distil(cell.run, *ablations.data("planted", cell.tasks), tmp_path / "again")
     assert found.P == pytest.approx(expected.P, abs=1e-6) and (found.orders == expected.orders).all()
-    assert (found.name, found.parameters) == (cell.run.title, expected.parameters)
-    table = ablations.compare([cell], folder).query("task == 'all'").set_index("system")
+    assert (found.what, found.parameters) == (cell.run.what, expected.parameters)
+    table = ablations.compare([cell], folder).query("task == 'all'").set_index("method")
     right = [q.answer for q in ablations.data("planted", cell.tasks)[1].task.questions]
-    assert table.loc[cell.run.title, "accuracy"] == pytest.approx(metrics.accuracy(expected.P, right).mean())
-    assert table.loc["mean over 3 cyclic orders", "accuracy"] == 1 > table.loc["biased teacher", "accuracy"]
+    assert table.loc["distillation", "accuracy"] == pytest.approx(metrics.accuracy(expected.P, right).mean())
+    assert table.loc["cyclic average", "accuracy"] == 1 > table.loc["biased", "accuracy"]
 
 
 def test_differences_and_effects(cell, tmp_path):
@@ -60,14 +61,14 @@ def test_differences_and_effects(cell, tmp_path):
     _, test = ablations.data("planted", cell.tasks)
     right = [q.answer for q in test.task.questions]
     alone = [metrics.accuracy(ablations.answer(c, folder).P, right).mean() for c in cells]
-    gaps = ablations.differences(cells, folder).set_index(["system", "rival"])
+    gaps = titled(ablations.differences(cells, folder)).set_index(["system", "rival"])
     assert len(gaps) == 3 * len(ablations.rivals(test))
     row = gaps.loc[(cell.run.title, "all-orders average")]  # which is always right
     assert row.difference == pytest.approx(np.mean(alone[:2]) - 1) and row.seeds == 2
     assert row.difference_low <= row.difference <= row.difference_high
     untrained = with_run(cell, training=replace(cell.run.training, epochs=0))
     ablations.make([untrained], folder, tmp_path / "work")
-    more = ablations.differences([*cells, untrained], folder).set_index(["system", "rival"])
+    more = titled(ablations.differences([*cells, untrained], folder)).set_index(["system", "rival"])
     row = more.loc[(cell.run.title, untrained.run.title)]
     assert row.difference == pytest.approx(
         np.mean(alone[:2]) - metrics.accuracy(ablations.answer(untrained, folder).P, right).mean()
@@ -86,18 +87,18 @@ def test_fits_says_whether_a_student_learnt_what_it_was_shown(cell, tmp_path):
     cells = [cell, with_run(cell, training=replace(cell.run.training, seed=1, epochs=2)), with_run(cell, power=np.inf)]
     cells.append(with_run(cell, training=replace(cell.run.training, epochs=0)))
     ablations.make(cells, folder, tmp_path / "work")
-    table = ablations.fits(cells, "power", "epochs", folder=folder)
+    table = ablations.distances(cells, "power", "epochs", folder=folder)
     assert table[["power", "epochs", "students"]].to_numpy().tolist() == [[1, 1, 1], [1, 2, 1], [np.inf, 1, 1]]
     assert table.uniform[2] == pytest.approx(np.log(3), abs=1e-6) and 0 < table.uniform[0] < table.uniform[2]  # hard targets
     losses = experiments.read_predictions(ablations.path(cells[1], folder))[3]["losses"]
     assert len(losses) == 4 and table["training KL"][1] == pytest.approx(np.mean(losses[2:]))
-    both = ablations.fits(cells[:2], "power", folder=folder)
+    both = ablations.distances(cells[:2], "power", folder=folder)
     assert table["held-out KL"].isna().all()
     early = with_run(cell, training=replace(cell.run.training, epochs=8, held_out=0.5, patience=1, learning_rate=1.0))
     ablations.make([early], folder, tmp_path / "work")
     about = experiments.read_predictions(ablations.path(early, folder))[3]
     assert len(about["held_out_kl"]) < 8  # it ended early, and the last epoch is still the last epoch
-    (row,) = ablations.fits([early], "epochs", folder=folder).to_dict("records")
+    (row,) = ablations.distances([early], "epochs", folder=folder).to_dict("records")
     per_epoch = len(about["losses"]) // len(about["held_out_kl"])
     assert row["training KL"] == pytest.approx(np.mean(about["losses"][-per_epoch:]))
     assert row["held-out KL"] == min(about["held_out_kl"])
@@ -108,15 +109,15 @@ def test_mixtures_lie_between_one_call_and_the_student(cell, tmp_path):
     folder = tmp_path / "predictions"
     ablations.make([cell], folder, tmp_path / "work")
     _, test = ablations.data("planted", cell.tasks)
-    named = {system.name: system for system in ablations.rivals(test)}
+    named = {system.what.method: system for system in ablations.rivals(test)}
     right = [q.answer for q in test.task.questions]
     table = ablations.mixtures(cell, (0.0, 1.0, 1e4), folder)
     assert table.weight.tolist() == [0, 1, 1e4] and table.teacher.tolist() == ["planted"] * 3
-    ends = (named["prior-matching, 1 call"].P, ablations.answer(cell, folder).P)
+    ends = (named["prior-matching"].P, ablations.answer(cell, folder).P)
     assert table.accuracy.tolist()[::2] == pytest.approx([metrics.accuracy(P, right).mean() for P in ends])
     product = ends[0] * ends[1]
     both = metrics.accuracy(product / product.sum(axis=-1, keepdims=True), right).mean()
-    biased = metrics.accuracy(named["biased teacher"].P, right).mean()
+    biased = metrics.accuracy(named["biased"].P, right).mean()
     assert table.accuracy[1] == pytest.approx(both) and table.gain[1] == pytest.approx(both - biased)
     assert table.ps[0] > table.ps[2] == pytest.approx(0, abs=1e-6)
 
@@ -207,12 +208,12 @@ def test_content_key_covers_what_training_depends_on(cell):
 
 def test_rivals_cost_what_they_say():
     test = planted("test", bias=0.8)
-    by = {system.name: system for system in ablations.rivals(test)}
+    by = {title(system.what): system for system in ablations.rivals(test)}
     P = experiments.in_cyclic_orders(test.P)
     assert (by["copy of the most probable decision"].P.argmax(-1) == P.argmax(-1)).all()
     assert by["mean over 2 orders"].P[:, 0] == pytest.approx((P[:, 0] + P[:, 2]) / 2)
     assert by["mean over 3 cyclic orders"].P[:, 1] == pytest.approx(P.mean(axis=1))
-    assert {name: system.calls for name, system in by.items()} == {
+    assert {name: system.what.calls for name, system in by.items()} == {
         "biased teacher": 1,
         "copy of one sampled decision": 1,
         "copy of the most probable decision": 1,
@@ -221,7 +222,7 @@ def test_rivals_cost_what_they_say():
         "mean over 3 cyclic orders": 3,
         "all-orders average": 6,
     }
-    pairs = [system.name for system in ablations.rivals(planted("pairs", k=2))]
+    pairs = [title(system.what) for system in ablations.rivals(planted("pairs", k=2))]
     assert pairs[-2:] == ["prior-matching, 1 call", "all-orders average"]  # two orders are all there are
     # The planted bias is what prior-matching assumes: one call then says what knowledge says.
     assert by["prior-matching, 1 call"].P.argmax(-1) == pytest.approx(

@@ -14,6 +14,7 @@ import pytest
 import tiny_hub
 
 from permdistill.paper import claims, hub, profiles
+from permdistill.paper.systems import described
 from permdistill.training import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,7 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
     assert set(tables["T1_teachers"].task) == set(PAPER.tasks)
     students = tables["T2_students_multiple_choice"]
     assert set(students.task) == {*PAPER.learnt, "all"}
-    assert set(students[students.kind == "student"].system) == {run.title for run in PAPER.multiple_choice}
+    assert set(described(students[students.kind == "student"])) == {run.what for run in PAPER.multiple_choice}
 
     # Whoever runs the profile gets a verdict for each cell of the paper.
     names = ("T1_teachers", "T2_students_multiple_choice", "T3_students_summeval")

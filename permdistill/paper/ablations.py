@@ -3,7 +3,7 @@
     make(cells, folder, work)                train what is missing, answer the test questions, keep the answers
     answer(cell, folder) -> System           the kept answers, or MissingPredictions
     compare(cells, folder) -> table          students beside what they have to beat, teacher by teacher
-    effects(cells, "draws") -> table         what a setting does; fits(..): how close it lets students come to their targets
+    effects(cells, "draws") -> table         what a setting does; distances(..): from the targets
 
 Predictions are found by content, as scores are: their key covers whatever the student was trained on and asked, so that
 stored ones are never taken for those of another recipe, store of scores or question. Weights are not kept.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ from permdistill.paper.experiments import (
 )
 from permdistill.paper.paths import ROOT
 from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Run
+from permdistill.paper.systems import COPY, TWO_ORDERS, Description, described_rows, title
 from permdistill.paper.tasks import SUMMEVAL
 from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
 
 COMMITTED = ROOT / "predictions"
+RIVAL = ("kind", "method", "calls", "encoder", "head", "greedy")  # what tells rivals apart
 
 
 class MissingPredictions(LookupError):
@@ -79,7 +81,7 @@ def path(cell: Cell, folder: str | Path = "") -> Path:
 def answer(cell: Cell, folder: str | Path = "") -> System:
     """The stored predictions of a cell. Raises MissingPredictions when there are none, or those of other data or recipe."""
     P, orders, about = _kept(cell, folder)
-    return System(cell.run.title, "student", P, orders, cell.run.calls, about["parameters"])
+    return System(cell.run.what, P, orders, about["parameters"])
 
 
 def _kept(cell: Cell, folder: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -160,26 +162,25 @@ def sweep(runs: Iterable[Run], train_on: Scored, folder: str | Path) -> pd.DataF
 
 
 def rivals(test: Scored) -> list[System]:
-    """What a student has to beat: :func:`permdistill.paper.experiments.baselines`, under names that are the same for all
-    teachers, and what else one or a few calls a question buy without a student: the teacher's most probable decision,
-    prior-matching,
-    averages over 2 and over the cyclic orders (where these are not all orders anyway)."""
+    """What a student has to beat: :func:`permdistill.paper.experiments.baselines`, and what else one or a few calls a
+    question buy without a student: the teacher's most probable decision, prior-matching, averages over 2 and over the cyclic
+    orders (where these are not all orders anyway)."""
     P, orders = in_cyclic_orders(test.P), cyclic_orders(test.task.k)
     biased, averaged, copied = baselines(test)
     greedy = debias.one_hot(black_box_decisions(test, greedy=True), test.task.k)
     two = (P + np.roll(P, len(orders) // 2, axis=1)) / 2
     cyclic = debias.broadcast(debias.permutation_average(P), len(orders))
     few = [
-        System("mean over 2 orders", "debiased", two, orders, 2),
-        System(f"mean over {len(orders)} cyclic orders", "debiased", cyclic, orders, len(orders)),
+        System(Description("debiased", TWO_ORDERS, 2), two, orders),
+        System(Description("debiased", debias.CYCLIC, len(orders)), cyclic, orders),
     ]
     return [
-        replace(biased, name="biased teacher"),
+        biased,
         copied,
-        System("copy of the most probable decision", "copy", greedy, orders, 1),
-        System("prior-matching, 1 call", "debiased", debias.prior_matching(P, orders), orders, 1),
-        *(system for system in few if system.calls < averaged.calls),
-        replace(averaged, name="all-orders average"),
+        System(Description("copy", COPY, 1, greedy=True), greedy, orders),
+        System(Description("debiased", debias.PRIOR_MATCHING, 1), debias.prior_matching(P, orders), orders),
+        *(system for system in few if system.what.calls < averaged.what.calls),
+        averaged,
     ]
 
 
@@ -195,34 +196,33 @@ def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
 
 
 def compare(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
-    """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.paper.tables.students` with a column "teacher".
-    Seeds of one student share a row."""
+    """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.paper.tables.students`. Seeds of one student
+    share a row."""
     parts = []
-    for teacher, test, own in _pools(cells):
-        part = tables.students(test, [*rivals(test), *(answer(cell, folder) for cell in own)])
-        part.insert(0, "teacher", teacher)
-        parts.append(part)
+    for _, test, own in _pools(cells):
+        parts.append(tables.students(test, [*rivals(test), *(answer(cell, folder) for cell in own)]))
     return pd.concat(parts, ignore_index=True)
 
 
 def differences(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
     """Accuracy of each student minus that of each of :func:`rivals`, and of each untrained student among ``cells``, paired
     by question: one row for each pair, with the 95% interval over the questions (or documents) of the mean over the
-    student's seeds."""
+    student's seeds. What the rival is stands in columns "rival_kind" etc."""
     rows = []
     for teacher, test, own in _pools(cells):
         questions, groups = test.task.questions, test.task.groups
         untrained = [answer(cell, folder) for cell in own if not cell.run.training.epochs]
-        against = {rival.name: tables.correct(rival.P, questions) for rival in (*rivals(test), *untrained)}
+        against = {rival.what: tables.correct(rival.P, questions) for rival in (*rivals(test), *untrained)}
         for student, seeds in _by_student(own).items():
             P = [answer(cell, folder).P for cell in seeds]
-            for name, baseline in against.items():
-                if name == student:
+            for rival, baseline in against.items():
+                if rival == student:
                     continue
                 row = tables.measure(P, cyclic_orders(test.task.k), questions, groups, baseline, ["accuracy"])
                 gain = {f"difference{part}": row[f"gain{part}"] for part in ("", "_low", "_high")}
-                rows.append({"teacher": teacher, "system": student, "rival": name, "seeds": len(seeds), **gain})
-    return pd.DataFrame(rows)
+                other = {f"rival_{name}": getattr(rival, name) for name in RIVAL}
+                rows.append({"teacher": teacher, **asdict(student), **other, "seeds": len(seeds), **gain})
+    return described_rows(rows)
 
 
 def effects(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
@@ -244,7 +244,7 @@ def effects(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.D
     return pd.DataFrame(rows).sort_values(["teacher", *names], ignore_index=True)
 
 
-def fits(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
+def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.DataFrame:
     """How close students came to what they were taught, by settings as in :func:`effects`: KL(targets || answer) in nats, of
     1/K ("uniform"), of the students themselves over their last epoch ("training KL"), and on held-out questions where there
     are some, after the best epoch; means over the students of a row.
@@ -300,11 +300,8 @@ def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
     the student ``cell``."""
     test = data(cell.teacher, cell.tasks)[1]
     biased, *_, averaged = rivals(test)
-    found = {
-        "biased teacher": biased.P,
-        "all-orders average": averaged.P,
-        "student of exact targets": answer(cell, folder).P,
-    }
+    found = {title(system.what): system.P for system in (biased, averaged)}
+    found["student of exact targets"] = answer(cell, folder).P
     return {name: float(np.nanmean(tables.correct(P, test.task.questions))) for name, P in found.items()}
 
 
@@ -321,10 +318,10 @@ def _setting(cell: Cell, name: str) -> Any:
     return next(getattr(part, name) for part in (run, run.training, run.student) if hasattr(part, name))
 
 
-def _by_student(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    result: dict[str, list[Cell]] = {}
+def _by_student(cells: Sequence[Cell]) -> dict[Description, list[Cell]]:
+    result: dict[Description, list[Cell]] = {}
     for cell in cells:
-        result.setdefault(cell.run.title, []).append(cell)
+        result.setdefault(cell.run.what, []).append(cell)
     return result
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from permdistill.paper import tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.models import MODELS
 from permdistill.paper.profiles import Run
+from permdistill.paper.systems import described
 from permdistill.paper.tasks import TASKS
 from permdistill.students import CONFIG_FILE
 from permdistill.training import read_log
@@ -46,7 +48,7 @@ def card(folder: str | Path, measured: pd.DataFrame, teacher: str, train_tasks: 
     unknown = "licence not known here"
     encoder = Path(student["encoder"]).name
     data = ", ".join(f"{task} ({_licence(task) or unknown})" for task in dict.fromkeys(train_tasks))
-    shown = tables.pretty(measured[[c for c in measured if not c.startswith(("ps_kl", "pb")) and c != "kind"]])
+    shown = tables.pretty(measured[[c for c in measured if not c.startswith(("ps_kl", "pb"))]])
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.items())
     return f"""---
 library_name: transformers
@@ -92,7 +94,8 @@ def write(folder: Path, table: pd.DataFrame, runs: Sequence[Run], train_on: Scor
     for run in runs:
         home = folder / "students" / run.name
         whole = table[table.task == "all"]
-        own = whole[(whole.kind != "student") | (whole.system == run.title)].drop(columns="task")
+        trained = np.array([what == run.what for what in described(whole)])
+        own = whole[(whole.kind != "student") | trained].drop(columns=["task", "teacher"])
         (home / CARD).write_text(card(home, own, train_on.teacher, train_on.task.members), encoding="utf-8")
         paths.append(home / CARD)
     return paths

@@ -1,12 +1,16 @@
 """The paper's claims, one by one, against what was measured here; and the numbers that a rerun should find again.
 
-A verdict is "confirmed", "not confirmed" or "not testable here", with the evidence beside it. What each claim takes to be
-confirmed stands in its function. Claims: Liusie, Fathullah, Gales, Findings of ACL 2024, lettered (a) to (k) by us.
+    verdicts(Measured(scored, t1, t2, t3)) -> table      what :data:`CLAIMS` come to; listed(): the claims themselves
+
+A verdict is "confirmed", "not confirmed" or "not testable here", with the evidence beside it. Claims: Liusie, Fathullah,
+Gales, Findings of ACL 2024, lettered (a) to (k) by us.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,41 +22,103 @@ from permdistill.metrics import Interval
 from permdistill.paper import ablations, paths, profiles, tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.models import MODELS
+from permdistill.paper.systems import CORRECTION, DISTILLATION, WHITE_BOX, Description, described, title
 from permdistill.paper.tasks import RACE, SUMMARIES, TASKS
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
 CLOSE = 0.02  # claim (c): accuracies within so much of each other are close
-SATURATE = "(g) 32 draws saturate"
-EXAMPLES = "(h) about 2,000 examples for the simple task, 30,000 for the complex one"
-SIZE = "(i) student size matters on the complex task only"
+# The paper's students see the teacher's decision, or nothing of it. Those that see its probabilities are ours: they are
+# counted, and decide no claim.
+PAPERS_METHODS = (DISTILLATION, CORRECTION)
+LIVE, STORED = "this run's", "stored"
+USUAL_TEACHER = Path(profiles.USUAL.teacher).name
 TARGETS = Path(__file__).parent / "targets.csv"
 PAPERS_MODELS = {Path(name).name: model.papers for name, model in MODELS.items() if model.papers}
 
 
-class Verdict(NamedTuple):
-    """One claim, for one teacher where it is about teachers."""
+@dataclass(frozen=True)
+class Measured:
+    """What claims are judged by.
 
-    claim: str
-    about: str
-    verdict: str
+    scored      teachers' scores
+    t1, t2, t3  the tables of teachers, and of this run's students on multiple choice and on SummEval
+    folder      of the stored students' predictions, "" for the committed ones
+    """
+
+    scored: Sequence[Scored]
+    t1: pd.DataFrame
+    t2: pd.DataFrame
+    t3: pd.DataFrame
+    folder: str | Path = ""
+
+    @property
+    def with_stored(self) -> bool:
+        """Whether the stored students count: those of other teachers say nothing of this run's."""
+        return USUAL_TEACHER in set(self.t1.teacher)
+
+    @property
+    def teacher(self) -> str:
+        """Of this run's students: a profile's first."""
+        return str(self.t1.teacher.iloc[0])
+
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        """Of the trained stored students on multiple choice, paired by question."""
+        cells = (*profiles.MATRIX["heads and inputs"], *profiles.MATRIX["encoders"])
+        there = ablations.available(cells, self.folder) if self.with_stored else []
+        columns = ["teacher", "kind", "method", "greedy", *(f"rival_{name}" for name in ablations.RIVAL)]
+        columns += ["difference", "difference_low", "difference_high"]
+        return ablations.differences(there, self.folder) if there else pd.DataFrame(columns=columns)
+
+
+class Finding(NamedTuple):
+    """What a claim comes to for one teacher, or for ``students`` of one ("": it is about teachers); None: not testable."""
+
+    teacher: str
+    students: str
+    holds: bool | None
     evidence: str
 
 
-def _verdict(claim: str, about: str, holds: bool, evidence: str) -> Verdict:
-    return Verdict(claim, about, CONFIRMED if holds else NOT_CONFIRMED, evidence)
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper.
+
+    place  where in the paper it stands
+    judge  what was measured -> findings; its docstring is the criterion
+    """
+
+    letter: str
+    text: str
+    place: str
+    judge: Callable[[Measured], Iterable[Finding]]
+
+    @property
+    def criterion(self) -> str:
+        """What it takes to be confirmed."""
+        return " ".join(str(self.judge.__doc__).split())
 
 
-def debiasing(t1: pd.DataFrame) -> list[Verdict]:
-    """(a), per teacher: on every task ps is 0 and the whole interval of the gain lies above 0."""
-    result = []
-    for teacher, rows in t1[t1.treatment == tables.DEBIASED].groupby("teacher", sort=False):
+def _in_turn(scored: Sequence[Scored]) -> Iterator[tuple[str, list[Scored]]]:
+    """Teacher by teacher."""
+    for teacher in dict.fromkeys(s.teacher for s in scored):
+        yield teacher, [s for s in scored if s.teacher == teacher]
+
+
+def _over_all(table: pd.DataFrame, *methods: str) -> pd.DataFrame:
+    """The students of a students' table, over all its tasks."""
+    rows = table[(table.task == "all") & (table.kind == "student")]
+    return rows[rows.method.isin(methods)] if methods else rows
+
+
+def debiased(m: Measured) -> Iterator[Finding]:
+    """On every task ps is 0, and the whole interval of the gain lies above 0."""
+    for teacher, rows in m.t1[m.t1.treatment == tables.DEBIASED].groupby("teacher", sort=False):
         n, zero = len(rows), int((rows.ps.abs() < debias.TIE).sum())
         up, down = int((rows.gain_low > 0).sum()), int((rows.gain_high < 0).sum())
         rose = int((rows.gain > 0).sum())
         evidence = f"ps = 0 on {zero} of {n} tasks; accuracy up on {rose}, interval above 0 on {up}, below on {down}"
-        holds = zero == up == n
-        result.append(_verdict("(a) permutation debiasing: ps = 0, accuracy up everywhere", str(teacher), holds, evidence))
-    return result
+        yield Finding(str(teacher), "", zero == up == n, evidence)
 
 
 def _pooled(scored: Sequence[Scored], first: np.ndarray, second: np.ndarray) -> Interval:
@@ -65,6 +131,15 @@ def _pooled(scored: Sequence[Scored], first: np.ndarray, second: np.ndarray) -> 
     return metrics.bootstrap((first - second)[labelled] * weights, groups[labelled])
 
 
+def _right(scored: Sequence[Scored], answer: Callable[[Scored], np.ndarray]) -> np.ndarray:
+    """Accuracy (item,) of what ``answer`` makes of a teacher's scores, over all its tasks."""
+    return np.concatenate([tables.correct(answer(s), s.task.questions) for s in scored])
+
+
+def _averaged(s: Scored) -> np.ndarray:
+    return debias.permutation_average(s.P)[:, None]
+
+
 def _difference(a: Interval, b: Interval) -> Interval:
     """a - b of two independent estimates: their intervals' halves, squared and added (Newcombe, Stat. Med. 1998)."""
     value = a.value - b.value
@@ -72,138 +147,162 @@ def _difference(a: Interval, b: Interval) -> Interval:
     return Interval(value, float(low), value + float(np.hypot(a.high - a.value, b.value - b.low)))
 
 
-def prior_matching(scored: Sequence[Scored]) -> list[Verdict]:
-    """(b) and (c), per teacher, all tasks together. (b): the paired intervals of prior-matching over biased and of debiased
-    over prior-matching both lie above 0. (c): the paired interval of context prior-matching against the debiased teacher
-    lies within :data:`CLOSE` of 0."""
-    result = []
-    for teacher in dict.fromkeys(s.teacher for s in scored):
-        own = [s for s in scored if s.teacher == teacher]
-        by_method: dict[str, list[np.ndarray]] = {}
-        for s in own:
-            for name, P in (
-                ("biased", s.P),
-                ("matched", debias.prior_matching(s.P, s.orders)),
-                ("context", debias.context_prior_matching(s.P, s.orders)),
-                ("debiased", debias.permutation_average(s.P)[:, None]),
-            ):
-                by_method.setdefault(name, []).append(tables.correct(P, s.task.questions))
-        right = {name: np.concatenate(parts) for name, parts in by_method.items()}
-        lower = _pooled(own, right["matched"], right["biased"])
-        upper = _pooled(own, right["debiased"], right["matched"])
+def matched_between(m: Measured) -> Iterator[Finding]:
+    """All tasks together: the paired intervals of prior-matching over biased and of debiased over
+    prior-matching lie above 0."""
+    for teacher, own in _in_turn(m.scored):
+        matched = _right(own, lambda s: debias.prior_matching(s.P, s.orders))
+        lower = _pooled(own, matched, _right(own, lambda s: s.P))
+        upper = _pooled(own, _right(own, _averaged), matched)
         evidence = f"prior-matching - biased {lower.percent()}; debiased - prior-matching {upper.percent()} points"
-        holds = lower.low > 0 and upper.low > 0
-        result.append(_verdict("(b) prior-matching lies between biased and debiased", teacher, holds, evidence))
-        apart = _pooled(own, right["context"], right["debiased"])
+        yield Finding(teacher, "", lower.low > 0 and upper.low > 0, evidence)
+
+
+def context_close(m: Measured) -> Iterator[Finding]:
+    """All tasks together: the paired interval of context prior-matching against the debiased teacher lies within
+    2 points of 0."""
+    for teacher, own in _in_turn(m.scored):
+        context = _right(own, lambda s: debias.context_prior_matching(s.P, s.orders))
+        apart = _pooled(own, context, _right(own, _averaged))
         evidence = f"context prior-matching - debiased {apart.percent()} points; close: within {100 * CLOSE:.0f}"
-        holds = -CLOSE < apart.low and apart.high < CLOSE
-        result.append(_verdict("(c) context prior-matching is close to debiasing", teacher, holds, evidence))
-    return sorted(result)
+        yield Finding(teacher, "", -CLOSE < apart.low and apart.high < CLOSE, evidence)
 
 
-def task_specific(scored: Sequence[Scored]) -> list[Verdict]:
-    """(d), per teacher: ps differs between multiple choice and comparing summaries at the same K = 2 (PIQA and SummEval),
-    the interval of the difference without 0. What part instruction tuning has in it would take base models."""
-    claim, result = "(d) invariance is task-specific", []
-    for teacher in dict.fromkeys(s.teacher for s in scored):
-        own = [s for s in scored if s.teacher == teacher and s.task.k == 2]
+def task_specific(m: Measured) -> Iterator[Finding]:
+    """ps differs between PIQA and SummEval, both with K = 2: the interval of the difference is without 0."""
+    for teacher, every in _in_turn(m.scored):
+        own = [s for s in every if s.task.k == 2]
         pairs = np.concatenate([[s.task.family == SUMMARIES] * len(s.P) for s in own]) if own else np.array([])
         if len(set(pairs)) < 2:
-            result.append(Verdict(claim, teacher, NOT_TESTABLE, "no scores of both kinds of task with K = 2"))
+            yield Finding(teacher, "", None, "no scores of both kinds of task with K = 2")
             continue
         ps = np.concatenate([metrics.permutation_sensitivity(s.P) for s in own])
         groups = np.concatenate([s.task.groups for s in own])
         difference = _difference(*(metrics.bootstrap(ps[kind], groups[kind]) for kind in (pairs, ~pairs)))
         evidence = f"ps on SummEval - ps on PIQA: {difference.percent()} points (no base model: tuning's part is not tested)"
-        result.append(_verdict(claim, teacher, difference.low > 0 or difference.high < 0, evidence))
-    return result
+        yield Finding(teacher, "", difference.low > 0 or difference.high < 0, evidence)
 
 
-def students(t2: pd.DataFrame, t3: pd.DataFrame) -> list[Verdict]:
-    """(e), (f), (j) and (k), from the students' tables, over all tasks of each."""
-    complex_, simple = (t[t.task == "all"] for t in (t2, t3))
-    about, both = "students", pd.concat([complex_, simple])
-    own, teacher, copy = (both[both.kind == kind] for kind in ("student", "teacher", "copy"))
-    distilled = [t[t.system.str.contains("distillation")] for t in (simple, complex_)]
-    enough = int((distilled[0].gain_low > 0).sum())
-    failed = int((distilled[1].gain_high < 0).sum())
-    # The paper's, which sees the decision alone; white-box error correction sees more than the copy has.
-    corrected = complex_[complex_.system.str.contains(", error correction", regex=False)]
-    copied = float(copy.accuracy.iloc[0])
-    above = int((corrected.accuracy_low > copied).sum())
-    less = sum(
-        int((t[t.kind == "student"].ps_high < t[t.kind == "teacher"].ps_low.iloc[0]).sum()) for t in (complex_, simple)
+def distillation_suffices(m: Measured) -> Iterator[Finding]:
+    """A distilled student is measurably above the biased teacher on SummEval, and all are below it on multiple choice."""
+    simple, complex_ = (_over_all(table, DISTILLATION) for table in (m.t3, m.t2))
+    enough, failed = int((simple.gain_low > 0).sum()), int((complex_.gain_high < 0).sum())
+    yield Finding(
+        m.teacher,
+        LIVE,
+        enough > 0 and failed == len(complex_),
+        f"SummEval: {enough} of {len(simple)} distilled students above the biased teacher; multiple choice: "
+        f"{failed} of {len(complex_)} below it",
     )
-    better = tables.better_than_teacher(both)
-    assert len(teacher) == 2
-    return [
-        _verdict(
-            "(e) distillation suffices for the simple task, fails on the complex one",
-            about,
-            enough > 0 and failed == len(distilled[1]),
-            f"SummEval: {enough} of {len(distilled[0])} distilled students above the biased teacher; multiple choice: "
-            f"{failed} of {len(distilled[1])} below it",
-        ),
-        _verdict(
-            "(f) error correction beats copying the biased decision",
-            about,
-            above > 0,
-            f"multiple choice: {above} of {len(corrected)} students' intervals lie above the copy's {100 * copied:.1f}",
-        ),
-        _verdict(
-            "(j) students are less sensitive than the biased teacher",
-            about,
-            less == len(own),
-            f"{less} of {len(own)} students' intervals of ps lie below the teacher's",
-        ),
-        _verdict(
-            "(k) compact encoder students beat their larger biased teacher",
-            about,
-            len(better) > 0,
-            f"{len(better)} of {len(own)} students' gains have their whole interval above 0",
-        ),
-    ]
 
 
-def varied(folder: str | Path = "") -> list[Verdict]:
-    """(g), (h) and (i), from the stored students of :data:`permdistill.paper.profiles.MATRIX`, paired by question.
+def _counts(rows: pd.DataFrame) -> str:
+    """How many of the students hold, e.g. "0 of 2 of this run, 3 of 6 stored"."""
+    return ", ".join(f"{int(own.holds.sum())} of {len(own)} {made}" for made, own in rows.groupby("made", sort=False))
 
-    (g): more targets than 32 draws make no measurable difference (the interval of exact targets minus 32 draws holds 0), and
-    1 draw is measurably worse. (i): the larger encoder is measurably better on multiple choice, and not on SummEval.
-    """
-    found, usual = [], profiles.USUAL
-    about = f"stored students of {Path(usual.teacher).name}"
+
+def _judged(rows: pd.DataFrame, holds: Callable[[pd.Series], bool], words: str) -> Iterator[Finding]:
+    """One finding a teacher, from columns teacher, method, made (:data:`LIVE` or :data:`STORED`) and holds: the paper's
+    students decide, white-box ones are counted beside them."""
+    for teacher, every in rows.groupby("teacher", sort=False):
+        own, other = every[every.method.isin(PAPERS_METHODS)], every[every.method == WHITE_BOX]
+        evidence = f"{words}: {_counts(own) or 'no students'}"
+        if "difference" in own and len(own):
+            best = own.loc[own.difference.idxmax()]
+            gap = Interval(best.difference, best.difference_low, best.difference_high)
+            evidence += f"; best: {best.system} {gap.percent()}"
+        evidence += f"; white-box, not the paper's: {_counts(other)}" if len(other) else ""
+        made = " and ".join(dict.fromkeys(every.made))
+        yield Finding(str(teacher), made, holds(own.holds) if len(own) else None, evidence)
+
+
+def _students(live: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
+    """Both with titles, and whether their whole interval lies above 0: what :func:`_judged` takes."""
+    parts = [rows.assign(made=made) for made, rows in ((LIVE, live), (STORED, stored)) if len(rows)]
+    rows = pd.concat(parts or [live.assign(made=LIVE)], ignore_index=True)
+    return rows.assign(system=[title(what) for what in described(rows)], holds=rows.difference_low > 0)
+
+
+def copying_beaten(m: Measured) -> Iterator[Finding]:
+    """On multiple choice a student's whole interval lies above the copy of the decision that it sees."""
+    copy = m.t2[(m.t2.task == "all") & (m.t2.kind == "copy")].iloc[0]
+    live, gaps = _over_all(m.t2, CORRECTION, WHITE_BOX), m.gaps
+    # This run's tables hold no difference from the copy: there it is the student's interval minus the copy's value.
+    live = live[live.greedy == copy.greedy]
+    live = live.assign(**{f"difference{end}": live[f"accuracy{end}"] - copy.accuracy for end in ("", "_low", "_high")})
+    stored = gaps[gaps.method.isin((CORRECTION, WHITE_BOX)) & (gaps.rival_kind == "copy")]
+    stored = stored[stored.rival_greedy == stored.greedy]
+    yield from _judged(_students(live, stored), any, "above the copy with the whole interval")
+
+
+def students_less_sensitive(m: Measured) -> Iterator[Finding]:
+    """The interval of ps of every student lies below the teacher's."""
+    parts = []
+    for table in (m.t2, m.t3):
+        low = table[(table.task == "all") & (table.kind == "teacher")].ps_low.iloc[0]
+        rows = _over_all(table)
+        parts.append(rows.assign(made=LIVE, holds=rows.ps_high < low))
+    yield from _judged(pd.concat(parts, ignore_index=True), all, "interval of ps below the teacher's")
+
+
+def teacher_beaten(m: Measured) -> Iterator[Finding]:
+    """A student's gain over the biased teacher, paired by question, has its whole interval above 0."""
+    live = pd.concat([_over_all(table) for table in (m.t2, m.t3)], ignore_index=True)
+    live = live.assign(**{f"difference{end}": live[f"gain{end}"] for end in ("", "_low", "_high")})
+    yield from _judged(_students(live, m.gaps[m.gaps.rival_kind == "teacher"]), any, "gain's whole interval above 0")
+
+
+def _elsewhere(m: Measured) -> Finding:
+    why = f"draws and examples are varied for the stored students alone, taught by {USUAL_TEACHER}"
+    return Finding(m.teacher, LIVE, None, why)
+
+
+def draws_saturate(m: Measured) -> Iterator[Finding]:
+    """The interval of exact targets minus 32 draws holds 0, and 1 draw is measurably worse than exact targets."""
+    if not m.with_stored:
+        yield _elsewhere(m)
+        return
     by_draws = {cell.run.draws: cell for cell in profiles.MATRIX["draws"]}
     try:
-        few, many = (ablations.gap(usual, by_draws[n], folder) for n in (1, 32))
-        evidence = f"exact targets - 32 draws {many.percent()} points, - 1 draw {few.percent()}"
-        found.append(_verdict(SATURATE, about, many.low <= 0 <= many.high and few.low > 0, evidence))
+        few, many = (ablations.gap(profiles.USUAL, by_draws[n], m.folder) for n in (1, 32))
     except ablations.MissingPredictions as missing:
-        found.append(Verdict(SATURATE, about, NOT_TESTABLE, str(missing)))
-    rows = [*ablations.available(profiles.MATRIX["questions"], folder), *ablations.available([usual], folder)]
-    curve = ablations.effects(rows, "n_train", folder=folder) if rows else pd.DataFrame(columns=["n_train", "accuracy"])
-    points = ", ".join(f"{n}: {100 * a:.1f}" for n, a in zip(curve.n_train, curve.accuracy, strict=True))
-    found.append(
-        Verdict(
-            EXAMPLES,
-            about,
-            NOT_TESTABLE,
-            f"there are fewer questions with scores; accuracy on multiple choice by their number: {points or 'none stored'}",
-        )
-    )
+        yield Finding(USUAL_TEACHER, STORED, None, str(missing))
+        return
+    evidence = f"exact targets - 32 draws {many.percent()} points, - 1 draw {few.percent()}"
+    yield Finding(USUAL_TEACHER, STORED, many.low <= 0 <= many.high and few.low > 0, evidence)
+
+
+def examples_needed(m: Measured) -> Iterator[Finding]:
+    """As many questions with scores as that: here are fewer."""
+    if not m.with_stored:
+        yield _elsewhere(m)
+        return
+    rows = ablations.available([*profiles.MATRIX["questions"], profiles.USUAL], m.folder)
+    words = "none stored"
+    if rows:
+        curve = ablations.effects(rows, "n_train", folder=m.folder)
+        words = ", ".join(f"{n}: {100 * a:.1f}" for n, a in zip(curve.n_train, curve.accuracy, strict=True))
+    evidence = f"there are fewer questions with scores; accuracy on multiple choice by their number: {words}"
+    yield Finding(USUAL_TEACHER, STORED, None, evidence)
+
+
+def student_size(m: Measured) -> Iterator[Finding]:
+    """The larger encoder is measurably better on multiple choice, and not on SummEval."""
+    # Of stored students, paired by question, or else from this run's tables.
+    if not m.with_stored:
+        yield _sizes(m)
+        return
+    pairs = (profiles.SIZES["multiple choice"], profiles.SIZES["SummEval"])
     try:
-        larger = [
-            ablations.gap(large, small, folder)
-            for small, large in (profiles.SIZES["multiple choice"], profiles.SIZES["SummEval"])
-        ]
-        evidence = f"mpnet - MiniLM: multiple choice {larger[0].percent()} points, SummEval {larger[1].percent()}"
-        found.append(_verdict(SIZE, about, larger[0].low > 0 >= larger[1].low, evidence))
+        choice, summaries = (ablations.gap(large, small, m.folder) for small, large in pairs)
     except ablations.MissingPredictions as missing:
-        found.append(Verdict(SIZE, about, NOT_TESTABLE, str(missing)))
-    return found
+        yield Finding(USUAL_TEACHER, STORED, None, str(missing))
+        return
+    evidence = f"mpnet - MiniLM: multiple choice {choice.percent()} points, SummEval {summaries.percent()}"
+    yield Finding(USUAL_TEACHER, STORED, choice.low > 0 >= summaries.low, evidence)
 
 
-def sizes(t2: pd.DataFrame, t3: pd.DataFrame) -> Verdict:
+def _sizes(m: Measured) -> Finding:
     """(i), from a run's own students in error correction whose encoders are a "-base" and a "-large", over all tasks.
 
     The larger one of each family is measurably better on multiple choice, none on SummEval. Tables hold no answers, so the
@@ -211,70 +310,74 @@ def sizes(t2: pd.DataFrame, t3: pd.DataFrame) -> Verdict:
     easier for the second.
     """
     above, counts, words = [], [], []
-    for title, table in (("multiple choice", t2), ("SummEval", t3)):
-        rows = table[(table.task == "all") & table.system.str.contains(", error correction", regex=False)]
-        by_name = {r.system: Interval(r.accuracy, r.accuracy_low, r.accuracy_high) for r in rows.itertuples()}
-        bases = {name: name.replace("-large", "-base") for name in by_name if "-large" in name}
-        pairs = [(by_name[base], by_name[large]) for large, base in bases.items() if base in by_name]
-        differences = [_difference(large, base) for base, large in pairs]
-        counts.append(len(pairs))
+    for name, table in (("multiple choice", m.t2), ("SummEval", m.t3)):
+        rows = _over_all(table, CORRECTION)
+        intervals = map(Interval, rows.accuracy, rows.accuracy_low, rows.accuracy_high)
+        by_what = dict(zip(described(rows), intervals, strict=True))
+        bases = {
+            what: replace(what, encoder=what.encoder.replace("-large", "-base"))
+            for what in by_what
+            if what.encoder and "-large" in what.encoder
+        }
+        differences = [_difference(by_what[what], by_what[base]) for what, base in bases.items() if base in by_what]
+        counts.append(len(differences))
         above.append(sum(d.low > 0 for d in differences))
-        words.append(f"{title}: {above[-1]} of {len(pairs)} large encoders above their base")
+        words.append(f"{name}: {above[-1]} of {counts[-1]} large encoders above their base")
     if not all(counts):
-        return Verdict(SIZE, "students", NOT_TESTABLE, "no students with encoders of two sizes")
-    return _verdict(SIZE, "students", above[0] == counts[0] and above[1] == 0, "; ".join(words))
+        return Finding(m.teacher, LIVE, None, "no students with encoders of two sizes")
+    return Finding(m.teacher, LIVE, above[0] == counts[0] and above[1] == 0, "; ".join(words))
 
 
-def stored(folder: str | Path = "") -> list[Verdict]:
-    """(f) and (k), per teacher, from the stored students on multiple choice, paired by question.
-
-    (f): an error-correction student has its whole interval above the copy of the decision that it sees. (k): a trained
-    student has its whole interval above the biased teacher.
-    """
-    cells = ablations.available((*profiles.MATRIX["heads and inputs"], *profiles.MATRIX["encoders"]), folder)
-    if not cells:
-        return []
-    gaps, result = ablations.differences(cells, folder), []
-    greedy = gaps.system.str.contains("greedy")
-    seen = np.where(greedy, "copy of the most probable decision", "copy of one sampled decision")
-    corrected = gaps[gaps.system.str.contains(", error correction") & (gaps.rival == seen)]
-    for claim, rows in (
-        ("(f) error correction beats copying the biased decision", corrected),
-        ("(k) compact encoder students beat their larger biased teacher", gaps[gaps.rival == "biased teacher"]),
-    ):
-        for teacher, own in rows.groupby("teacher", sort=False):
-            best = own.loc[own.difference.idxmax()]
-            gain = Interval(best.difference, best.difference_low, best.difference_high).percent()
-            above = int((own.difference_low > 0).sum())
-            evidence = (
-                f"{above} of {len(own)} students' differences have their whole interval above 0; best: {best.system} {gain}"
-            )
-            result.append(_verdict(claim, f"stored students of {teacher}", above > 0, evidence))
-    return result
+_RACE, _BOTH, _METHOD = "RACE++ table", "RACE++ table; SummEval coherence results", "method"
+CLAIMS = (
+    Claim("a", "permutation debiasing: ps = 0, accuracy up everywhere", f"{_METHOD}; debiasing gains", debiased),
+    Claim("b", "prior-matching lies between biased and debiased", f"{_METHOD}, prior-matching", matched_between),
+    Claim("c", "context prior-matching is close to debiasing", f"{_METHOD}, context prior-matching", context_close),
+    Claim("d", "invariance is task-specific", "sensitivities of the teachers", task_specific),
+    Claim("e", "distillation suffices for the simple task, fails on the complex one", _BOTH, distillation_suffices),
+    Claim("f", "error correction beats copying the biased decision", f"{_METHOD}, error correction", copying_beaten),
+    Claim("g", "32 draws saturate", "black-box targets", draws_saturate),
+    Claim("h", "about 2,000 examples for the simple task, 30,000 for the complex one", "training data", examples_needed),
+    Claim("i", "student size matters on the complex task only", _BOTH, student_size),
+    Claim("j", "students are less sensitive than the biased teacher", "results of students", students_less_sensitive),
+    Claim("k", "compact encoder students beat their larger biased teacher", f"abstract; {_RACE}", teacher_beaten),
+)
 
 
-def verdicts(scored: Sequence[Scored], t1: pd.DataFrame, t2: pd.DataFrame, t3: pd.DataFrame) -> pd.DataFrame:
-    """Every claim with its verdict and evidence; of the stored students only where the teachers are theirs."""
-    found = [*debiasing(t1), *prior_matching(scored), *task_specific(scored), *students(t2, t3)]
-    if Path(profiles.USUAL.teacher).name in set(t1.teacher):
-        found += [*stored(), *varied()]
-    else:
-        why = f"draws and examples are varied for the stored students alone, taught by {Path(profiles.USUAL.teacher).name}"
-        found += [Verdict(claim, "students", NOT_TESTABLE, why) for claim in (SATURATE, EXAMPLES)]
-        found.append(sizes(t2, t3))
-    return pd.DataFrame(found).sort_values("claim", kind="stable", ignore_index=True)
+def listed() -> pd.DataFrame:
+    """The claims: where in the paper they stand, and what it takes to confirm them."""
+    rows = [(f"({c.letter}) {c.text}", c.place, c.criterion) for c in CLAIMS]
+    return pd.DataFrame(rows, columns=["claim", "in the paper", "confirmed if"])
+
+
+def verdicts(m: Measured) -> pd.DataFrame:
+    """Every claim with its verdict and evidence, teacher by teacher; of the stored students only where the teachers are
+    theirs."""
+    words = {True: CONFIRMED, False: NOT_CONFIRMED, None: NOT_TESTABLE}
+    rows = [
+        (f"({claim.letter}) {claim.text}", claim.place, f.teacher, f.students, words[f.holds], f.evidence)
+        for claim in CLAIMS
+        for f in claim.judge(m)
+    ]
+    return pd.DataFrame(rows, columns=["claim", "in the paper", "teacher", "students", "verdict", "evidence"])
 
 
 def targets(source: str, path: Path = TARGETS) -> pd.DataFrame:
     """The numbers to find again: ``source`` "paper" (published; models and data of the hub) or "laptop" (ours).
 
-    Columns: table, teacher (or system), task, treatment, n (questions with a gold answer), metric, value, tolerance; values
+    Columns: table, teacher (or student), task, treatment, n (questions with a gold answer), metric, value, tolerance; values
     are shares.
     """
     frame = pd.read_csv(path)
     if source not in set(frame.source):
         raise ValueError(f"source {source!r}: give one of {', '.join(sorted(set(frame.source)))}")
     return frame[frame.source == source].drop(columns="source").reset_index(drop=True)
+
+
+def _as_published(what: Description) -> bool:
+    """Whether a student is one of the paper's: joint head, exact targets, all questions in all orders."""
+    usual = not (what.greedy or what.draws or what.n_train) and what.power in (None, 1) and what.orders in (None, "all")
+    return what.head == "joint" and what.method in PAPERS_METHODS and usual
 
 
 def in_the_papers_words(t1: pd.DataFrame, t2: pd.DataFrame, t3: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -289,12 +392,12 @@ def in_the_papers_words(t1: pd.DataFrame, t2: pd.DataFrame, t3: pd.DataFrame) ->
         ("RACE++", t2 if set(RACE) <= set(t2.task) else t2[:0], "RACE++", "all"),
         ("SummEval", t3, "SummEval coherence", "summeval16_coherence"),
     ):
-        for row in table[table.task == ours].itertuples(index=False):
-            encoder, _, rest = str(row.system).partition(", joint head, ")
-            if row.kind == "student" and encoder in PAPERS_MODELS and rest in ("distillation", "error correction"):
-                who, treatment = PAPERS_MODELS[encoder], rest
-            elif row.kind in ("teacher", "debiased"):
-                who, treatment = {"teacher": "biased teacher", "debiased": "debiased teacher"}[str(row.kind)], ""
+        rows = table[table.task == ours]
+        for what, row in zip(described(rows), rows.itertuples(), strict=True):
+            if what.kind == "student" and what.encoder in PAPERS_MODELS and _as_published(what):
+                who, treatment = PAPERS_MODELS[what.encoder], what.method
+            elif what.kind in ("teacher", "debiased"):
+                who, treatment = {"teacher": "biased teacher", "debiased": "debiased teacher"}[what.kind], ""
             else:
                 continue
             parts.append((f"paper_{name}", who, task, treatment, row.n, row.accuracy, row.ps))
@@ -319,8 +422,7 @@ def check(expected: pd.DataFrame, found: dict[str, pd.DataFrame]) -> pd.DataFram
     for target in expected.itertuples(index=False):
         value = float("nan")
         if (table := found.get(str(target.table))) is not None:
-            who = table["teacher"] if "teacher" in table else table["system"]
-            cell = table[(who == target.teacher) & (table.task == target.task)]
+            cell = table[(table.teacher == target.teacher) & (table.task == target.task)]
             if "treatment" in table and not pd.isna(target.treatment):
                 cell = cell[cell.treatment == target.treatment]
             if len(cell) == 1 and (pd.isna(target.n) or cell.n.iloc[0] == target.n):

@@ -26,6 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from permdistill import debias
 from permdistill.engine.placement import PackedLinear, has_bfloat16, matmul_peak
 from permdistill.lessons import Lesson
 from permdistill.orders import all_orders
@@ -33,6 +34,7 @@ from permdistill.paper import bench
 from permdistill.paper.models import TEACHERS
 from permdistill.paper.paths import committed
 from permdistill.paper.profiles import LENGTH
+from permdistill.paper.systems import head_title
 from permdistill.paper.tasks import MULTIPLE_CHOICE, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question, unlabelled
@@ -85,7 +87,7 @@ def teacher_rows(teacher: CausalTeacher, rounds: int, each: int) -> list[dict[st
             work = run(teacher.model, groups, labels)
             seconds = time.perf_counter() - started
             rows.append(
-                {"system": f"{teacher.name}, {arm}", "kind": "teacher", "parameters": parameters, "round": number}
+                {"kind": "teacher", "teacher": teacher.name, "arm": arm, "parameters": parameters, "round": number}
                 | {"seconds": seconds / each, "flops": bench.flops(teacher.model, work) / each}
             )
     return rows
@@ -95,7 +97,7 @@ def student_rows(rounds: int, each: int) -> list[dict[str, Any]]:
     """Every encoder and head in every round, on ``each`` questions a round."""
     questions, rows = _questions(), []
     students = {
-        f"{encoder}, {head.replace('_', '-')} head": build(StudentConfig(encoder, head, "plain", 4, length), 0)
+        (encoder, head): build(StudentConfig(encoder, head, "plain", 4, length), 0)
         for encoder in ENCODERS
         for head, length in LENGTH.items()
     }
@@ -104,7 +106,7 @@ def student_rows(rounds: int, each: int) -> list[dict[str, Any]]:
         student.predict_batch(questions[:8], one)
     for number in tqdm(range(rounds), desc="students", unit="round"):
         chosen = questions[number * each : (number + 1) * each]
-        for name, student in students.items():
+        for (encoder, head), student in students.items():
             started = time.perf_counter()
             student.predict_batch(chosen, one)
             seconds = time.perf_counter() - started
@@ -112,7 +114,7 @@ def student_rows(rounds: int, each: int) -> list[dict[str, Any]]:
                 student.predict_batch(chosen, one)
             parameters = sum(p.numel() for p in student.model.parameters())
             rows.append(
-                {"system": name, "kind": "student", "parameters": parameters, "round": number}
+                {"kind": "student", "encoder": encoder, "head": head, "parameters": parameters, "round": number}
                 | {"seconds": seconds / each, "flops": counter.get_total_flops() / each}
             )
     return rows
@@ -124,7 +126,7 @@ def training_rows(rounds: int, n: int) -> list[dict[str, Any]]:
     questions, rows = _questions(), []
     cpu = torch.device("cpu")
     dtype = torch.bfloat16 if has_bfloat16(cpu) else torch.float32  # what mixed_precision multiplies in
-    operations: dict[str, float] = {}  # counted once: counting takes as long as training
+    operations: dict[tuple[str, str], float] = {}  # counted once: counting takes as long as training
     k = len(questions[0].options)
     lesson = Lesson(questions[:n], np.random.default_rng(0).dirichlet(np.ones(k), size=n))  # what they are costs nothing
     for number in tqdm(range(rounds), desc="training", unit="round"):
@@ -135,14 +137,12 @@ def training_rows(rounds: int, n: int) -> list[dict[str, Any]]:
                 with tempfile.TemporaryDirectory() as folder:
                     train(config, TrainingConfig(epochs=1), lesson, folder)
                     seconds = read_log(folder)["seconds"]
-                    name = f"{encoder}, {head.replace('_', '-')} head"
-                    if name not in operations:
+                    if (encoder, head) not in operations:
                         with FlopCounterMode(display=False) as counter:
                             train(config, TrainingConfig(epochs=1, seed=1), lesson, folder)
-                        operations[name] = counter.get_total_flops() / n
-                rows.append(
-                    {"system": name, "round": number, "peak": peak, "seconds": seconds / n, "flops": operations[name]}
-                )
+                        operations[encoder, head] = counter.get_total_flops() / n
+                row = {"encoder": encoder, "head": head, "round": number, "peak": peak}
+                rows.append(row | {"seconds": seconds / n, "flops": operations[encoder, head]})
     return rows
 
 
@@ -151,7 +151,7 @@ def training_table(result: dict[str, Any]) -> pd.DataFrame:
     the share that both make of the fastest matrix product of the machine."""
     frame = pd.DataFrame(result["training"])
     frame = frame.assign(share=frame.flops / frame.seconds / frame.peak, speed=1 / frame.seconds, gflop=frame.flops / 1e9)
-    by = frame.groupby("system", sort=False)[["speed", "gflop", "share"]].median().reset_index()
+    by = frame.groupby(["encoder", "head"], sort=False)[["speed", "gflop", "share"]].median().reset_index()
     return by.rename(columns={"speed": "questions/s", "gflop": "GFLOP a question", "share": "share of the peak"})
 
 
@@ -164,19 +164,20 @@ def table(result: dict[str, Any]) -> pd.DataFrame:
     """One row a system: parameters, medians over rounds of seconds and FLOPs a question, and how many times as many
     questions a second that is as the first teacher gives in one order, and in all orders one by one."""
     frame = pd.DataFrame(result["rows"])
-    by = frame.groupby(["system", "kind", "parameters"], sort=False)[["seconds", "flops"]].median().reset_index()
-    seconds = by.set_index("system").seconds
-    first = by.system[by.kind == "teacher"].iloc[0].split(", ")[0]
+    what = ["kind", "teacher", "arm", "encoder", "head"]
+    by = frame.groupby([*what, "parameters"], sort=False, dropna=False)[["seconds", "flops"]].median().reset_index()
+    seconds = by[by.teacher == by.teacher.dropna().iloc[0]].set_index("arm").seconds
     for name, arm in (("times one order", ONE), ("times all orders", EACH)):
-        by[name] = seconds[f"{first}, {arm}"] / by.seconds
+        by[name] = seconds[arm] / by.seconds
     return by
 
 
 def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     """:func:`table` for people."""
+    teacher, student = frame.teacher + ", " + frame.arm, frame.encoder + ", " + frame["head"].map(head_title, "ignore")
     return pd.DataFrame(
         {
-            "system": frame.system,
+            "system": teacher.fillna(student),
             "parameters, millions": (frame.parameters / 1e6).round(1),
             "questions/s": [f"{1 / s:.3g}" for s in frame.seconds],
             "GFLOP a question": [f"{f / 1e9:.3g}" for f in frame.flops],
@@ -190,11 +191,12 @@ def of_systems(systems: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """The rows of :func:`permdistill.paper.ablations.compare` with ``seconds`` and ``flops`` of an answer to a question in
     one order: as many calls of the teacher as it takes (all orders through the shared-prefix engine), and a student's
     own share."""
-    by = costs.set_index("system")[["seconds", "flops"]]
+    teachers, students = (costs.set_index(by)[["seconds", "flops"]] for by in (["teacher", "arm"], ["encoder", "head"]))
     rows = []
-    for system, kind, teacher, calls in systems[["system", "kind", "teacher", "calls"]].itertuples(index=False):
-        cost = by.loc[f"{teacher}, {SHARED}"] if system == "all-orders average" else calls * by.loc[f"{teacher}, {ONE}"]
-        rows.append(cost + by.loc[", ".join(system.split(", ")[:2])] if kind == "student" else cost)
+    for row in systems.itertuples():
+        shared = row.method == debias.DEBIASED
+        cost = teachers.loc[(row.teacher, SHARED)] if shared else row.calls * teachers.loc[(row.teacher, ONE)]
+        rows.append(cost + students.loc[(row.encoder, row.head)] if row.kind == "student" else cost)
     return systems.assign(seconds=[row.seconds for row in rows], flops=[row.flops for row in rows])
 
 

@@ -29,6 +29,7 @@ from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.paper.paths import ROOT, output_folder  # noqa: F401  (notebooks take it from here)
 from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Profile, Run
+from permdistill.paper.systems import BIASED, COPY, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
@@ -205,19 +206,15 @@ def together(parts: Sequence[Scored]) -> Scored:
 class System:
     """Something that answers questions in several orders.
 
-    name        as it stands in tables
-    kind        teacher | debiased | copy | student
+    what        what it is, see :class:`permdistill.paper.systems.Description`
     P           (item, order, option) probabilities
     orders      (order, K)
-    calls       of the teacher that an answer in one order takes
     parameters  number of parameters that answer one question besides, None where not known
     """
 
-    name: str
-    kind: str
+    what: Description
     P: np.ndarray
     orders: np.ndarray
-    calls: int
     parameters: int | None = None
 
 
@@ -244,9 +241,9 @@ def baselines(test: Scored) -> list[System]:
     averaged = debias.broadcast(debias.permutation_average(test.P), k)
     copied = debias.one_hot(black_box_decisions(test), k)
     return [
-        System(f"{test.teacher}, biased", "teacher", in_cyclic_orders(test.P), cyclic_orders(k), 1),
-        System(f"{test.teacher}, all-orders average", "debiased", averaged, cyclic_orders(k), len(test.orders)),
-        System("copy of one sampled decision", "copy", copied, cyclic_orders(k), 1),
+        System(Description("teacher", BIASED, 1), in_cyclic_orders(test.P), cyclic_orders(k)),
+        System(Description("debiased", debias.DEBIASED, len(test.orders)), averaged, cyclic_orders(k)),
+        System(Description("copy", COPY, 1, greedy=False), copied, cyclic_orders(k)),
     ]
 
 
@@ -291,7 +288,7 @@ def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     parameters = sum(p.numel() for p in student.model.parameters())
     orders = cyclic_orders(run.student.k)
     save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P, {"parameters": parameters})
-    return System(run.title, "student", P, orders, run.calls, parameters)
+    return System(run.what, P, orders, parameters)
 
 
 def save_predictions(path: Path, test: Scored, orders: np.ndarray, P: np.ndarray, about: dict[str, Any]) -> None:
@@ -349,7 +346,7 @@ def white_box(teacher: str, task: TaskSplit, folder: Path, committed: str = "") 
 
 def copied(task: TaskSplit, said: Drawn) -> System:
     """The API's decision in :func:`one_call`, taken as it is."""
-    return System("copy of the one decision", "copy", debias.one_hot(said.decisions, task.k), np.arange(task.k)[None], 1)
+    return System(Description("copy", COPY, 1), debias.one_hot(said.decisions, task.k), np.arange(task.k)[None])
 
 
 def distil_decisions(run: Run, task: TaskSplit, said: Drawn, test: TaskSplit, one: Drawn, folder: Path) -> System:
@@ -367,4 +364,4 @@ def distil_decisions(run: Run, task: TaskSplit, said: Drawn, test: TaskSplit, on
     student = train(run.student, run.training, lesson, folder / "students" / run.name)
     orders = np.arange(task.k)[None]
     P = student.predict_batch(unlabelled(test.questions), orders, one.decisions if correcting else None)
-    return System(run.title, "student", P, orders, run.calls, sum(p.numel() for p in student.model.parameters()))
+    return System(run.what, P, orders, sum(p.numel() for p in student.model.parameters()))

@@ -14,9 +14,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from permdistill import metrics
+from permdistill import debias, metrics
 from permdistill.paper import tasks as registry
 from permdistill.paper.experiments import Scored
+from permdistill.paper.systems import BIASED as BIASED_TEACHER
+from permdistill.paper.systems import TWO_ORDERS, UNTRAINED, described, head_title, title
 from permdistill.paper.tables import BIASED, DEBIASED
 
 COLOURS = dict(zip(("teacher", "debiased", "copy", "student"), sns.color_palette("colorblind"), strict=False))
@@ -99,17 +101,17 @@ def preferred_positions(scored: Sequence[Scored]) -> Figure:
     return figure
 
 
-FAMILIES = {
-    "biased": ("biased", "o"),
-    "black-box": ("black-box histogram", "x"),
-    "mean over": ("mean over random orders", "v"),
-    "cyclic": ("cyclic average", "^"),
-    "all-orders": ("all-orders average", "s"),
-    "majority": ("majority vote", "P"),
-    "prior-m": ("prior-matching", "D"),
-    "context prior": ("context prior-matching", "d"),
-    "PriDe": ("PriDe", "*"),
-    "contextual": ("contextual calibration", "h"),
+FAMILIES = {  # of debiasers, and their markers
+    debias.BIASED: "o",
+    debias.BLACK_BOX_FAMILY: "x",
+    debias.RANDOM_FAMILY: "v",
+    debias.CYCLIC: "^",
+    debias.DEBIASED: "s",
+    debias.MAJORITY: "P",
+    debias.PRIOR_MATCHING: "D",
+    debias.CONTEXT_PRIOR_MATCHING: "d",
+    debias.PRIDE: "*",
+    debias.CALIBRATION: "h",
 }
 
 
@@ -124,10 +126,10 @@ def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> F
     size = (2.2 * len(kinds) + 0.6, 5.4)
     figure, axes = plt.subplots(2, len(kinds), figsize=size, sharex="col", squeeze=False, layout="constrained")
     palette = dict(zip(FAMILIES, sns.color_palette("colorblind", len(FAMILIES)), strict=True))
-    for (above, below), (title, tasks) in zip(axes.T, kinds.items(), strict=True):
+    for (above, below), (kind, tasks) in zip(axes.T, kinds.items(), strict=True):
         part = table[table.task.isin(list(tasks))]
-        for number, (key, (label, marker)) in enumerate(FAMILIES.items()):
-            own = part[part.debiaser.str.startswith(key)]
+        for number, (family, marker) in enumerate(FAMILIES.items()):
+            own = part[part.family == family]
             for ax, name in ((above, "accuracy"), (below, "ps")):
                 points = [
                     (group.calls.iloc[0], group[name].mean(), _half(group, name))
@@ -135,10 +137,10 @@ def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> F
                 ]
                 if points:
                     x, y, half = 100 * np.array(points).T
-                    style = {"fmt": marker, "ms": 5, "lw": 0.8, "capsize": 1.5, "alpha": 0.85, "label": label}
+                    style = {"fmt": marker, "ms": 5, "lw": 0.8, "capsize": 1.5, "alpha": 0.85, "label": family}
                     aside = 1.04 ** (number - len(FAMILIES) // 2)  # what costs the same stands side by side
-                    ax.errorbar(aside * x / 100, y, yerr=half, color=palette[key], **style)
-        above.set(title=title, xscale="log")
+                    ax.errorbar(aside * x / 100, y, yerr=half, color=palette[family], **style)
+        above.set(title=kind, xscale="log")
         below.set(xlabel="teacher calls a question", ylim=(-1, None))
     axes[0, 0].set_ylabel("accuracy (%)")
     axes[1, 0].set_ylabel("ps (TV x 100)")
@@ -155,6 +157,7 @@ def _half(group: pd.DataFrame, name: str) -> float:
 def students(table: pd.DataFrame) -> Figure:
     """T2 or T3 as a picture: accuracy of every system on every task, the biased teacher's as a line."""
     _style()
+    table = table.assign(system=[title(what) for what in described(table)])
     tasks, systems = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.system))
     y = np.arange(len(systems))[::-1]
     figure, axes = plt.subplots(
@@ -180,7 +183,7 @@ def students(table: pd.DataFrame) -> Figure:
 def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
     """F5: every system as a point per task, permutation sensitivity against accuracy. Up and to the left is better.
 
-    ``systems`` has the columns of the students' tables (task, system, kind, accuracy, ps).
+    ``systems`` has the columns of the students' tables (task, kind, head, accuracy, ps).
     """
     _style()
     tasks = list(dict.fromkeys(systems.task))
@@ -198,7 +201,7 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
         part = systems[systems.task == task]
         for kind, colour in COLOURS.items():
             mine = part[part.kind == kind]
-            joint = mine.system.str.contains("joint head")
+            joint = mine["head"] == "joint"
             for chosen, marker, suffix in ((~joint, "o", ""), (joint, "s", ", joint head")):
                 if chosen.any():
                     ax.scatter(
@@ -218,7 +221,7 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
     return figure
 
 
-def cost(table: pd.DataFrame) -> Figure:
+def scoring_time(table: pd.DataFrame) -> Figure:
     """Time a question of every way to score all orders, in units of the trie's, and what share of the machine it uses.
 
     ``table`` is :func:`permdistill.paper.bench.table`'s.
@@ -270,11 +273,11 @@ def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> F
 
 
 _SHORT = {
-    "biased teacher": "biased",
-    "prior-matching, 1 call": "prior-matching",
-    "mean over 2 orders": "2 orders",
-    "mean over 4 cyclic orders": "4 orders",
-    "all-orders average": "all orders",
+    BIASED_TEACHER: "biased",
+    debias.PRIOR_MATCHING: "prior-matching",
+    TWO_ORDERS: "2 orders",
+    debias.CYCLIC: "{} orders",
+    debias.DEBIASED: "all orders",
 }
 
 
@@ -292,20 +295,21 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(
         1, len(teachers), figsize=(4.6 * len(teachers), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
-    markers = {"joint head": "s", "per-option head": "o", "bi-encoder head": "D"}
+    markers = {"joint": "s", "per_option": "o", "bi_encoder": "D"}
     for ax, teacher in zip(axes[0], teachers, strict=True):
         for row in systems[systems.teacher == teacher].itertuples():
             student = row.kind == "student"
-            head, method = row.system.split(", ")[1:3] if student else ("", "")
             large = student and row.parameters_millions > 50
             spread = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
-            colour = _UNTRAINED if method == "untrained" else COLOURS[row.kind]
-            style = {"marker": markers.get(head, "o"), "ms": 8 if large else 5, "lw": 0.8, "capsize": 1.5, "color": colour}
-            style |= {"mfc": "white" if student and row.calls else colour}
+            colour = _UNTRAINED if row.method == UNTRAINED else COLOURS[row.kind]
+            style = {"marker": markers.get(row.head, "o"), "ms": 8 if large else 5, "lw": 0.8, "capsize": 1.5}
+            style |= {"color": colour, "mfc": "white" if student and row.calls else colour}
             ax.errorbar(row.seconds, 100 * row.accuracy, yerr=spread, ls="none", **style)
             # Students are told apart by the legend: their names would lie on top of each other.
             where, near = (row.seconds, 100 * row.accuracy), {"ha": "right", "fontsize": 7}
-            ax.annotate(_SHORT.get(row.system, ""), where, xytext=(-6, 3), textcoords="offset points", **near)
+            ax.annotate(
+                _SHORT.get(row.method, "").format(row.calls), where, xytext=(-6, 3), textcoords="offset points", **near
+            )
         ax.set_xlim(systems.seconds.min() / 4, systems.seconds.max() * 2)
         ax.set(title=teacher, xscale="log", xlabel="seconds a question")
     axes[0, 0].set_ylabel("accuracy (%)")
@@ -313,7 +317,7 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     shown = {k: NAMES[k] for k in COLOURS} | {"debiased": "debiased teacher"}
     kinds = [dot(marker="o", color=COLOURS[k], label=name) for k, name in shown.items()]
     kinds.append(dot(marker="o", color=_UNTRAINED, label="untrained student"))
-    kinds += [dot(marker=marker, mfc="none", color="black", label=head) for head, marker in markers.items()]
+    kinds += [dot(marker=marker, mfc="none", color="black", label=head_title(head)) for head, marker in markers.items()]
     kinds.append(dot(marker="o", ms=8, color="black", label="large: over 50M parameters"))
     kinds.append(dot(marker="o", mfc="white", color=COLOURS["student"], label="white: with a teacher's call"))
     figure.legend(handles=kinds, loc="outside lower center", ncols=4, fontsize="small")

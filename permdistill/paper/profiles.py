@@ -15,6 +15,7 @@ import numpy as np
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.paper.hub import Repo
 from permdistill.paper.models import MODELS, TEACHERS
+from permdistill.paper.systems import CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, Description, title
 from permdistill.paper.tasks import (
     HUB_CHOICE,
     LAPTOP,
@@ -86,24 +87,20 @@ class Run:
         return "-".join([name, *(word for word, wanted in extra.items() if wanted)])
 
     @property
+    def what(self) -> Description:
+        """The columns of tables; the same for all seeds and learning rates."""
+        method = {
+            "plain": DISTILLATION if self.training.epochs else UNTRAINED,
+            "prediction": CORRECTION,
+            "distribution": WHITE_BOX,
+        }[self.student.inputs]
+        encoder, settings = Path(self.student.encoder).name, (self.greedy, self.power, self.draws, self.n_train, self.orders)
+        return Description("student", method, self.calls, encoder, self.student.head, *settings)
+
+    @property
     def title(self) -> str:
-        """For tables, e.g. "all-MiniLM-L6-v2, joint head, distillation"; the same for all seeds and learning rates."""
-        methods = {
-            "plain": "distillation" if self.training.epochs else "untrained",
-            "prediction": "error correction",
-            "distribution": "white-box error correction",
-        }
-        method = methods[self.student.inputs] + (" (greedy)" if self.greedy else "")
-        extra = {
-            "hard targets" if np.isinf(self.power) else f"targets to the power {self.power:g}": self.power != 1,
-            f"{self.draws} draws": self.draws > 0,
-            f"{self.n_train} questions": self.n_train > 0,
-            "original order only": self.orders != "all",
-        }
-        head = f"{self.student.head.replace('_', '-')} head"
-        return ", ".join(
-            [Path(self.student.encoder).name, head, method, *(word for word, wanted in extra.items() if wanted)]
-        )
+        """For people, see :func:`permdistill.paper.systems.title`."""
+        return title(self.what)
 
 
 def _runs(encoder: str, k: int, joint: int, per_option: int, training: TrainingConfig) -> tuple[Run, ...]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from permdistill import debias, metrics
 from permdistill.api.jobs import Drawn
 from permdistill.orders import cyclic_orders
 from permdistill.paper.experiments import Scored, System
+from permdistill.paper.systems import described_rows, titled
 from permdistill.paper.tasks import SEED, TaskSplit
 from permdistill.questions import Question
 
@@ -31,7 +31,7 @@ class Metric:
     values     (P, orders, gold answers) -> (item, ...)
     statistic  of the mean of the values over items; None: the mean is the metric
     gold       whether it needs gold answers, and so leaves out items without
-    fits       orders -> whether they are what it is defined on
+    defined    orders -> whether they are what it is defined on
     points     whether it is a share, shown in points of 100
     """
 
@@ -39,7 +39,7 @@ class Metric:
     values: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     statistic: Callable[[np.ndarray], float | np.ndarray] | None = None
     gold: bool = False
-    fits: Callable[[np.ndarray], bool] = lambda orders: len(orders) > 1
+    defined: Callable[[np.ndarray], bool] = lambda orders: len(orders) > 1
     points: bool = True
 
 
@@ -59,21 +59,21 @@ def _rotations(orders: np.ndarray) -> bool:
 
 
 METRICS = {
-    "accuracy": Metric("accuracy", lambda P, o, g: metrics.accuracy(P, g), gold=True, fits=lambda o: True),
-    "gain": Metric("gain over biased", lambda P, o, g: np.full(len(P), np.nan), gold=True, fits=lambda o: False),
-    "difference": Metric("difference", lambda P, o, g: np.full(len(P), np.nan), gold=True, fits=lambda o: False),
+    "accuracy": Metric("accuracy", lambda P, o, g: metrics.accuracy(P, g), gold=True, defined=lambda o: True),
+    "gain": Metric("gain over biased", lambda P, o, g: np.full(len(P), np.nan), gold=True, defined=lambda o: False),
+    "difference": Metric("difference", lambda P, o, g: np.full(len(P), np.nan), gold=True, defined=lambda o: False),
     "ps": Metric("ps (TV)", lambda P, o, g: metrics.permutation_sensitivity(P)),
     "ps_kl": Metric("ps (KL, nats)", lambda P, o, g: metrics.permutation_sensitivity(P, "kl"), points=False),
-    "pb": Metric("pb (TV)", lambda P, o, g: metrics.position_marginals(P, o), metrics.from_uniform, fits=_balanced),
-    "pb_item": Metric("pb per item (TV)", lambda P, o, g: metrics.positional_bias_per_item(P, o), fits=_balanced),
+    "pb": Metric("pb (TV)", lambda P, o, g: metrics.position_marginals(P, o), metrics.from_uniform, defined=_balanced),
+    "pb_item": Metric("pb per item (TV)", lambda P, o, g: metrics.positional_bias_per_item(P, o), defined=_balanced),
     "consistency": Metric("consistency rate", lambda P, o, g: metrics.consistency(P)),
     "flip": Metric("flip rate", lambda P, o, g: metrics.flip_rate(P)),
     "fluctuation": Metric(
-        "fluctuation rate", lambda P, o, g: metrics.fluctuation(P, o), fits=lambda o: _holds(o, o[:1, ::-1])
+        "fluctuation rate", lambda P, o, g: metrics.fluctuation(P, o), defined=lambda o: _holds(o, o[:1, ::-1])
     ),
     "ppa": Metric("PPA", lambda P, o, g: metrics.plurality_agreement(P)),
     "pbm": Metric("PBM", lambda P, o, g: metrics.position_variance(P), points=False),
-    "circular": Metric("CircularEval", lambda P, o, g: metrics.circular_accuracy(P, o, g), gold=True, fits=_rotations),
+    "circular": Metric("CircularEval", lambda P, o, g: metrics.circular_accuracy(P, o, g), gold=True, defined=_rotations),
     "adversarial": Metric("adversarial accuracy", lambda P, o, g: metrics.adversarial_accuracy(P, g), gold=True),
     "rstd": Metric("RStd", lambda P, o, g: metrics.recall_by_position(P, o, g), metrics.rstd, gold=True),
     "cramers_v": Metric(
@@ -85,6 +85,11 @@ METRICS = {
 }
 HEADLINE = ("accuracy", "ps", "ps_kl", "pb")
 BIASED_ORIGINAL, BIASED, DEBIASED = "biased, original order", "biased, mean over orders", debias.DEBIASED
+
+
+def _averaged(s: Scored) -> np.ndarray:
+    """The debiased teacher's probabilities, the same in every order."""
+    return debias.broadcast(debias.permutation_average(s.P), len(s.orders))
 
 
 def correct(P: np.ndarray, questions: Sequence[Question]) -> np.ndarray:
@@ -124,7 +129,7 @@ def measure(
 
     for name in names:
         metric = METRICS[name]
-        if not metric.fits(orders) or (metric.gold and not labelled.any()):
+        if not metric.defined(orders) or (metric.gold and not labelled.any()):
             continue
         chosen = labelled if metric.gold else np.ones(len(labelled), dtype=bool)
         values = np.mean([metric.values(one[chosen], orders, gold) for one in seeds], axis=0)
@@ -143,7 +148,7 @@ def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
             BIASED: s.P,
             debias.PRIOR_MATCHING: debias.prior_matching(s.P, s.orders),
             debias.CONTEXT_PRIOR_MATCHING: debias.context_prior_matching(s.P, s.orders),
-            DEBIASED: debias.broadcast(debias.permutation_average(s.P), len(s.orders)),
+            DEBIASED: _averaged(s),
         }
         measured = {
             name: measure(P, s.orders, s.task.questions, s.task.groups, None if name == BIASED else baseline)
@@ -159,22 +164,18 @@ def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """T1 with one row per teacher and task, for people: accuracies in points, gain and ps with their intervals; without gold
     answers ps alone."""
+    shown = {BIASED: "biased", debias.PRIOR_MATCHING: "prior-matching", debias.CONTEXT_PRIOR_MATCHING: "context prior-m."}
+    shown[DEBIASED] = "all orders"
     by = table.set_index(["teacher", "task", "treatment"])
     rows = []
     for teacher, task in table[["teacher", "task"]].drop_duplicates().itertuples(index=False):
         biased, debiased = by.loc[(teacher, task, BIASED)], by.loc[(teacher, task, DEBIASED)]
         row = {"teacher": teacher, "task": task, "n": int(biased.n)}
-        for treatment, title in (
-            (BIASED, "biased"),
-            (debias.PRIOR_MATCHING, "prior-matching"),
-            (debias.CONTEXT_PRIOR_MATCHING, "context prior-m."),
-            (DEBIASED, "all orders"),
-        ):
-            if "accuracy" in table:
-                row[title] = f"{100 * by.loc[(teacher, task, treatment)].accuracy:.1f}"
-        for title, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
+        for treatment, name in shown.items() if "accuracy" in table else ():
+            row[name] = f"{100 * by.loc[(teacher, task, treatment)].accuracy:.1f}"
+        for column, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
             if name in table:
-                row[title] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
+                row[column] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -197,7 +198,15 @@ def every_debiaser(
             continue
         answers = method.answer(P, orders, content_free, np.random.default_rng(SEED))
         row = measure(answers, orders, questions, groups, None if method.name == debias.BIASED else baseline, names)
-        rows.append({"debiaser": method.name, "calls": method.calls(orders.shape[1]), **row, "source": method.source})
+        rows.append(
+            {
+                "debiaser": method.name,
+                "family": method.family or method.name,
+                "calls": method.calls(orders.shape[1]),
+                **row,
+                "source": method.source,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -216,8 +225,7 @@ def field(scored: Iterable[Scored]) -> pd.DataFrame:
     """Every metric of the field, for each teacher and task, biased and averaged over all orders."""
     rows = []
     for s in scored:
-        averaged = debias.broadcast(debias.permutation_average(s.P), len(s.orders))
-        for treatment, P in ((BIASED, s.P), (DEBIASED, averaged)):
+        for treatment, P in ((BIASED, s.P), (DEBIASED, _averaged(s))):
             row = measure(P, s.orders, s.task.questions, s.task.groups, names=list(METRICS))
             rows.append({"teacher": s.teacher, "task": s.task.name, "treatment": treatment, **row})
     return pd.DataFrame(rows)
@@ -229,9 +237,7 @@ def decisions(scored: Iterable[Scored]) -> pd.DataFrame:
     not independent, p is too small."""
     rows = []
     for s in scored:
-        right = [
-            correct(P, s.task.questions) == 1 for P in (s.P[:, :1], debias.broadcast(debias.permutation_average(s.P), 1))
-        ]
+        right = [correct(P[:, :1], s.task.questions) == 1 for P in (s.P, _averaged(s))]
         labelled = np.array([q.answer is not None for q in s.task.questions])
         test = metrics.mcnemar(right[0][labelled], right[1][labelled])
         row = {"only original right": test.only_a, "only average right": test.only_b, "p": f"{test.p:.2g}"}
@@ -253,8 +259,7 @@ def prompts(scored: Iterable[Sequence[Scored]]) -> pd.DataFrame:
         for s in several:
             key = {"teacher": s.teacher, "task": task.name, "prompt": s.task.template.name}
             baseline = correct(s.P, task.questions)
-            averaged = debias.broadcast(debias.permutation_average(s.P), len(s.orders))
-            for treatment, P in ((BIASED, s.P), (DEBIASED, averaged)):
+            for treatment, P in ((BIASED, s.P), (DEBIASED, _averaged(s))):
                 row = measure(P, s.orders, task.questions, task.groups, None if P is s.P else baseline, ["accuracy", "ps"])
                 rows.append({**key, "treatment": treatment, **row})
         stacked = np.stack([s.P for s in several], axis=1)  # (item, prompt, order, option)
@@ -271,15 +276,12 @@ def prompts(scored: Iterable[Sequence[Scored]]) -> pd.DataFrame:
 
 def left_out(tasks: Iterable[TaskSplit]) -> pd.DataFrame:
     """How many questions each task has, with gold answer, and how many were left out of its split and why."""
-    rows = [
-        {
-            "task": t.name,
-            "questions": len(t.questions),
-            "with gold answer": sum(q.answer is not None for q in t.questions),
-            "left out before sampling": ", ".join(f"{n} {reason}" for reason, n in t.left_out.items()) or "none",
-        }
-        for t in tasks
-    ]
+    rows = []
+    for t in tasks:
+        row = {"task": t.name, "questions": len(t.questions)}
+        row |= {"with gold answer": sum(q.answer is not None for q in t.questions)}
+        why = ", ".join(f"{n} {reason}" for reason, n in t.left_out.items())
+        rows.append(row | {"left out before sampling": why or "none"})
     return pd.DataFrame(rows)
 
 
@@ -290,31 +292,30 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def students(test: Scored, systems: Sequence[System]) -> pd.DataFrame:
-    """T2 and T3: :func:`answers` of students beside their teacher's."""
-    return answers(test.task, systems)
+    """T2 and T3: :func:`answers` of students beside those of their teacher, whom a column names."""
+    table = answers(test.task, systems)
+    table.insert(0, "teacher", test.teacher)
+    return table
 
 
 def answers(task: TaskSplit, systems: Sequence[System]) -> pd.DataFrame:
-    """One row per system and task, and per system over all tasks together. ``gain`` is paired with the first of ``systems``,
-    the biased teacher. Systems of the same name are seeds of one student, and share a row."""
+    """One row per system and task, and per system over all tasks together; what a system is stands in the columns of
+    :class:`permdistill.paper.systems.Description`. ``gain`` is paired with the first of ``systems``, the biased teacher.
+    Systems of the same description are seeds of one student, and share a row."""
     rows = []
-    by_name: dict[str, list[System]] = {}
-    for system in systems:
-        by_name.setdefault(system.name, []).append(system)
+    by_what = {system.what: [s for s in systems if s.what == system.what] for system in systems}
     members = np.array(task.members)
     baseline = correct(systems[0].P, task.questions)
     for name in dict.fromkeys([*task.members, "all"]):
         chosen = np.flatnonzero(members == name) if name != "all" else np.arange(len(members))
-        questions = [task.questions[i] for i in chosen]
-        groups = [task.groups[i] for i in chosen]
-        for system, seeds in ((own[0], own) for own in by_name.values()):
-            compared = None if system is systems[0] else baseline[chosen]
-            row = measure([s.P[chosen] for s in seeds], system.orders, questions, groups, compared)
-            millions = np.nan if system.parameters is None else system.parameters / 1e6
-            key: dict[str, Any] = {"task": name, "system": system.name, "kind": system.kind}
-            key |= {"calls": system.calls, "parameters_millions": millions}
-            rows.append({**key, "seeds": len(seeds) if system.kind == "student" else np.nan, **row})
-    return pd.DataFrame(rows)
+        questions, groups = [task.questions[i] for i in chosen], [task.groups[i] for i in chosen]
+        for what, seeds in by_what.items():
+            compared = None if seeds[0] is systems[0] else baseline[chosen]
+            row = measure([s.P[chosen] for s in seeds], seeds[0].orders, questions, groups, compared)
+            millions = np.nan if seeds[0].parameters is None else seeds[0].parameters / 1e6
+            key = {"task": name, **asdict(what), "parameters_millions": millions}
+            rows.append({**key, "seeds": len(seeds) if what.kind == "student" else np.nan, **row})
+    return described_rows(rows)
 
 
 def draws(said: Drawn, task: TaskSplit, P: np.ndarray | None = None) -> pd.DataFrame:
@@ -329,8 +330,7 @@ def draws(said: Drawn, task: TaskSplit, P: np.ndarray | None = None) -> pd.DataF
     Questions without a decision among the first so many are left out of that row.
     """
     rows = []
-    n_draws = said.decisions.shape[1]
-    for n in [2**i for i in range(n_draws.bit_length())]:
+    for n in [2**i for i in range(said.decisions.shape[1].bit_length())]:
         counts = Drawn(said.orders[:, :n], said.decisions[:, :n]).counts
         some = counts.sum(axis=1) > 0
         counts, part = counts[some], task.where(some)
@@ -361,15 +361,13 @@ def worse_than_teacher(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table.task == "all") & (table.kind == "student") & (table.gain_high < 0)]
 
 
-def less_sensitive(systems: pd.DataFrame) -> pd.DataFrame:
+def less_sensitive(table: pd.DataFrame) -> pd.DataFrame:
     """Per task: ps of the biased teacher, the students' median, and how many of them lie below the teacher."""
     rows = []
-    for task, part in systems.groupby("task", sort=False):
+    for task, part in table.groupby("task", sort=False):
         teacher, students = part[part.kind == "teacher"].ps.iloc[0], part[part.kind == "student"].ps
-        below = f"{(students < teacher).sum()} of {len(students)}"
-        rows.append(
-            {"task": task, "ps of teacher": teacher, "median ps of students": students.median(), "below teacher": below}
-        )
+        row = {"task": task, "ps of teacher": teacher, "median ps of students": students.median()}
+        rows.append({**row, "below teacher": f"{(students < teacher).sum()} of {len(students)}"})
     return pd.DataFrame(rows).round(3)
 
 
@@ -383,15 +381,15 @@ def read(folder: str | Path, *names: str) -> pd.DataFrame:
         path = Path(folder) / "tables" / f"{name}.csv"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: run the notebook that writes table {name} first, with this profile")
-        frame = pd.read_csv(path)
-        frames.append(
-            frame.assign(task=frame.task.replace("all", f"all of {name.split('_')[0]}")) if len(names) > 1 else frame
-        )
+        frame, whole = pd.read_csv(path), f"all of {name.split('_')[0]}" if len(names) > 1 else "all"
+        frames.append(frame.assign(task=frame.task.replace("all", whole)))
     return pd.concat(frames, ignore_index=True)
 
 
 def pretty(frame: pd.DataFrame) -> pd.DataFrame:
-    """Shares -> "68.3 [66.1, 70.2]" in points; KL stays in nats with three digits. Columns without values are dropped."""
+    """Titles for systems, shares -> "68.3 [66.1, 70.2]" in points; KL in nats with three digits. Columns without values
+    are dropped."""
+    frame = titled(frame)
     shown = {f"{name}{part}" for name in METRICS for part in ("", "_low", "_high")}
     keys = [c for c in frame if c not in shown and (frame.empty or frame[c].notna().any())]
     out = frame[keys].copy()
@@ -413,6 +411,7 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
 
 def wide(frame: pd.DataFrame, index: Sequence[str], column: str, value: str = "difference") -> pd.DataFrame:
     """One metric alone, for people: a row for each of ``index``, a column for each value of ``column``."""
+    frame = titled(frame)
     shown = frame.assign(text=pretty(frame[[value, f"{value}_low", f"{value}_high"]]).iloc[:, 0])
     keys = list(dict.fromkeys(shown[list(index)].itertuples(index=False, name=None)))
     by = shown.pivot(index=list(index), columns=column, values="text")[list(dict.fromkeys(frame[column]))]
@@ -445,8 +444,9 @@ def readme(text: str, folder: str | Path) -> str:
         if "treatment" in frame:
             shown = summary(frame)
         else:
-            if "system" in frame:
-                frame = frame[frame.task == "all"].drop(columns=["task", "kind"])
+            if "kind" in frame:
+                one_teacher = ["teacher"] * (frame.teacher.nunique() == 1)
+                frame = frame[frame.task == "all"].drop(columns=["task", *one_teacher])
             shown = pretty(frame[[c for c in frame if not c.startswith(("ps_kl", "pb"))]])
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = text.split(start)
