@@ -160,7 +160,7 @@ bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half
 performance: $(INSTALLED) ## what `make bench` measured, into notebook 5, figures/ and the README
 	TQDM_DISABLE=1 $(PY) -m nbconvert --to notebook --execute --inplace notebooks/05_shared_prefixes.ipynb
 	cp build/smoke/figures/P1_* build/smoke/tables/P1_* figures/
-	$(PY) -m permdistill.paper.tables
+	$(PAPER) results
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rest

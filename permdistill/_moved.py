@@ -16,6 +16,7 @@ MOVED |= {
     "permdistill.data": "permdistill.questions",
     "permdistill.tables": "permdistill.paper.tables",
 }
+COMMANDS = {"permdistill.tables": "permdistill.paper results"}
 
 
 class _Finder:
@@ -35,7 +36,8 @@ class _Finder:
 
     def get_code(self, name: str) -> CodeType:
         """For ``python -m``: says where the command went, and exits with 2."""
-        text = f"import sys; print('python -m {name} is now python -m {MOVED[name]}', file=sys.stderr); sys.exit(2)"
+        new = COMMANDS.get(name, MOVED[name])
+        text = f"import sys; print('python -m {name} is now python -m {new}', file=sys.stderr); sys.exit(2)"
         return compile(text, name, "exec")
 
 

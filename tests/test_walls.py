@@ -120,7 +120,7 @@ data.from_jsonl, data.unlabelled, blackbox.ask, blackbox.asking, jobs.Job, jobs.
 def test_old_command_of_a_module_says_where_it_went():
     done = subprocess.run([sys.executable, "-m", "permdistill.tables"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert "python -m permdistill.tables is now python -m permdistill.paper.tables" in done.stderr
+    assert "python -m permdistill.tables is now python -m permdistill.paper results" in done.stderr
 
 
 def test_unknown_names_are_errors_as_ever():

@@ -108,6 +108,12 @@ def _students_of(settings: profiles.Profile, args: argparse.Namespace) -> None:
             print(f"{run.title}: {folder / run.name}")
 
 
+def _results(args: argparse.Namespace) -> None:
+    from permdistill.paper import results
+
+    results.write()
+
+
 def _manifest(args: argparse.Namespace) -> None:
     import sys
 
@@ -166,6 +172,9 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add(found, "students", commands.led(_students), text, f"{program} students --list")
     command.description += "; started with torchrun or accelerate launch, all processes train each student together"
     _add_students(command)
+
+    text = "bring figures/README.md and the README's table up to date with figures/*.csv"
+    commands.add(found, "results", _results, text, f"{program} results")
 
     text = "what was run, on what, and what came of it: BUILD [--measure NAME -- COMMAND ..]"
     command = commands.add(found, "manifest", _manifest, text, f"{program} manifest build")

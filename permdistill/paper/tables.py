@@ -1,4 +1,4 @@
-"""The paper's tables: systems -> measured rows -> CSV, LaTeX, and what a notebook or the README shows.
+"""The paper's tables: systems -> measured rows -> CSV, LaTeX, and what people are shown.
 
 A table is a pandas DataFrame in long form with plain numbers (shares, not points): for each metric ``m`` the columns
 ``m``, ``m_low``, ``m_high``. :func:`pretty` makes points with intervals of it, for people.
@@ -6,7 +6,6 @@ A table is a pandas DataFrame in long form with plain numbers (shares, not point
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -432,31 +431,3 @@ def markdown(shown: pd.DataFrame) -> str:
     cells = shown.astype(object).fillna("")
     lines = [list(cells.columns), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
-
-def readme(text: str, folder: str | Path) -> str:
-    """The README with its tables drawn from the CSV files in ``folder``; the rest of ``text`` stays as it is.
-
-    A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``: T1 as :func:`summary`, the students' over all tasks.
-    """
-    for name in re.findall(r"<!-- /(\w+) -->", text):
-        frame = pd.read_csv(Path(folder) / f"{name}.csv")
-        if "treatment" in frame:
-            shown = summary(frame)
-        else:
-            if "kind" in frame:
-                one_teacher = ["teacher"] * (frame.teacher.nunique() == 1)
-                frame = frame[frame.task == "all"].drop(columns=["task", *one_teacher])
-            shown = pretty(frame[[c for c in frame if not c.startswith(("ps_kl", "pb"))]])
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{markdown(shown)}\n{end}{rest.split(end)[1]}"
-    return text
-
-
-if __name__ == "__main__":  # python -m permdistill.paper.tables: bring the README's numbers up to date
-    from permdistill.paper.paths import ROOT as root
-
-    (root / "README.md").write_text(
-        readme((root / "README.md").read_text(encoding="utf-8"), root / "figures"), encoding="utf-8"
-    )
