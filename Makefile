@@ -101,15 +101,22 @@ $(BUILD)/settings: FORCE
 .PHONY: FORCE
 FORCE:
 
+# The students' notebook runs once for each pool of tasks.
+POOLS := multiple_choice summeval
+STUDENTS := 02_students
 NAMES := $(basename $(notdir $(sort $(wildcard $(NOTEBOOKS)/*.ipynb))))
-EXECUTED := $(NAMES:%=$(BUILD)/notebooks/%.ipynb)
+RUNS := $(foreach name,$(NAMES),$(if $(filter $(STUDENTS),$(name)),$(POOLS:%=$(name)_%),$(name)))
+EXECUTED := $(RUNS:%=$(BUILD)/notebooks/%.ipynb)
+source = $(NOTEBOOKS)/$(if $(filter $(STUDENTS)_%,$(1)),$(STUDENTS),$(1)).ipynb
+pool = $(patsubst $(STUDENTS)_%,-r pool %,$(filter $(STUDENTS)_%,$(1)))
+.SECONDEXPANSION:
 
 # The executed copy appears under its name only when every cell has run.
-$(EXECUTED): $(BUILD)/notebooks/%.ipynb: $(NOTEBOOKS)/%.ipynb $(CODE) $(SCORED) $(BUILD)/settings requirements.lock | $(INSTALLED)
+$(EXECUTED): $(BUILD)/notebooks/%.ipynb: $$(call source,$$*) $(CODE) $(SCORED) $(BUILD)/settings requirements.lock | $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "== $* ($(PROFILE))"
 	@TQDM_MININTERVAL=15 $(PAPER) manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
-	    -r profile $(PROFILE) -r output "$(OUT)/$(PROFILE)" -r scores "$(SCORES)" "$<" "$(@:.ipynb=.part.ipynb)"
+	    -r profile $(PROFILE) -r output "$(OUT)/$(PROFILE)" -r scores "$(SCORES)" $(call pool,$*) "$<" "$(@:.ipynb=.part.ipynb)"
 	@mv "$(@:.ipynb=.part.ipynb)" "$@"
 
 # One after the other, in the order of their numbers, also with make -j: a notebook may read what an earlier one wrote.
@@ -146,7 +153,7 @@ students: $(INSTALLED) ## train the matrix of students and keep their prediction
 	$(PAPER) students
 
 .PHONY: cost
-cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 10
+cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 3
 	$(PY) -m permdistill.paper.cost --output figures/cost.json
 
 .PHONY: bench

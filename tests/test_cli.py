@@ -188,7 +188,9 @@ def flat(monkeypatch):
 
 
 def test_profile_is_scored_and_audited_whole(flat, monkeypatch, tmp_path, capsys):
-    tasks = {"tasks": ("arc_easy", "piqa"), "learnt": ("arc_easy",), "compared": ("piqa",)}
+    smoke = profiles.PROFILES["smoke"]
+    pools = {n: replace(smoke.pools[n], tasks=(t,)) for n, t in (("multiple_choice", "arc_easy"), ("summeval", "piqa"))}
+    tasks = {"tasks": ("arc_easy", "piqa"), "pools": pools}
     sizes = {"n_test": 20, "n_train": 20, "n_others": (12, 10, 0), "n_prompts": (6, 0)}
     settings = replace(profiles.PROFILES["smoke"], teachers=("one", "two"), **tasks, **sizes)
     monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
@@ -238,10 +240,10 @@ def test_students_of_a_profile_are_those_that_its_notebooks_look_for(monkeypatch
     settings = replace(
         profiles.PROFILES["smoke"],
         n_train=6,
-        learnt=("arc_easy", "openbookqa"),
-        compared=("summeval_coherence",),
-        multiple_choice=runs[:1],
-        pairs=runs[1:],
+        pools={
+            "multiple_choice": profiles.Pool("T2", ("arc_easy", "openbookqa"), 6, runs[:1]),
+            "summeval": profiles.Pool("T3", ("summeval_coherence",), 6, runs[1:]),
+        },
     )
     monkeypatch.setitem(profiles.PROFILES, "smoke", settings)
     arguments = ["students", "--profile", "smoke", "--work", str(tmp_path / "work")]
@@ -257,11 +259,10 @@ def test_students_of_a_profile_are_those_that_its_notebooks_look_for(monkeypatch
     paper_cli.main([*arguments, "--list"])
     assert capsys.readouterr().out.splitlines() == [f"trained {run.name}" for run in runs]
     monkeypatch.setattr(trainings, "_train", lambda *args: pytest.fail("trained again"))
-    for run, tasks, n in ((runs[0], settings.learnt, 12), (runs[1], settings.compared, 6)):  # as the notebooks do
-        parts = [experiments.read_scores(settings.teachers[0], task, "train", "", settings.n_train) for task in tasks]
-        train_on = experiments.together(parts)
+    for pool, n in zip(settings.pools.values(), (12, 6), strict=True):  # as the notebooks do
+        train_on = experiments.read_pool(settings, pool, "train")
         assert len(train_on.P) == n
-        experiments.distil(run, train_on, parts[0], tmp_path / "work")
+        experiments.distil(pool.runs[0], train_on, train_on, tmp_path / "work")
 
 
 def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypatch, tmp_path, capsys):

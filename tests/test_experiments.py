@@ -182,12 +182,13 @@ def test_no_teacher_falls_off_the_figure():
 
 def test_profiles_name_each_run_once_and_fit_their_tasks():
     for profile in profiles.PROFILES.values():
-        names = [run.name for run in (*profile.multiple_choice, *profile.pairs)]
+        names, (choice, pairs) = [run.name for run in profile.runs], profile.pools.values()
         assert len(set(names)) == len(names)
-        assert {run.student.k for run in profile.multiple_choice} == {4} and {run.student.k for run in profile.pairs} == {2}
+        assert {run.student.k for run in choice.runs} == {4} and {run.student.k for run in pairs.runs} == {2}
     for profile in (profiles.PROFILES["smoke"], profiles.PROFILES["full"]):
-        assert {run.student.head for run in profile.pairs} == set(HEADS)
-        assert {(run.student.head, run.student.inputs) for run in profile.multiple_choice} >= {
+        choice, pairs = profile.pools.values()
+        assert {run.student.head for run in pairs.runs} == set(HEADS)
+        assert {(run.student.head, run.student.inputs) for run in choice.runs} >= {
             *((head, inputs) for head in ("joint", "per_option") for inputs in ("plain", "prediction")),
             ("bi_encoder", "plain"),
         }
@@ -199,7 +200,8 @@ def test_profiles_name_each_run_once_and_fit_their_tasks():
 def test_every_question_fits_the_students_of_every_profile(profile):
     settings = profiles.PROFILES[profile]
     tokenizer = AutoTokenizer.from_pretrained(models.folder("all-MiniLM-L6-v2"))  # all-mpnet-base-v2's has the same words
-    for tasks, runs in ((registry.MULTIPLE_CHOICE, settings.multiple_choice), (registry.SUMMEVAL[:1], settings.pairs)):
+    choice, pairs = settings.pools.values()
+    for tasks, runs in ((choice.tasks, choice.runs), (pairs.tasks[:1], pairs.runs)):
         questions = [q for t in tasks for split in ("train", "test") for q in registry.load_task(t, split).questions]
         for config in {run.student for run in runs if run.student.inputs == "prediction"}:
             student = Student(config, None, tokenizer)
@@ -328,7 +330,7 @@ def test_seeds_of_a_student_share_a_row_of_their_mean():
     both = alone.loc[[averaged.what.method, copied.what.method]]
     assert row.seeds == 2 and row.accuracy == pytest.approx(both.accuracy.mean())
     assert row.ps == pytest.approx(both.ps.mean())
-    run = profiles.PROFILES["smoke"].multiple_choice[0]
+    run = profiles.PROFILES["smoke"].runs[0]
     other = replace(run, training=replace(run.training, seed=1))
     assert other.what == run.what and other.title == run.title and other.name == f"{run.name}-seed1"
     assert replace(run, greedy=True, power=4.0).name == f"{run.name}-greedy-power4"
@@ -336,7 +338,7 @@ def test_seeds_of_a_student_share_a_row_of_their_mean():
 
 def test_titles_are_made_when_tables_are_printed(tmp_path):
     s = planted("one")
-    run = profiles.PROFILES["smoke"].multiple_choice[0]
+    run = profiles.PROFILES["smoke"].runs[0]
     unusual = replace(run, greedy=True, power=np.inf, draws=8, n_train=20, orders="original")
     baselines = experiments.baselines(s)
     students = [replace(baselines[1], what=one.what) for one in (run, unusual)]

@@ -263,7 +263,7 @@ def test_batches_of_similar_length_hold_no_more_than_they_may(tiny):
     assert forwarded == 150 + 3 * 7
 
 
-@pytest.mark.parametrize("run", PAPER.multiple_choice, ids=lambda run: run.name)
+@pytest.mark.parametrize("run", PAPER.pools["multiple_choice"].runs, ids=lambda run: run.name)
 def test_student_learns_answers_and_comes_back(tiny, tmp_path, run):
     assert build(run.student, 0).model.config.model_type == models.MODELS[run.student.encoder].config["model_type"]
     task = load_task("race_middle", "test").first(6)

@@ -172,7 +172,7 @@ def test_all_pairs_of_summeval_by_document():
 def test_paper_tasks_are_known_and_race_is_what_students_learn():
     for task in profiles.PROFILES["paper"].tasks:
         assert "test" in TASKS[task].splits
-    assert profiles.PROFILES["paper"].learnt == RACE
+    assert profiles.PROFILES["paper"].pools["multiple_choice"].tasks == RACE
     assert [*TASKS["medmcqa"].splits] == ["test"] and [*TASKS["race_c"].splits] == ["test", "train"]
     with pytest.raises(ValueError, match="task 'race', split 'test'.*race_middle"):
         tasks.load_task("race", "test")

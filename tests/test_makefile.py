@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 
 from permdistill.paper.models import MODELS
+from permdistill.paper.profiles import PROFILES
 from permdistill.paper.tasks import TASKS
 from permdistill.prompts import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+POOLS = tuple(PROFILES["full"].pools)
+NOTEBOOKS = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+RUNS = NOTEBOOKS - {"02_students"} | {f"02_students_{pool}" for pool in POOLS}
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +47,9 @@ def test_unknown_values_are_refused_with_the_known_ones(setting, known):
 def test_notebooks_run_one_after_the_other_in_the_order_of_their_numbers(tmp_path):
     planned = make("-n", "-j4", "paper", f"BUILD={tmp_path}/build").stdout
     ran = re.findall(r"^echo \"== (\S+) \(full\)\"", planned, re.M)
-    assert ran == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert ran == sorted(RUNS)
+    for pool in POOLS:  # the students' notebook, once for each pool of tasks
+        assert re.search(rf"-r pool {pool} \"notebooks/02_students.ipynb\" \S*02_students_{pool}.part.ipynb", planned), pool
     # The teachers' table is there within minutes; what takes longer waits for the audit.
     first, second = [place.start() for place in re.finditer("== ", planned)][:2]
     assert first < planned.index("permdistill.paper audit --profile full") < second

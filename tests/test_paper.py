@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny_hub
+from test_makefile import RUNS
 
 from permdistill.paper import claims, hub, profiles
 from permdistill.paper.systems import described
@@ -20,6 +21,7 @@ from permdistill.training import read_log
 ROOT = Path(__file__).parent.parent
 NAME = "paper-12"  # the first 12 questions of each set: those that do not come from the hub would take half an hour
 PAPER = profiles.get(NAME)
+LEARNT = PAPER.pools["multiple_choice"]
 SKIPPED = shutil.ignore_patterns(".*", "build", "__pycache__", "*.egg-info")
 
 
@@ -37,7 +39,7 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
         done = subprocess.run(words, cwd=home, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     logs = {folder.name: read_log(folder) for folder in (home / "build" / NAME / "students").iterdir()}
-    assert set(logs) == {run.name for run in (*PAPER.multiple_choice, *PAPER.pairs)}
+    assert set(logs) == {run.name for run in PAPER.runs}
     assert {log["processes"] for log in logs.values()} == {2}
 
     command = ["make", "paper", f"PROFILE={NAME}", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
@@ -46,7 +48,7 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
 
     build = home / "build"
     made = json.loads((build / "manifest.json").read_text())
-    assert list(made["notebooks"]) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert list(made["notebooks"]) == sorted(RUNS)
     assert all(notebook["parameters"]["profile"] == NAME for notebook in made["notebooks"].values())
     assert set(made["revisions"]) == set(tiny_hub.REPOS)
     assert {folder.name: read_log(folder) for folder in (build / NAME / "students").iterdir()} == logs
@@ -58,8 +60,8 @@ def test_paper_profile_runs_to_the_last_figure_offline(tmp_path):
     assert set(tables["T1_teachers"].teacher) == scores
     assert set(tables["T1_teachers"].task) == set(PAPER.tasks)
     students = tables["T2_students_multiple_choice"]
-    assert set(students.task) == {*PAPER.learnt, "all"}
-    assert set(described(students[students.kind == "student"])) == {run.what for run in PAPER.multiple_choice}
+    assert set(students.task) == {*LEARNT.tasks, "all"}
+    assert set(described(students[students.kind == "student"])) == {run.what for run in LEARNT.runs}
 
     # Whoever runs the profile gets a verdict for each cell of the paper.
     names = ("T1_teachers", "T2_students_multiple_choice", "T3_students_summeval")

@@ -59,8 +59,8 @@ def test_full_profile_scores_what_the_matrix_reads_too():
 def test_profile_with_a_limit_has_no_more_questions_and_the_same_students():
     small = profiles.get("paper-12")
     assert small == PAPER.limited(12) and profiles.get("paper") is PAPER
-    assert (small.n_test, small.n_train, small.n_api) == (12, 12, 12) and small.n_students == (12, 12)
-    assert (small.teachers, small.tasks, small.multiple_choice) == (PAPER.teachers, PAPER.tasks, PAPER.multiple_choice)
+    assert (small.n_test, small.n_train, small.n_api) == (12, 12, 12) and {p.n_test for p in small.pools.values()} == {12}
+    assert (small.teachers, small.tasks, small.runs) == (PAPER.teachers, PAPER.tasks, PAPER.runs)
     needs = profiles.all_needs(profiles.get("full-12"))
     assert {n.n for n in needs if n.template_name != "summaries_letters"} == {12}
     assert {n.n for n in needs if n.template_name == "summaries_letters"} == {140}  # intervals need several documents

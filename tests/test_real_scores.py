@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from permdistill import debias, metrics
 from permdistill.orders import all_orders, cyclic_orders
-from permdistill.paper import experiments, profiles
+from permdistill.paper import experiments, profiles, tables
 from permdistill.paper.tasks import SUMMARIES
 
 FULL = profiles.PROFILES["full"]
@@ -20,6 +20,23 @@ CELLS = [(teacher, task) for teacher in FULL.teachers for task in FULL.tasks if 
 def scored(request):
     teacher, task = request.param
     return experiments.read_scores(teacher, task, "test", n=FULL.n_questions(teacher, task))
+
+
+def test_what_the_students_notebook_shows_of_summeval():
+    """nbval runs that notebook with its other pool; these are the numbers of this one, in the small profile."""
+    smoke = profiles.PROFILES["smoke"]
+    train, test = (experiments.read_pool(smoke, smoke.pools["summeval"], split) for split in ("train", "test"))
+    assert (len(train.P), len(test.P)) == (64, 336)
+    shown = tables.pretty(tables.students(test, experiments.baselines(test)))
+    assert shown.accuracy.tolist() == [
+        *("50.0 [50.0, 50.0]", "42.9 [40.7, 44.0]", "51.3 [46.3, 60.0]"),
+        *("50.0 [50.0, 50.0]", "50.0 [28.6, 71.4]", "50.0 [42.9, 57.1]"),
+        *("50.0 [50.0, 50.0]", "51.4 [50.0, 52.9]", "57.1 [55.6, 58.8]"),
+        *("50.0 [50.0, 50.0]", "68.6 [57.1, 76.0]", "45.0 [39.6, 52.0]"),
+        *("50.0 [50.0, 50.0]", "54.1 [50.7, 58.2]", "50.0 [47.3, 52.2]"),
+    ]
+    ps = [value.split()[0] for value in shown["ps (TV)"]]
+    assert ps == "27.8 0.0 60.7 35.7 0.0 58.3 25.2 0.0 48.8 36.7 0.0 58.3 31.3 0.0 56.5".split()
 
 
 def test_every_cell_has_the_questions_that_it_should(scored):

@@ -268,14 +268,13 @@ def students_plan(settings: Profile, n: int = SAMPLE) -> pd.DataFrame:
     checkpoint, without what a training in progress keeps).
     """
     rows = []
-    pools = (("T2", settings.multiple_choice, settings.learnt), ("T3", settings.pairs, settings.compared))
-    for (table, runs, tasks), n_test in zip(pools, settings.n_students, strict=True):
-        first = settings.teachers[0]
+    for pool in settings.pools.values():
+        first, table = settings.teachers[0], pool.table.split("_")[0]
         parts = {
-            split: [_questions(Need(table, first, task, split, size)) for task in tasks]
-            for split, size in (("train", settings.n_train), ("test", n_test))
+            split: [_questions(Need(table, first, task, split, size)) for task in pool.tasks]
+            for split, size in (("train", settings.n_train), ("test", pool.n_test))
         }
-        for run in runs:
+        for run in pool.runs:
             model, known = architecture(run.student.encoder), True
             passes = {}
             for split, loaded in parts.items():
@@ -314,7 +313,7 @@ def downloads(settings: Profile) -> pd.DataFrame:
     """A row for each model and data set: revision, licence, whether it is gated, GB to download, GB of weights in bfloat16
     (teachers) or float32 (students)."""
     rows = []
-    encoders = {run.student.encoder for run in (*settings.multiple_choice, *settings.pairs)}
+    encoders = {run.student.encoder for run in settings.runs}
     for name in dict.fromkeys([*settings.teachers, *sorted(encoders)]):
         model, bytes_each = MODELS[name], 2 if name in settings.teachers else 4
         weights = sum(p.numel() for p in architecture(name).parameters())

@@ -88,20 +88,20 @@ def _students(args: argparse.Namespace) -> None:
 
 
 def _students_of(settings: profiles.Profile, args: argparse.Namespace) -> None:
-    """Train what notebooks 2 and 3 train, into the folder in which they look for it."""
+    """Train what notebook 2 trains, into the folder in which it looks for it."""
     from permdistill.paper import experiments
     from permdistill.training import LOG, train
 
     folder = output_folder(args.work, args.profile) / "students"
     if args.list:
-        for run in (*settings.multiple_choice, *settings.pairs):
+        for run in settings.runs:
             print(f"{'trained' if (folder / run.name / LOG).exists() else 'missing'} {run.name}")
         return
     hub.check(profiles.repositories(settings))
     pools = []
-    for tasks, runs in ((settings.learnt, settings.multiple_choice), (settings.compared, settings.pairs)):
-        parts = [experiments.read_scores(settings.teachers[0], t, "train", args.scores, settings.n_train) for t in tasks]
-        pools.append((experiments.together(parts), runs))
+    for pool in settings.pools.values():
+        train_on = experiments.read_pool(settings, pool, "train", args.scores)
+        pools.append((train_on, pool.runs))
     for train_on, runs in pools:
         for run in runs:
             train(run.student, run.training, experiments.lesson_of(run, train_on), folder / run.name)
@@ -131,7 +131,7 @@ def _add_students(command: argparse.ArgumentParser) -> None:
     parts = list(profiles.MATRIX)
     which = command.add_mutually_exclusive_group()
     which.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
-    text = "the students of this profile's notebooks 2 and 3 instead, into --work, where they look for them"
+    text = "the students of this profile's notebook 2 instead, into --work, where it looks for them"
     which.add_argument("--profile", help=text)
     command.add_argument("--predictions", default="", help="folder (default: the committed ones)")
     text = "folder for checkpoints (build/matrix); with --profile, for students (where `make paper` puts its own)"

@@ -28,7 +28,7 @@ from permdistill.files import replacing
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.paper.paths import ROOT, output_folder  # noqa: F401  (notebooks take it from here)
-from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Profile, Run
+from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Pool, Profile, Run
 from permdistill.paper.systems import BIASED, COPY, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import TEMPLATES
@@ -64,6 +64,12 @@ def read_scores(teacher: str, task: str, split: str, folder: str = "", n: int | 
     command that makes them.
     """
     return _read(teacher, load_task(task, split, template).first(n), Path(folder or COMMITTED))
+
+
+def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Scored:
+    """The tasks of a pool as one, with the scores of the profile's first teacher: see :func:`read_scores`."""
+    n = settings.n_train if split == "train" else pool.n_test
+    return together([read_scores(settings.teachers[0], task, split, folder, n) for task in pool.tasks])
 
 
 def _read(teacher: str, task: TaskSplit, folder: Path) -> Scored:

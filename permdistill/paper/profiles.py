@@ -6,6 +6,7 @@ scores, the live audit and the tables always speak of the same questions. A :cla
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,22 @@ def _runs(encoder: str, k: int, joint: int, per_option: int, training: TrainingC
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Tasks that students learn and answer as one.
+
+    table   of these students: the name of its file
+    tasks   all with the same number of options
+    n_test  questions per task that the students answer, at most
+    runs    the students
+    """
+
+    table: str
+    tasks: tuple[str, ...]
+    n_test: int
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
 class Profile:
     """How much a run does.
 
@@ -121,13 +138,9 @@ class Profile:
     n_test, n_train  questions per task, at most
     n_others         the same for other teachers: sets with training questions, test only, SummEval; 0: left out
     n_prompts        test questions per task that are put in several ways: multiple choice, SummEval
-    n_students       test questions per task that students answer: multiple choice, SummEval
-    multiple_choice  students for multiple choice
-    pairs            students for SummEval
+    pools            what students learn: {"multiple_choice", "summeval"}
     api_teacher      whom the black-box notebook asks, where the user has no API of her own
     n_api, draws     its questions, for training and testing together, and decisions for each training question
-    learnt           tasks that multiple-choice students learn and answer, as one
-    compared         the same for the students of pairs
     matrix           whether the students of :data:`MATRIX` are its own too
     """
 
@@ -137,14 +150,10 @@ class Profile:
     n_train: int
     n_others: tuple[int, int, int]
     n_prompts: tuple[int, int]
-    n_students: tuple[int, int]
-    multiple_choice: tuple[Run, ...]
-    pairs: tuple[Run, ...]
+    pools: Mapping[str, Pool]
     api_teacher: str = TEACHERS[1]
     n_api: int = 100
     draws: int = 16
-    learnt: tuple[str, ...] = MULTIPLE_CHOICE
-    compared: tuple[str, ...] = SUMMEVAL
     matrix: bool = False
 
     def limited(self, n: int) -> Profile:
@@ -156,10 +165,15 @@ class Profile:
         if n < 1:
             raise ValueError(f"limit = {n}: give a number of at least 1")
         sizes: dict[str, Any] = {name: min(getattr(self, name), n) for name in ("n_test", "n_train", "n_api")}
-        for name in ("n_others", "n_students"):
-            sizes[name] = tuple(min(m, n) for m in getattr(self, name))
+        sizes["n_others"] = tuple(min(m, n) for m in self.n_others)
         sizes["n_prompts"] = (min(self.n_prompts[0], n), self.n_prompts[1])
+        sizes["pools"] = {name: replace(pool, n_test=min(pool.n_test, n)) for name, pool in self.pools.items()}
         return replace(self, matrix=False, **sizes)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All students."""
+        return tuple(run for pool in self.pools.values() for run in pool.runs)
 
     def n_questions(self, teacher: str, task: str) -> int:
         """How many test questions of ``task`` are asked of ``teacher``, at most."""
@@ -215,6 +229,18 @@ def _paper_runs(k: int, epochs: int) -> tuple[Run, ...]:
     )
 
 
+def _pools(
+    n_test: tuple[int, int],
+    multiple_choice: tuple[Run, ...],
+    summeval: tuple[Run, ...],
+    tasks: tuple[tuple[str, ...], tuple[str, ...]] = (MULTIPLE_CHOICE, SUMMEVAL),
+) -> dict[str, Pool]:
+    return {
+        "multiple_choice": Pool("T2_students_multiple_choice", tasks[0], n_test[0], multiple_choice),
+        "summeval": Pool("T3_students_summeval", tasks[1], n_test[1], summeval),
+    }
+
+
 _TINY = TrainingConfig(epochs=1, learning_rate=1e-4)
 PROFILES = {
     # Runs in a minute: the notebooks' defaults, what nbval checks.
@@ -225,14 +251,16 @@ PROFILES = {
         n_train=16,
         n_others=(84, 84, 84),
         n_prompts=(40, 140),
-        n_students=(48, 84),
-        multiple_choice=(
-            *_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
-            _bi_encoder("all-MiniLM-L6-v2", 4, 128, _TINY),
-        ),
-        pairs=(
-            *_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
-            _bi_encoder("all-MiniLM-L6-v2", 2, 256, _TINY),
+        pools=_pools(
+            (48, 84),
+            (
+                *_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
+                _bi_encoder("all-MiniLM-L6-v2", 4, 128, _TINY),
+            ),
+            (
+                *_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
+                _bi_encoder("all-MiniLM-L6-v2", 2, 256, _TINY),
+            ),
         ),
         api_teacher="smollm2-135m",
         n_api=30,
@@ -246,18 +274,20 @@ PROFILES = {
         n_train=10**9,
         n_others=(350, 150, 10 * 28),
         n_prompts=(80, 5 * 28),
-        n_students=(350, 25 * 28),
         matrix=True,
         # About an hour on 2 cores: the small encoder, one seed; the rest is in MATRIX. For summaries the lengths leave all
         # heads about the same share of the article, since the joint head's sequence holds two summaries.
-        multiple_choice=(
-            *_runs("all-MiniLM-L6-v2", 4, 256, 128, TrainingConfig(epochs=4, learning_rate=1e-4)),
-            _bi_encoder("all-MiniLM-L6-v2", 4, 128, TrainingConfig(epochs=2, learning_rate=1e-4)),
-            _bi_encoder("all-MiniLM-L6-v2", 4, 128, TrainingConfig(epochs=2, learning_rate=1e-4), "distribution"),
-        ),
-        pairs=(
-            *_runs("all-MiniLM-L6-v2", 2, 384, 256, TrainingConfig(epochs=1, learning_rate=1e-4, batch_size=28)),
-            _bi_encoder("all-MiniLM-L6-v2", 2, 256, TrainingConfig(epochs=1, learning_rate=1e-4, batch_size=28)),
+        pools=_pools(
+            (350, 25 * 28),
+            (
+                *_runs("all-MiniLM-L6-v2", 4, 256, 128, TrainingConfig(epochs=4, learning_rate=1e-4)),
+                _bi_encoder("all-MiniLM-L6-v2", 4, 128, TrainingConfig(epochs=2, learning_rate=1e-4)),
+                _bi_encoder("all-MiniLM-L6-v2", 4, 128, TrainingConfig(epochs=2, learning_rate=1e-4), "distribution"),
+            ),
+            (
+                *_runs("all-MiniLM-L6-v2", 2, 384, 256, TrainingConfig(epochs=1, learning_rate=1e-4, batch_size=28)),
+                _bi_encoder("all-MiniLM-L6-v2", 2, 256, TrainingConfig(epochs=1, learning_rate=1e-4, batch_size=28)),
+            ),
         ),
     ),
     # The paper at its own scale: for GPUs, and whoever may use Llama 2.
@@ -268,11 +298,7 @@ PROFILES = {
         n_train=10**9,
         n_others=(10**9, 10**9, 10**9),
         n_prompts=(80, 5 * 28),
-        n_students=(10**9, 10**9),
-        multiple_choice=_paper_runs(4, epochs=2),
-        pairs=_paper_runs(2, epochs=3),
-        learnt=RACE,
-        compared=WHOLE_SUMMEVAL,
+        pools=_pools((10**9, 10**9), _paper_runs(4, epochs=2), _paper_runs(2, epochs=3), tasks=(RACE, WHOLE_SUMMEVAL)),
     ),
 }
 
@@ -316,9 +342,10 @@ def needs(settings: Profile) -> list[Need]:
         if (n := settings.n_questions(teacher, task))
     ]
     first = settings.teachers[0]
-    for table, tasks, place in (("T2", settings.learnt, 0), ("T3", settings.compared, 1)):
-        found += [Need(table, first, task, "train", settings.n_train) for task in tasks]
-        found += [Need(table, first, t, "test", settings.n_students[place]) for t in tasks if t not in settings.tasks]
+    for pool in settings.pools.values():
+        table = pool.table.split("_")[0]
+        found += [Need(table, first, task, "train", settings.n_train) for task in pool.tasks]
+        found += [Need(table, first, t, "test", pool.n_test) for t in pool.tasks if t not in settings.tasks]
     for (kind, tasks), n in zip(PUT_DIFFERENTLY.items(), settings.n_prompts, strict=True):
         usual, *others = PROMPTS[kind]
         tasks = tasks if n else ()
@@ -329,10 +356,15 @@ def needs(settings: Profile) -> list[Need]:
 
 def repositories(settings: Profile) -> list[Repo]:
     """What a profile needs of the model hub: teachers, encoders, data."""
-    encoders = [run.student.encoder for run in (*settings.multiple_choice, *settings.pairs)]
+    encoders = [run.student.encoder for run in settings.runs]
     models = [MODELS[name].repo for name in (*settings.teachers, *encoders) if name in MODELS]
     data = [TASKS[task].repo for task in settings.tasks]
     return [repo for repo in dict.fromkeys([*models, *data]) if repo is not None]
+
+
+def pool_of(tasks: Sequence[str]) -> str:
+    """The name of the pool that tests as many questions as students of these tasks are asked."""
+    return "summeval" if TASKS[tasks[0]].family == SUMMARIES else "multiple_choice"
 
 
 @dataclass(frozen=True)
@@ -449,7 +481,7 @@ def all_needs(settings: Profile) -> list[Need]:
     found = needs(settings)
     cells = [cell for part in MATRIX.values() for cell in part] if settings.matrix else []
     for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
-        sizes = {"train": settings.n_train, "test": settings.n_students[tasks[0] in SUMMEVAL]}
+        sizes = {"train": settings.n_train, "test": settings.pools[pool_of(tasks)].n_test}
         for need in (Need("matrix", teacher, task, split, n) for split, n in sizes.items() for task in tasks):
             own = (need.teacher, need.task, need.split, need.template_name)
             if not any((f.teacher, f.task, f.split, f.template_name) == own and f.n >= need.n for f in found):
