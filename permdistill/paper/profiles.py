@@ -153,8 +153,8 @@ class Profile:
     def limited(self, n: int) -> Profile:
         """The same with at most ``n`` questions of each task, and without the matrix.
 
-        SummEval's pairs in other words stay: intervals need two documents, and each has 28 pairs (the paper's 120). With real
-        data, so does every other table: give more than that.
+        SummEval's pairs in other words stay: intervals need two documents, and each has 28 pairs (the paper's 120). So give
+        more than that with real data, where all tables need them.
         """
         if n < 1:
             raise ValueError(f"limit = {n}: give a number of at least 1")
