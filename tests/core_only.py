@@ -55,6 +55,7 @@ def program(folder: Path) -> None:
 
     from permdistill import cli, debias, scores
     from permdistill.configs import StudentConfig, TrainingConfig
+    from permdistill.lessons import Lesson
     from permdistill.orders import all_orders
     from permdistill.prompts import TEMPLATES
     from permdistill.questions import Question
@@ -68,7 +69,8 @@ def program(folder: Path) -> None:
     assert scores.score(store, teacher, questions, TEMPLATES["letters"]) == len(questions)
     P = scores.probabilities(scores.load(store, questions, TEMPLATES["letters"], teacher.model_key))
     config = StudentConfig(str(folder / "encoder"), "per_option", "plain", 3, 64)
-    train(config, TrainingConfig(epochs=1), questions, debias.permutation_average(P), folder / "student")
+    lesson = Lesson(questions, debias.permutation_average(P))
+    train(config, TrainingConfig(epochs=1), lesson, folder / "student")
     student = Student.from_pretrained(folder / "student")
     answers = student.predict_batch(questions, all_orders(3))
     assert answers.shape == (12, 6, 3) and np.allclose(answers.sum(-1), 1, atol=1e-5)

@@ -248,7 +248,7 @@ def test_a_model_that_no_gpu_holds_goes_over_all_of_them_in_whole_layers(tiny, m
         return {0: size - layer, 1: size, "cpu": size}
 
     free[0] -= 1
-    monkeypatch.setattr(placement, "get_balanced_memory", memory)
+    monkeypatch.setattr("accelerate.utils.get_balanced_memory", memory)
     monkeypatch.setattr(placement, "spread", lambda model, device_map: device_map)
     places = placement.placed(model)
     assert moved == ["cuda"] and set(places.values()) == {0, 1}
