@@ -81,10 +81,7 @@ class Run:
         """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4-4epochs-lr0.0001"; what is not the default is added."""
         s, t = self.student, self.training
         name = f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}-{t.epochs}epochs-lr{t.learning_rate:g}"
-        extra = self._unusual | {
-            f"warmup{t.warmup:g}": t.warmup != TrainingConfig.warmup,
-            f"seed{t.seed}": t.seed != 0,
-        }
+        extra = self._unusual | {f"warmup{t.warmup:g}": t.warmup != TrainingConfig.warmup, f"seed{t.seed}": t.seed != 0}
         return "-".join([name, *(word for word, wanted in extra.items() if wanted)])
 
     @property
@@ -253,14 +250,8 @@ PROFILES = {
         n_prompts=(40, 140),
         pools=_pools(
             (48, 84),
-            (
-                *_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY),
-                _bi_encoder("all-MiniLM-L6-v2", 4, 128, _TINY),
-            ),
-            (
-                *_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2],
-                _bi_encoder("all-MiniLM-L6-v2", 2, 256, _TINY),
-            ),
+            (*_runs("all-MiniLM-L6-v2", 4, 192, 128, _TINY), _bi_encoder("all-MiniLM-L6-v2", 4, 128, _TINY)),
+            (*_runs("all-MiniLM-L6-v2", 2, 384, 256, _TINY)[::2], _bi_encoder("all-MiniLM-L6-v2", 2, 256, _TINY)),
         ),
         api_teacher="smollm2-135m",
         n_api=30,

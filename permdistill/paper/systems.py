@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from math import isinf
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
-
-from permdistill import debias
+if TYPE_CHECKING:
+    import pandas as pd
 
 BIASED, COPY, TWO_ORDERS = "biased", "copy", "two-order average"
 DISTILLATION, CORRECTION, WHITE_BOX, UNTRAINED = (
@@ -47,12 +46,6 @@ class Description:
 
 DESCRIPTION = tuple(field.name for field in fields(Description))
 
-_TITLES = {
-    BIASED: "biased teacher",
-    debias.PRIOR_MATCHING: "prior-matching, 1 call",
-    TWO_ORDERS: "mean over 2 orders",
-    debias.CYCLIC: "mean over {calls:g} cyclic orders",
-}
 _COPIED = {True: "the most probable decision", False: "one sampled decision", None: "the one decision"}
 
 
@@ -67,13 +60,21 @@ def title(what: Description) -> str:
     if what.kind == "copy":
         return f"copy of {_COPIED[what.greedy]}"
     if what.kind != "student":
-        return _TITLES.get(what.method, what.method).format(calls=what.calls)
+        from permdistill import debias
+
+        titles = {
+            BIASED: "biased teacher",
+            debias.PRIOR_MATCHING: "prior-matching, 1 call",
+            TWO_ORDERS: "mean over 2 orders",
+        }
+        titles[debias.CYCLIC] = f"mean over {what.calls:g} cyclic orders"
+        return titles.get(what.method, what.method)
     power = 1 if what.power is None else what.power
     words = {
         what.encoder or "": what.encoder is not None,
         head_title(what.head or ""): what.head is not None,
         what.method + (" (greedy)" if what.greedy else ""): True,
-        "hard targets" if np.isinf(power) else f"targets to the power {power:g}": power != 1,
+        "hard targets" if isinf(power) else f"targets to the power {power:g}": power != 1,
         f"{what.draws or 0:g} draws": bool(what.draws),
         f"{what.n_train or 0:g} questions": bool(what.n_train),
         "original order only": what.orders == "original",
@@ -83,6 +84,8 @@ def title(what: Description) -> str:
 
 def described_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A table with the columns of a Description, in which whole numbers stay whole."""
+    import pandas as pd
+
     return pd.DataFrame(rows).astype({"draws": "Int64", "n_train": "Int64"})
 
 
