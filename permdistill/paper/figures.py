@@ -74,6 +74,39 @@ def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def one_question(scored: Scored) -> Figure:
+    """F1: the question of a task whose answers depend most on the order, in all its orders (a row each; a dot marks the most
+    probable answer).
+
+    Left by label position: bright stripes are preferences for positions. In the middle the same numbers by option, which an
+    unbiased teacher would give in all rows alike. Right their average, which no order changes.
+    """
+    _style()
+    P, k = scored.P[int(np.argmax(metrics.permutation_sensitivity(scored.P)))], scored.task.k
+    letters, options = [label.strip() for label in scored.task.template.labels[:k]], [str(i + 1) for i in range(k)]
+    panels = (
+        ("by position", "label", to_positions(P, scored.orders), letters),
+        ("by option", "option", P, options),
+        ("average over all orders", "option", P.mean(axis=0)[None], options),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(6.8, 3), layout="constrained")
+    for ax, (name, label, values, ticks) in zip(axes, panels, strict=True):
+        extent = (-0.5, k - 0.5, len(P) - 0.5, -0.5)
+        image = ax.imshow(100 * values, cmap="Blues", vmin=0, vmax=100, aspect="auto", extent=extent)
+        if len(values) > 1:
+            ax.plot(values.argmax(axis=1), np.arange(len(values)), "o", color="white", ms=2.5)
+        else:
+            for place, share in enumerate(values[0]):
+                style = {"ha": "center", "va": "center", "color": "white" if share > 0.5 else "black"}
+                ax.text(place, len(P) / 2 - 0.5, f"{share:.0%}", **style)
+        ax.set_xticks(range(k), ticks)
+        ax.set(title=name, xlabel=label, yticks=[])
+        ax.grid(visible=False)
+    axes[0].set_ylabel(f"{len(P)} orders of one question")
+    figure.colorbar(image, ax=axes, label="probability (%)")
+    return figure
+
+
 def preferred_positions(scored: Sequence[Scored]) -> Figure:
     """Probability of each label position over all items and orders; an unbiased teacher gives 1/K to each (dashed)."""
     _style()

@@ -64,6 +64,7 @@ in units of the trie's: the median over rounds, with the smallest and largest.""
 Measured by `make cost` on one machine.""",
 }
 FIGURES = {
+    "F1_orders": "One question in all its orders (notebook 01_teachers): by label, by option, and the average.",
     "F_positions": "Which positions the teachers prefer (notebook 01_teachers). The dashed line is no preference.",
     "D1_debiasers": "What a teacher call buys, for every debiaser of the field on the same scores (notebook 06_debiasers).",
     "F4_encoders": "Encoder, head and input (notebook 03_matrix).",
