@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from permdistill import debias, metrics
+from permdistill.orders import to_positions
 from permdistill.paper import tasks as registry
 from permdistill.paper.experiments import Scored
 from permdistill.paper.systems import BIASED as BIASED_TEACHER
