@@ -174,7 +174,8 @@ performance: $(INSTALLED) ## what `make bench` measured, into notebook 5, figure
 
 .PHONY: test
 test: $(INSTALLED) ## all tests, and the notebooks' small profile against their stored outputs
-	TQDM_DISABLE=1 $(PY) -m pytest -q -m "not long" --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not long and not timing" --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+	TQDM_DISABLE=1 $(PY) -m pytest -q -m "timing and not long" tests
 
 .PHONY: long
 long: $(INSTALLED) ## the tests that take minutes each

@@ -411,6 +411,7 @@ def test_each_fault_alone(tmp_path, hasty):
         assert fault not in expected or report.faults[expected[fault]]
 
 
+@pytest.mark.timing
 def test_retry_after_holds_back_everybody(tmp_path):
     """The first request meets a rate limit: those that left with it arrive, all others wait as long as it says."""
     stamps = []
@@ -683,6 +684,7 @@ def throughputs(url: str, n: int, concurrency: int, folder: Path) -> tuple[float
     "n, concurrency, latency, share",
     [(360, 8, 0.05, 0.85), pytest.param(1800, 16, 0.2, 0.9, marks=pytest.mark.long)],
 )
+@pytest.mark.timing
 def test_throughput_is_that_of_a_plain_load_generator(n, concurrency, latency, share, tmp_path):
     command = [sys.executable, str(TESTS / "openai_server.py"), "--latency", str(latency), "--other", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:

@@ -129,6 +129,7 @@ def best_of_three(*words: str) -> float:
     return min(taken)
 
 
+@pytest.mark.timing
 def test_import_and_help_are_quick_and_load_no_torch():
     """0.5 and 1 s on a machine of its own; bounds are for one that has other work to do too."""
     check = "heavy = {'torch', 'transformers', 'datasets', 'openai', 'pandas', 'scipy'} & {*sys.modules}; assert not heavy"

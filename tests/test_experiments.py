@@ -90,9 +90,9 @@ def test_pretty_and_saved_tables(tmp_path):
     more = frame.assign(nothing=np.nan, something=[np.nan] * (len(frame) - 1) + [1.0])
     assert {"nothing", "something"} & {*tables.pretty(more)} == {"something"}
     assert "nothing" in tables.pretty(more[:0])  # an empty table says what it would hold
-    assert tables.read(tmp_path, "T1").equals(pd.read_csv(path))
+    assert tables.read(tmp_path / "tables", "T1").equals(pd.read_csv(path))
     with pytest.raises(FileNotFoundError, match="run the notebook that writes table T9 first"):
-        tables.read(tmp_path, "T9")
+        tables.read(tmp_path / "tables", "T9")
 
 
 def test_baselines_answer_in_the_cyclic_orders():

@@ -29,6 +29,7 @@ class TestNotebook:
         own = {
             "01_teachers": {"teacher": "", "questions": ""},
             "02_students": {"pool": "multiple_choice"},
+            "07_claims": {"profile": "full"},
             "08_your_own_student": {"teacher": "smollm2-135m", "questions": ""},
             "09_api_to_student": {"base_url": "", "model": "", "api": {}, "questions": ""}
             | {"price_in": 0.15, "price_out": 0.6, "max_cost": 1.0},

@@ -27,7 +27,7 @@ from permdistill.api.jobs import Drawn, Job, calls_in_orders, drawn_calls
 from permdistill.files import replacing
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
-from permdistill.paper.paths import ROOT, output_folder  # noqa: F401  (notebooks take it from here)
+from permdistill.paper.paths import ROOT, output_folder, tables_folder  # noqa: F401  (notebooks take them from here)
 from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Pool, Profile, Run
 from permdistill.paper.systems import BIASED, COPY, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task

@@ -79,7 +79,7 @@ def one_question(scored: Scored) -> Figure:
     """F1: the question of a task whose answers depend most on the order, in all its orders (a row each; a dot marks the most
     probable answer).
 
-    Left by label position: bright stripes are preferences for positions. In the middle the same numbers by option, which an
+    Left by label position: dark stripes are preferences for positions. In the middle the same numbers by option, which an
     unbiased teacher would give in all rows alike. Right their average, which no order changes.
     """
     _style()

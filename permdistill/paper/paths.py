@@ -16,6 +16,11 @@ def committed(name: str) -> Path:
     return path
 
 
+def tables_folder(output: str) -> Path:
+    """Where a notebook finds the tables that others wrote: those of a run with this ``output``; "": the committed ones."""
+    return Path(output) / "tables" if output else committed("figures")
+
+
 def output_folder(output: str, profile: str) -> Path:
     """Where results go: ``output`` if given, else build/<profile>."""
     return Path(output) if output else ROOT / "build" / profile

@@ -377,7 +377,7 @@ def read(folder: str | Path, *names: str) -> pd.DataFrame:
     """
     frames = []
     for name in names:
-        path = Path(folder) / "tables" / f"{name}.csv"
+        path = Path(folder) / f"{name}.csv"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: run the notebook that writes table {name} first, with this profile")
         frame, whole = pd.read_csv(path), f"all of {name.split('_')[0]}" if len(names) > 1 else "all"
