@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from permdistill import scaleout, scores
+from permdistill import report, scaleout, scores
 from permdistill.api import ask
 from permdistill.api.endpoint import MODES, Endpoint, EndpointError, Limits, Prices
 from permdistill.api.jobs import Call, Job, calls_in_orders, drawn_calls
@@ -23,7 +22,7 @@ from permdistill.api.jobs import plan as plan_of
 from permdistill.api.replies import Replies
 from permdistill.configs import HEADS, INPUTS, StudentConfig, TrainingConfig
 from permdistill.orders import cyclic_orders
-from permdistill.paper import ablations, budget, experiments, hub, profiles, tables
+from permdistill.paper import ablations, budget, experiments, hub, profiles
 from permdistill.paper.assets import AssetError, fetch
 from permdistill.paper.models import MODELS, TEACHERS
 from permdistill.paper.tasks import LAPTOP, MULTIPLE_CHOICE, TASKS, load_task
@@ -192,23 +191,6 @@ def _write_records(path: Path, jobs: list[Job], store: Replies) -> None:
     part.replace(path)
 
 
-def _measure(args: argparse.Namespace) -> None:
-    ids, orders, P = scores.from_records(args.records)
-    questions = [Question(name, "", "", tuple(map(str, range(P.shape[2])))) for name in ids]
-    if args.questions:
-        known = {q.id: q for q in from_jsonl(args.questions)}
-        for name in ids:
-            if name not in known or len(known[name].options) != P.shape[2]:
-                found = f"{len(known[name].options)} options" if name in known else "no such question"
-                raise ValueError(f"{args.records}: id {name!r} has {P.shape[2]} options, {args.questions} has {found}")
-        questions = [known[name] for name in ids]
-    table = tables.every_debiaser(P, orders, questions, ids, names=list(tables.METRICS))
-    if args.csv:
-        table.to_csv(args.csv, index=False)
-    print(f"{len(ids)} items, K = {P.shape[2]}, {len(orders)} orders; 95% bootstrap intervals over items\n")
-    print(_long(table))
-
-
 def _students(args: argparse.Namespace) -> None:
     if args.profile:
         _students_of(profiles.PROFILES[args.profile], args)
@@ -268,14 +250,6 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")
 
 
-def _long(table: pd.DataFrame) -> str:
-    """A metric after the other, a line a debiaser: what fits on a terminal."""
-    shown = tables.pretty(table)
-    columns = [c for c in shown if c not in ("debiaser", "calls", "n", "source")]
-    parts = [f"{c}\n" + shown[["debiaser", "calls", c]].to_string(index=False, header=False) for c in columns]
-    return "\n\n".join(parts)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     main_parser = argparse.ArgumentParser(prog="permdistill", description=__doc__)
@@ -286,12 +260,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("names", nargs="+", choices=list(known), metavar="NAME", help=", ".join(known))
     command.set_defaults(run=lambda args: [print(fetch(asset)) for name in args.names for asset in known[name]])
 
-    text = "every debiaser and metric on scores of your own, from any harness"
-    command = commands.add_parser("measure", help=text, description=text)
-    command.add_argument("records", help="JSONL or parquet: id, order, probabilities (of the labels), one record an order")
-    command.add_argument("--questions", help="JSONL of the questions, whose answers give accuracy")
-    command.add_argument("--csv", help="write the whole table to this file too")
-    command.set_defaults(run=_measure)
+    text = "which way a judge leans, how often the order decides, and how often it is right"
+    report.add_arguments(commands.add_parser("measure", help=text, description=text))
 
     for name, run, text in (
         ("score", _score, "score all orders of questions with a teacher, into a resumable store"),

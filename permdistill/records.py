@@ -324,7 +324,8 @@ def _decision(value: Any, order: list[int]) -> tuple[list[float], float, str | N
 def with_answers(records: Records, path: str | Path) -> Records:
     """The records with gold answers from a file of questions: id, answer (index, letter, or null), and k or options (a list
     or a number). Texts are not needed. Raises BadRecords that names what does not fit."""
-    problems, known = Problems(Path(path)), {}
+    problems = Problems(Path(path))
+    known: dict[str, tuple[int | None, int | None, int]] = {}
     for line, row in rows(path, problems):
         found = _gold_problem(row)
         name = str(row["id"]) if not found else ""
