@@ -1,4 +1,4 @@
-"""Pairs judged in both orders, as the benchmarks of judges count them. Each definition is the one of the benchmark's own code."""
+"""Pairs judged in both orders, as the benchmarks of judges count them: each definition is that of the benchmark's code."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class Report:
             up, down = lean.share_low > lean.even, lean.share_high < lean.even
             if not (up or down):
                 parts.append(f"No clear preference for a position: {where} {wins}")
-            elif self.tally.balanced.all():
+            elif self.tally.balanced.mean() > 0.8:
                 parts.append(f"This judge {'prefers' if up else 'avoids'} {where}, which {wins}")
             else:  # what stands there more often may be better
                 parts.append(f"This judge decides {'often' if up else 'seldom'} for {where}, which {wins}")

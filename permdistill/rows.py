@@ -122,6 +122,10 @@ def _json(data: bytes, problems: Problems) -> Iterator[Row]:
             while text[place : place + 1] in (" ", "\n", "\r", "\t", ",") and place < len(text):
                 place += 1
             if listed and text.startswith("]", place):
+                if text[place + 1 :].strip():
+                    problems.add(
+                        line + text.count("\n", counted, place), "not JSON (more text after the array): give one array"
+                    )
                 return
             line, counted = line + text.count("\n", counted, place), place
             value, place = decoder.raw_decode(text, place)
@@ -135,7 +139,7 @@ def _json(data: bytes, problems: Problems) -> Iterator[Row]:
         if not listed and text.count("\n", 0, len(text.rstrip())):
             yield from _jsonl(data.splitlines(keepends=True), problems)
             return
-        end = "; is the file cut off here?" if place >= len(text.rstrip()) or not listed else ""
+        end = "" if text.rstrip().endswith("]") else "; is the file cut off here?"
         problems.add(line, f"not JSON ({_short(error)}): give an array of objects{end}")
 
 

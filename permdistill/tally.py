@@ -1,4 +1,4 @@
-"""Counting what records say, item by item, and shares of the counts with intervals, for any number of items, options and orders.
+"""Counting what records say, item by item, and shares of counts with intervals, for any number of options and orders.
 
 What becomes of it is :mod:`permdistill.report`; the measures themselves are those of :mod:`permdistill.metrics`.
 """
