@@ -99,7 +99,7 @@ def sharpen(Q: np.ndarray, power: float) -> np.ndarray:
         raise ValueError(f"power = {power}: give a number above 0")
     if np.isinf(power):
         return decide(Q[:, None])[:, 0]
-    return np.asarray(Q, dtype=np.float64) if power == 1 else _softmax(power * _log(np.asarray(Q, dtype=np.float64)))
+    return np.asarray(Q, dtype=np.float64) if power == 1 else softmax(power * _log(np.asarray(Q, dtype=np.float64)))
 
 
 def sampled_decisions(P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -216,7 +216,8 @@ def _log(p: np.ndarray) -> np.ndarray:
         return np.log(p)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """exp(logits), normalised over the last axis."""
     return np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
 
 
@@ -226,7 +227,7 @@ def reweigh(P: np.ndarray, orders: np.ndarray, log_weights: np.ndarray) -> np.nd
     log_weights  (position,), or any shape that broadcasts with (item, order, position)
     """
     P, orders = check_orders(P, orders)
-    return to_options(_softmax(_log(to_positions(P, orders)) + log_weights), orders)
+    return to_options(softmax(_log(to_positions(P, orders)) + log_weights), orders)
 
 
 def prior_weights(by_position: np.ndarray) -> np.ndarray:
@@ -254,10 +255,10 @@ def prior_weights(by_position: np.ndarray) -> np.ndarray:
         return np.logaddexp.reduce(log_p + a, axis=1).mean() - a.mean() + a.mean() ** 2 / 2
 
     def gradient(a: np.ndarray) -> np.ndarray:
-        return _softmax(log_p + a).mean(axis=0) - 1 / k + a.mean() / k
+        return softmax(log_p + a).mean(axis=0) - 1 / k + a.mean() / k
 
     def hessian(a: np.ndarray) -> np.ndarray:
-        q = _softmax(log_p + a)
+        q = softmax(log_p + a)
         return np.diag(q.mean(axis=0)) - q.T @ q / len(q) + 1 / k**2
 
     start = -np.log(p.mean(axis=0))
@@ -265,7 +266,7 @@ def prior_weights(by_position: np.ndarray) -> np.ndarray:
     near = minimize(value, start - start.mean(), jac=gradient, hess=hessian, method="trust-exact", options=options).x
     a = root(gradient, near, jac=hessian, tol=1e-14).x
     a -= a.mean()
-    marginal = _softmax(log_p + a).mean(axis=0)
+    marginal = softmax(log_p + a).mean(axis=0)
     if not np.abs(marginal - 1 / k).max() <= UNIFORM_TOLERANCE:
         raise ValueError(f"no weights make the positions uniform, the marginal reached is {marginal.tolist()}: {fix}")
     return a
@@ -313,7 +314,7 @@ def position_prior(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
     """
     P, orders = check_orders(P, orders)
     log_p = np.log(np.maximum(to_positions(P, orders), EPSILON))
-    return _softmax(log_p[:, _rotations(orders)].mean(axis=2)).mean(axis=(0, 1))
+    return softmax(log_p[:, _rotations(orders)].mean(axis=2)).mean(axis=(0, 1))
 
 
 def pride(P: np.ndarray, orders: np.ndarray, fraction: float = 0.05, *, rng: np.random.Generator) -> np.ndarray:
@@ -440,6 +441,8 @@ def debiasers(k: int) -> list[Debiaser]:
     that are made anyway.
     """
 
+    from permdistill import fewcalls  # which is made of the functions above
+
     def average(P, orders, content_free, rng):
         return broadcast(permutation_average(P), len(orders))
 
@@ -451,7 +454,7 @@ def debiasers(k: int) -> list[Debiaser]:
         Debiaser(MAJORITY, factorial, _LIUSIE, vote, _complete),
         Debiaser(DEBIASED, factorial, _LIUSIE, average, _complete),
         Debiaser(CYCLIC, lambda k: k, _ZHENG, lambda P, o, c, rng: cyclic_average(P, o), _closed),
-        *(_random(2**i) for i in range(1, factorial(k).bit_length()) if 2**i < factorial(k)),
+        *(_random(2**i) for i in range(1, 10) if 2**i < factorial(k)),
         Debiaser(PRIOR_MATCHING, lambda k: 1, _LIUSIE, lambda P, o, c, rng: prior_matching(P, o), _any),
         Debiaser(CONTEXT_PRIOR_MATCHING, factorial, _LIUSIE, lambda P, o, c, rng: context_prior_matching(P, o), _complete),
         Debiaser(
@@ -463,4 +466,5 @@ def debiasers(k: int) -> list[Debiaser]:
         ),
         Debiaser(CALIBRATION, lambda k: 1, _ZHAO, lambda P, o, c, rng: _calibrated(P, o, c), _any),
         *map(_black_box, DRAWS),
+        *fewcalls.debiasers(k),
     ]
