@@ -83,7 +83,7 @@ def geometric_average(P: np.ndarray) -> np.ndarray:
 def batch_calibration(P: np.ndarray, orders: np.ndarray, fit: np.ndarray | None = None) -> np.ndarray:
     """Q(position) prop. to P(position) / mean of P(position), (item, order, option).
 
-    fit  (item', order, option), in the same orders: the unlabelled scores over all of which the mean is taken. Default: ``P``
+    fit  (item', order, option), in the same orders: the unlabelled scores whose mean it is. Default: ``P`` itself
 
     Source: Zhou et al., "Batch Calibration", ICLR 2024 (arXiv 2309.17249); prior-matching's first step, at one call. Raises
     ValueError where a position has probability 0 throughout.

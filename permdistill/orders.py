@@ -30,7 +30,7 @@ def all_orders(k: int) -> np.ndarray:
     _check_k(k)
     if k > ENUMERATED:
         raise ValueError(
-            f"K = {k} options have {factorial(k):,} orders, all of them are listed up to K = {ENUMERATED}: "
+            f"K = {k} options have {factorial(k):,} orders, all of them are listed for K = {MIN_OPTIONS}..{ENUMERATED}: "
             "take cyclic, Williams or reverse pairs of orders"
         )
     return np.array(list(permutations(range(k))), dtype=np.int64)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permdistill import debias, metrics
+from permdistill import debias, fewcalls, metrics
 from permdistill.orders import all_orders, cyclic_orders, inverse, to_options, to_positions
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
@@ -568,6 +568,12 @@ def test_the_list_names_every_method_once_with_its_calls():
         "black-box histogram, 16 draws": 16,
         "black-box histogram, 32 draws": 32,
         "black-box histogram, 64 draws": 64,
+        "mean of an order and its reverse": 2,
+        "mean over a Williams design": 4,
+        "adaptive, 2.6 calls": 2.6,
+        "adaptive, 8 calls": 8,
+        "geometric mean over all orders": 24,
+        "batch calibration": 1,
     }
     for k, few in ((2, []), (3, [2, 4]), (5, [2, 4, 8, 16, 32, 64]), (6, [2, 4, 8, 16, 32, 64, 128, 256, 512])):
         names = [method.name for method in debias.debiasers(k)]
@@ -597,6 +603,14 @@ def test_the_list_answers_with_the_methods_it_names(rng):
         debias.BLACK_BOX.format(n): debias.broadcast(debias.black_box_targets(P, n, seeded()), 6)
         for n in (1, 2, 4, 8, 16, 32, 64)
     }
+    calibrated, stages = fewcalls.batch_calibration(P, orders), fewcalls.stages(3)
+    margins = fewcalls.fit_margins(calibrated, orders, stages, 2.6)
+    expected |= {
+        fewcalls.REVERSE_PAIR: fewcalls.design_average(P, orders, stages[1]),
+        fewcalls.ADAPTIVE.format(2.6): fewcalls.adaptive_average(calibrated, orders, stages, margins).answers,
+        fewcalls.GEOMETRIC: debias.broadcast(fewcalls.geometric_average(P), 6),
+        fewcalls.BATCH_CALIBRATION: calibrated,
+    }
     answers = {method.name: method.answer(P, orders, content_free, seeded()) for method in debias.debiasers(3)}
     assert answers.keys() == expected.keys()
     for name, Q in answers.items():
@@ -609,7 +623,7 @@ def test_the_list_knows_which_orders_a_method_needs():
     every, cyclic, two = all_orders(3), cyclic_orders(3), all_orders(3)[:2]
     fitting = [{m.name for m in debias.debiasers(3) if m.fits(orders)} for orders in (every, cyclic, two)]
     assert fitting[0] == {m.name for m in debias.debiasers(3)}
-    assert fitting[2] == {debias.BIASED, debias.PRIOR_MATCHING, debias.CALIBRATION}
+    assert fitting[2] == {debias.BIASED, debias.PRIOR_MATCHING, debias.CALIBRATION, fewcalls.BATCH_CALIBRATION}
     assert fitting[1] == fitting[2] | {debias.CYCLIC, debias.PRIDE}
     twice = np.concatenate([every, every[:1]])  # one order weighs double
     assert not any(m.fits(twice) for m in debias.debiasers(3) if m.name in (debias.MAJORITY, debias.DEBIASED))

@@ -101,7 +101,7 @@ def test_batch_calibration_divides_by_the_mean():
     every = all_orders(2)
     P = to_options(np.array([[[0.9, 0.1], [0.7, 0.3]]]), every)
     by_position = to_positions(batch_calibration(P, every), every)
-    assert by_position[0].tolist() == pytest.approx([[9 / 13, 4 / 13], [7 / 19, 12 / 19]])  # of the mean (0.8, 0.2)
+    assert by_position[0] == pytest.approx(np.array([[9 / 13, 4 / 13], [7 / 19, 12 / 19]]))  # of the mean (0.8, 0.2)
     with pytest.raises(ValueError, match="position 1 has probability 0 throughout"):
         batch_calibration(to_options(np.array([[[1.0, 0.0], [1.0, 0.0]]]), every), every)
 
@@ -125,8 +125,9 @@ def test_adaptive_asks_on_where_the_margin_is_small():
 
 @pytest.mark.parametrize(("k", "budget"), [(2, 1.5), (3, 2.6), (4, 2.6), (4, 8), (5, 2.6)])
 def test_margins_are_fitted_to_a_budget_without_gold(k, budget):
-    P, answers = planted(k, 400)
-    every, designs = all_orders(k), stages(k)
+    every, designs = all_orders(k), stages(k)[1 if budget == 8 else 0 :]
+    raw, answers = planted(k, 400)
+    P = batch_calibration(raw, every)  # or else much of a margin is the bias
     found = fit_margins(P, every, designs, budget)
     adaptive = adaptive_average(P, every, designs, found)
     assert 0.97 * budget <= adaptive.calls.mean() <= budget
@@ -134,7 +135,7 @@ def test_margins_are_fitted_to_a_budget_without_gold(k, budget):
     random = debias.random_average(P, int(budget), np.random.default_rng(0))
     assert metrics.accuracy(adaptive.answers, answers).mean() > metrics.accuracy(random, answers).mean()
     assert fit_margins(P, every, designs, 1000) == fit_margins(P, every, designs, 2000)
-    with pytest.raises(ValueError, match="0.5 calls a question: the first design takes 1"):
+    with pytest.raises(ValueError, match="0.5 calls a question: the first design takes "):
         fit_margins(P, every, designs, 0.5)
 
 
