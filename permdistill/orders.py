@@ -77,6 +77,13 @@ def sample_orders(k: int, n: int, rng: np.random.Generator) -> np.ndarray:
     return np.array(list(found), dtype=np.int64)
 
 
+def anchored(orders: np.ndarray, fixed: Sequence[int]) -> np.ndarray:
+    """Those of ``orders`` (order, K) that leave the options ``fixed`` in their places: (fewer orders, K). Of all orders,
+    these are all orders of the other options."""
+    orders, fixed = np.asarray(orders), list(fixed)
+    return orders[(orders[:, fixed] == fixed).all(axis=1)]
+
+
 def inverse(orders: np.ndarray) -> np.ndarray:
     """Inverse permutations: ``inverse(order)[o]`` is the position at which option ``o`` is shown. Same shape."""
     return np.argsort(orders, axis=-1)
