@@ -14,6 +14,7 @@ MOVED = {f"permdistill.{name}": f"permdistill.api.{name}" for name in ("endpoint
 MOVED |= {
     "permdistill.blackbox": "permdistill.api.ask",
     "permdistill.data": "permdistill.questions",
+    "permdistill.metrics": "permdistill.measure.metrics",
     "permdistill.tables": "permdistill.paper.tables",
 }
 COMMANDS = {"permdistill.tables": "permdistill.paper results"}

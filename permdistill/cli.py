@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from permdistill import commands
+from permdistill.measure import command as measuring
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MOVED = ("fetch", "plan", "students")  # commands of version 0.1 that belong to the paper
 
@@ -45,33 +42,6 @@ def _score(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> None:
     samples = {name: commands.drawn(questions, args.n, args.seed) for name, questions in _questions(args).items()}
     commands.audit(args.teacher, samples, args)
-
-
-def _measure(args: argparse.Namespace) -> None:
-    from permdistill import scores
-    from permdistill.paper import tables
-
-    ids, orders, P = scores.from_records(args.records)
-    questions = [Question(name, "", "", tuple(map(str, range(P.shape[2])))) for name in ids]
-    if args.questions:
-        known = {q.id: q for q in from_jsonl(args.questions)}
-        for name in ids:
-            if name not in known or len(known[name].options) != P.shape[2]:
-                found = f"{len(known[name].options)} options" if name in known else "no such question"
-                raise ValueError(f"{args.records}: id {name!r} has {P.shape[2]} options, {args.questions} has {found}")
-        questions = [known[name] for name in ids]
-    table = tables.every_debiaser(P, orders, questions, ids, names=list(tables.METRICS))
-    if args.csv:
-        table.to_csv(args.csv, index=False)
-    print(f"{len(ids)} items, K = {P.shape[2]}, {len(orders)} orders; 95% bootstrap intervals over items\n")
-    print(_long(tables.pretty(table)))
-
-
-def _long(shown: pd.DataFrame) -> str:
-    """A metric after the other, a line a debiaser: what fits on a terminal."""
-    columns = [c for c in shown if c not in ("debiaser", "calls", "n", "source")]
-    parts = [f"{c}\n" + shown[["debiaser", "calls", c]].to_string(index=False, header=False) for c in columns]
-    return "\n\n".join(parts)
 
 
 def _ask(args: argparse.Namespace) -> None:
@@ -184,12 +154,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_scoring(command, "build/scores", workers=False)
     command.set_defaults(content_free=True)
 
-    text = "every debiaser and metric on scores of your own, from any harness"
+    text = "which way a judge leans, how often the order decides, and how often it is right"
     example = "permdistill measure my-scores.jsonl --questions mine.jsonl --csv measured.csv"
-    command = commands.add(found, "measure", _measure, text, example)
-    command.add_argument("records", help="JSONL or parquet: id, order, probabilities (of the labels), one record an order")
-    command.add_argument("--questions", help="JSONL of the questions, whose answers give accuracy")
-    command.add_argument("--csv", help="write the whole table to this file too")
+    measuring.add_options(commands.add(found, "measure", measuring.run, text, example))
 
     text = "ask a model behind an OpenAI-compatible API, into a resumable store of replies, within a budget"
     example = "permdistill ask --base-url https://api.example.com/v1 --model my-model --questions mine.jsonl --dry-run"

@@ -11,10 +11,6 @@ they are: ``orders[j][k]`` = option shown at position k in ``P[:, j]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import factorial
-
 import numpy as np
 from scipy.optimize import minimize, root
 from scipy.special import logsumexp, softmax
@@ -161,7 +157,7 @@ def broadcast(Q: np.ndarray, n_orders: int) -> np.ndarray:
 # Averages over some of the orders
 
 
-def _rotations(orders: np.ndarray) -> np.ndarray:
+def rotations(orders: np.ndarray) -> np.ndarray:
     """Where the K rotations of each order stand in ``orders``: indices (order, K), ascending.
 
     Raises ValueError naming the first that is missing.
@@ -184,7 +180,7 @@ def cyclic_average(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
     get different answers. Raises ValueError when ``orders`` lack a rotation of one of them.
     """
     P, orders = check_orders(P, orders)
-    return P[:, _rotations(orders)].mean(axis=2)  # indices ascend: the rotations of one order get exactly equal answers
+    return P[:, rotations(orders)].mean(axis=2)  # indices ascend: the rotations of one order get exactly equal answers
 
 
 def random_average(P: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -310,7 +306,7 @@ def position_prior(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
     """
     P, orders = check_orders(P, orders)
     log_p = np.log(np.maximum(to_positions(P, orders), EPSILON))
-    return softmax(log_p[:, _rotations(orders)].mean(axis=2), axis=-1).mean(axis=(0, 1))
+    return softmax(log_p[:, rotations(orders)].mean(axis=2), axis=-1).mean(axis=(0, 1))
 
 
 def pride(P: np.ndarray, orders: np.ndarray, fraction: float = 0.05, *, rng: np.random.Generator) -> np.ndarray:
@@ -349,7 +345,7 @@ def contextual_calibration(P: np.ndarray, orders: np.ndarray, content_free: np.n
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# All of them
+# Names, as they stand in tables
 
 
 BIASED = "biased"
@@ -364,104 +360,3 @@ PRIDE = "PriDe at 5%"
 CALIBRATION = "contextual calibration"
 BLACK_BOX, BLACK_BOX_FAMILY = "black-box histogram, {} draws", "black-box histogram"
 DRAWS = (1, 2, 4, 8, 16, 32, 64)
-
-_LIUSIE, _ZHENG, _ZHAO = "Liusie et al., Findings of ACL 2024", "Zheng et al., ICLR 2024", "Zhao et al., ICML 2021"
-
-
-def _any(orders: np.ndarray) -> bool:
-    return True
-
-
-def _complete(orders: np.ndarray) -> bool:
-    return len(orders) == len(np.unique(orders, axis=0)) == factorial(orders.shape[1])
-
-
-def _closed(orders: np.ndarray) -> bool:
-    try:
-        return bool(_rotations(orders).size)
-    except ValueError:
-        return False
-
-
-@dataclass(frozen=True)
-class Debiaser:
-    """A method as tables and figures take it.
-
-    name    as it stands in tables
-    calls   number of options K -> teacher calls that one question costs in one presented order
-    source  short citation
-    answer  (P, orders, content_free, rng) -> (item, order, option). ``content_free`` (position,) or None; deterministic
-            methods leave the generator ``rng`` alone
-    fits    orders -> whether they are what the method needs: all K!, closed under rotation, or any
-    family  the name of it with whatever number of calls; "": its own
-    """
-
-    name: str
-    calls: Callable[[int], float]
-    source: str
-    answer: Callable[[np.ndarray, np.ndarray, np.ndarray | None, np.random.Generator], np.ndarray]
-    fits: Callable[[np.ndarray], bool]
-    family: str = ""
-
-
-def _calibrated(P: np.ndarray, orders: np.ndarray, content_free: np.ndarray | None) -> np.ndarray:
-    if content_free is None:
-        raise ValueError(
-            f"content_free is None: {CALIBRATION} needs the teacher's label probabilities on content-free input, (position,)"
-        )
-    return contextual_calibration(P, orders, content_free)
-
-
-def _random(n: int) -> Debiaser:
-    return Debiaser(
-        RANDOM.format(n),
-        lambda k: n,
-        f"{_LIUSIE}, with fewer orders",
-        lambda P, o, c, rng: random_average(P, n, rng),
-        _complete,
-        RANDOM_FAMILY,
-    )
-
-
-def _black_box(n: int) -> Debiaser:
-    return Debiaser(
-        BLACK_BOX.format(n),
-        lambda k: n,
-        _LIUSIE,
-        lambda P, o, c, rng: broadcast(black_box_targets(P, n, rng), len(o)),
-        _complete,
-        BLACK_BOX_FAMILY,
-    )
-
-
-def debiasers(k: int) -> list[Debiaser]:
-    """Every method for questions of ``k`` options; few-order averages with powers of two below K! orders.
-
-    Prior-matching and PriDe are charged what a question costs where it comes in one order: prior-matching fits on calls
-    that are made anyway.
-    """
-
-    def average(P, orders, content_free, rng):
-        return broadcast(permutation_average(P), len(orders))
-
-    def vote(P, orders, content_free, rng):
-        return broadcast(majority_vote(P), len(orders))
-
-    return [
-        Debiaser(BIASED, lambda k: 1, "the teacher itself", lambda P, o, c, rng: check_scores(P), _any),
-        Debiaser(MAJORITY, factorial, _LIUSIE, vote, _complete),
-        Debiaser(DEBIASED, factorial, _LIUSIE, average, _complete),
-        Debiaser(CYCLIC, lambda k: k, _ZHENG, lambda P, o, c, rng: cyclic_average(P, o), _closed),
-        *(_random(2**i) for i in range(1, factorial(k).bit_length()) if 2**i < factorial(k)),
-        Debiaser(PRIOR_MATCHING, lambda k: 1, _LIUSIE, lambda P, o, c, rng: prior_matching(P, o), _any),
-        Debiaser(CONTEXT_PRIOR_MATCHING, factorial, _LIUSIE, lambda P, o, c, rng: context_prior_matching(P, o), _complete),
-        Debiaser(
-            PRIDE,
-            lambda k: 1 + PRIDE_FRACTION * (k - 1),
-            _ZHENG,
-            lambda P, o, c, rng: pride(P, o, PRIDE_FRACTION, rng=rng),
-            _closed,
-        ),
-        Debiaser(CALIBRATION, lambda k: 1, _ZHAO, lambda P, o, c, rng: _calibrated(P, o, c), _any),
-        *map(_black_box, DRAWS),
-    ]

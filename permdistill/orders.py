@@ -14,17 +14,25 @@ from math import factorial
 
 import numpy as np
 
-MIN_OPTIONS, MAX_OPTIONS = 2, 6
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MIN_OPTIONS, MAX_OPTIONS = 2, len(LETTERS)
+ENUMERATED = 6  # up to so many options all K! orders are listed: 720; of 7 they are 5,040
 
 
 def _check_k(k: int) -> None:
     if not MIN_OPTIONS <= k <= MAX_OPTIONS:
-        raise ValueError(f"K = {k} options: this package enumerates orders for K = {MIN_OPTIONS}..{MAX_OPTIONS}")
+        raise ValueError(f"K = {k} options: give {MIN_OPTIONS}..{MAX_OPTIONS}")
 
 
 def all_orders(k: int) -> np.ndarray:
-    """All K! orders in lexicographic order, the original (identity) first. Shape (K!, K)."""
+    """All K! orders in lexicographic order, the original (identity) first. Shape (K!, K). Raises ValueError above
+    :data:`ENUMERATED` options."""
     _check_k(k)
+    if k > ENUMERATED:
+        raise ValueError(
+            f"K = {k} options have {factorial(k):,} orders, all of them are listed for K = {MIN_OPTIONS}..{ENUMERATED}: "
+            "take cyclic, Williams or reverse pairs of orders"
+        )
     return np.array(list(permutations(range(k))), dtype=np.int64)
 
 
@@ -34,6 +42,26 @@ def cyclic_orders(k: int) -> np.ndarray:
     return (np.arange(k)[:, None] + np.arange(k)[None, :]) % k
 
 
+def reverse_pairs(orders: np.ndarray) -> np.ndarray:
+    """Each order and its reverse, one after the other: (2 x order, K). Of two calls they are the most balanced: what an
+    option gains by standing early it loses by standing late (Wei et al., Findings of ACL 2024)."""
+    orders = np.asarray(orders)
+    return np.stack([orders, orders[:, ::-1]], axis=1).reshape(-1, orders.shape[1])
+
+
+def williams_orders(k: int) -> np.ndarray:
+    """A Williams design, the original order first: (K, K) for even K, (2K, K) for odd K.
+
+    A Latin square in which each option also follows each other one equally often: once for even K; for odd K, where one
+    square cannot do that, twice in two squares, each the other's mirror image (Williams 1949).
+    """
+    _check_k(k)
+    zigzag = np.array([(i + 1) // 2 if i % 2 else (k - i // 2) % k for i in range(k)])  # 0, 1, k-1, 2, k-2, ..
+    square = (zigzag + np.arange(k)[:, None]) % k
+    square = np.argsort(square[0])[square]  # renamed, so that the first row is the original order
+    return np.concatenate([square, square[:, ::-1]]) if k % 2 else square
+
+
 def sample_orders(k: int, n: int, rng: np.random.Generator) -> np.ndarray:
     """``n`` different orders drawn uniformly without replacement. Shape (n, K).
 
@@ -41,7 +69,19 @@ def sample_orders(k: int, n: int, rng: np.random.Generator) -> np.ndarray:
     """
     if not 1 <= n <= factorial(k):
         raise ValueError(f"n = {n} orders of K = {k} options: there are only 1..{factorial(k)}")
-    return all_orders(k)[rng.choice(factorial(k), size=n, replace=False)]
+    if k <= ENUMERATED:
+        return all_orders(k)[rng.choice(factorial(k), size=n, replace=False)]
+    found: dict[tuple[int, ...], None] = {}  # of so many orders the same one hardly comes twice
+    while len(found) < n:
+        found[tuple(rng.permutation(k).tolist())] = None
+    return np.array(list(found), dtype=np.int64)
+
+
+def anchored(orders: np.ndarray, fixed: Sequence[int]) -> np.ndarray:
+    """Those of ``orders`` (order, K) that leave the options ``fixed`` in their places: (fewer orders, K). Of all orders,
+    these are all orders of the other options."""
+    orders, fixed = np.asarray(orders), list(fixed)
+    return orders[(orders[:, fixed] == fixed).all(axis=1)]
 
 
 def inverse(orders: np.ndarray) -> np.ndarray:

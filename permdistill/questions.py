@@ -4,7 +4,7 @@ Every data set becomes a list of :class:`Question`: :func:`from_jsonl` and
 :func:`from_dataset` read records with the fields ``id, context, question, options, answer`` (``context`` and ``answer``
 may be absent or null), and refuse bad records *all at once*, by id, field and value, before any compute is spent.
 
-Gold answers live only here and in :mod:`permdistill.metrics`: whatever scores or trains takes questions through
+Gold answers live only here and in :mod:`permdistill.measure.metrics`: whatever scores or trains takes questions through
 :func:`unlabelled`.
 """
 
@@ -32,7 +32,7 @@ class Question:
     id         unique within its list
     context    passage or article, "" where there is none
     question   the question itself
-    options    K = 2..6 different texts, in the dataset's own order
+    options    K = 2..26 different texts, in the dataset's own order
     answer     index of the gold option, None where there is none (unlabelled, or tied human scores)
     """
 
@@ -144,19 +144,93 @@ def unlabelled(questions: Iterable[Question]) -> list[Question]:
 # --------------------------------------------------------------------------------------------------------------------
 # What makes a question unfit for permutation
 
-_UNSAFE = re.compile(
-    r"(?<!\w)((all|none|both|neither|any|either|each)( \w+)? of (the )?(above|these|those|them|options|answers|choices)"
-    r"|(both|neither|either)?\s*\(?[A-F]\)? (and|or|nor) \(?[A-F]\)?\s*$"
-    r"|the above|above (answers|options|choices))(?!\w)",
+_WHO = r"(?:all|none|both|neither|any|either|each|more than one)"
+_OTHERS = r"(?:above|below|aforementioned|foregoing|preceding|options|answers|choices|alternatives|responses)"
+_WORDS = re.compile(  # how an option begins: "none of the above; he thinks otherwise"
+    rf"^\W*{_WHO}(?: \w+)? of(?: the| these| those| all| other)* {_OTHERS}(?!\w)"
+    rf"|^\W*{_WHO}(?: the| these| those)? (?:mentioned |listed )?{_OTHERS}(?: given| listed)?(?:\W*$|,? (?:is|are)(?!\w))"
+    rf"|^\W*{_WHO}(?: \w+)? of (?:these|those)(?!\w)(?=(?:\W*\w+){{,9}}\W*$)"
+    rf"|^\W*{_WHO}(?: \w+)? of them(?: (?:is|are|apply|applies)(?: \w+)?)?\W*$"
+    r"|^\W*(?:all|none|both|neither) (?:is|are) (?:all |both )?(?:correct|true|right|wrong|false|incorrect)\W*$",
+    re.IGNORECASE,
 )
+_INSIDE = re.compile(
+    rf"(?<![\w-])(?:{_WHO}(?: \w+)? of (?:the |these |those )?{_OTHERS}"
+    rf"|{_WHO}(?: \w+)? of (?:these|those)\W*$|the above|above (?:answers|options|choices)|as above)(?!\w)",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(r"(?<!\w)(?:[Oo]ption|[Aa]nswer|[Cc]hoice)s? (?:[A-Z](?![\w'])|\([A-Za-z]\))")
+_BETWEEN, _AND = r"(?:\s*,\s*|\s+)", r"\s*(?:,\s*)?(?:and|or|nor|&|/|\+)\s*"
+_UPPER, _LOWER, _BRACKETS = (rf"{label}(?:{_BETWEEN}{label})*" for label in (r"\(?[A-Z]\)?", r"\(?[a-z]\)?", r"\([a-z]\)"))
+_LOWER += r"\s*(?:,\s*)?(?:(?<=[\s)])(?:and|or|nor)(?=[\s(])|[&/+])\s*\(?[a-z]\)?"  # words hold letters too
+_TAIL = r"(?:\s*(?:,\s*)?(?:only|both|alone|above|together|(?:are |is )?(?:both )?(?:correct|true|right)))?"
+_LETTERS = re.compile(  # the whole option: capitals, or small letters that "both", "only" or brackets show to be labels
+    rf"(?:(?i:do )?(?i:both|neither|either|only|all|just)?(?: of)?\s*{_UPPER}{_AND}\(?[A-Z]\)?{_TAIL}"
+    rf"|(?i:both|neither|either|only)\s+{_LOWER}{_TAIL}"
+    rf"|{_LOWER}\s+(?:only|both|alone)"
+    rf"|{_BRACKETS}{_AND}\([a-z]\){_TAIL})"
+)
+_ABROAD = re.compile(
+    "以上(?:都|皆|全|均|选项|選項|答案|各项|各項)|(?:以上|上述)(?:的)?(?:所有|任何|任一)|(?:都|均)不(?:对|對|是|正确|正確)$|すべて正しい|上記の(?:すべて|全て|いずれ|どれ)"
+    "|위의? ?(?:모두|모든|보기)|모두 (?:정답|맞)"
+    "|\\b(?:tod[oa]s|ningun[oa]|ambas|nenhum[a]?|cualquiera|qualquer uma) (?:l[ao]s |de l[ao]s |d?[ao]s )?"
+    "(?:anteriores|respuestas|opciones|alternativas|respostas|acima)"
+    "|\\b(?:alle|keine|keines|beide|jede)s?r? (?:der |die )?(?:oben|obigen|genannten|vorgenannten|antworten)"
+    "|\\b(?:toutes|aucune|tous|aucun|les deux)\\b.{0,25}\\b(?:ci-dessus|réponses|précédent)"
+    "|\\b(?:tutte|nessuna|tutti|nessuno|entrambe)\\b.{0,20}\\b(?:precedenti|risposte|sopra)"
+    "|\\b(?:все|всё|ничего|ни один|оба|любой)\\b.{0,15}(?:вышепереч|перечисленн|вариант|ответ|из вышеуказ)",
+    re.IGNORECASE,
+)
+_SHORT = 8  # words: what stands inside a longer text speaks of that text
+
+
+def _refers(option: str, k: int) -> bool:
+    text = option.strip().rstrip(".!;, ")
+    if len(text) <= 60 and _LETTERS.fullmatch(text):
+        labels = [label.upper() for label in re.findall(r"(?<![a-z])[A-Z](?![a-z])|(?<![A-Za-z])[a-z](?![A-Za-z])", text)]
+        return all(ord(label) - ord("A") < k for label in labels)  # of the vitamins "D, E and K" two are no labels of four
+    short = len(text.split()) <= _SHORT
+    return bool(_WORDS.search(text) or _ABROAD.search(text) or (short and (_INSIDE.search(text) or _NAMED.search(text))))
+
+
+def unsafe_options(question: Question) -> tuple[int, ...]:
+    """Indices of the options that refer to other options or to their place ("all of the above", "both A and B")."""
+    return tuple(i for i, option in enumerate(question.options) if _refers(option, len(question.options)))
 
 
 def permutation_unsafe(question: Question) -> bool:
-    """True when an option refers to other options or to their place ("all of the above", "both A and B").
+    """True when an option refers to other options or to their place (:func:`unsafe_options`).
 
     Such a question changes its meaning with the order, so no order-invariant answer exists.
     """
-    return any(_UNSAFE.search(o) or _UNSAFE.search(o[:1].lower() + o[1:]) for o in question.options)
+    return bool(unsafe_options(question))
+
+
+@dataclass(frozen=True)
+class Treated:
+    """Own questions, those that are unsafe kept, dropped or anchored.
+
+    questions  what is to be scored
+    unsafe     how many were unsafe
+    anchors    {id: indices of options that keep their place}, see :func:`permdistill.orders.anchored`
+    """
+
+    questions: list[Question]
+    unsafe: int
+    anchors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+UNSAFE = ("keep", "drop", "anchor")
+
+
+def treat_unsafe(questions: Sequence[Question], how: str = "keep") -> Treated:
+    """What to do with permutation-unsafe questions: "keep" them, "drop" them, or "anchor" the options that refer to others
+    while the rest permutes. Raises ValueError for another word."""
+    if how not in UNSAFE:
+        raise ValueError(f"unsafe {how!r}: give one of {', '.join(UNSAFE)}")
+    found = {q.id: fixed for q in questions if (fixed := unsafe_options(q))}
+    kept = [q for q in questions if how != "drop" or q.id not in found]
+    return Treated(kept, len(found), found if how == "anchor" else {})
 
 
 def _text(question: Question) -> tuple[str, ...]:
@@ -171,8 +245,13 @@ class Cleaned:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def clean(questions: Sequence[Question], held_out: Sequence[Question] = (), k: int | None = None) -> Cleaned:
-    """Leave out questions that are permutation-unsafe, repeated, also in ``held_out``, or not of ``k`` options."""
+def clean(
+    questions: Sequence[Question],
+    held_out: Sequence[Question] = (),
+    k: int | None = None,
+    unsafe: Callable[[Question], bool] = permutation_unsafe,
+) -> Cleaned:
+    """Leave out questions that are ``unsafe``, repeated, also in ``held_out``, or not of ``k`` options."""
     kept: list[Question] = []
     left_out: Counter[str] = Counter()
     seen, held = set(), {_text(q) for q in held_out}
@@ -180,7 +259,7 @@ def clean(questions: Sequence[Question], held_out: Sequence[Question] = (), k: i
         text = (q.context, *_text(q))
         if k is not None and len(q.options) != k:
             left_out[f"not {k} options"] += 1
-        elif permutation_unsafe(q):
+        elif unsafe(q):
             left_out["permutation-unsafe"] += 1
         elif _text(q) in held:
             left_out["also held out"] += 1

@@ -23,16 +23,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import softmax
 from tqdm import tqdm
 
 from permdistill.files import locked, replacing
-from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, all_orders, to_options
+from permdistill.orders import all_orders
 from permdistill.prompts import Template
-from permdistill.questions import BadRecords, Question
+from permdistill.questions import Question
 from permdistill.teachers import Teacher
 
 SCHEMA = pa.schema(
@@ -186,70 +185,6 @@ def load(store: Store, questions: Sequence[Question], template: Template, model_
 def probabilities(log_probs: np.ndarray) -> np.ndarray:
     """Log-probabilities over the vocabulary -> probabilities renormalised over the K options (last axis)."""
     return softmax(log_probs, axis=-1)
-
-
-def from_records(path: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Scores that somebody else's harness made: ids (item), orders (order, K), probabilities (item, order, option).
-
-    ``path`` is a JSONL or parquet file with a record for each item and order, in any sequence::
-
-        id             the item
-        order          list of K: order[k] is the index of the option that was shown at position k
-        probabilities  list of K: probability of the label at position k; what other tokens got may be missing from the sum
-
-    Every item must come in the same orders; all K! are not needed. The orders are sorted, the original one first.
-    Raises BadRecords that lists all bad records.
-    """
-    path = Path(path)
-    frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path, lines=True, dtype=False)
-    if missing := [c for c in ("id", "order", "probabilities") if c not in frame]:
-        raise BadRecords(
-            f"{path}: no field {missing[0]!r} (fields: {', '.join(map(str, frame))}): give id, order, probabilities"
-        )
-    problems: list[str] = []
-    found: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
-    for row, (name, order, values) in enumerate(zip(frame["id"], frame["order"], frame["probabilities"], strict=True)):
-        problem = _record_problem(name, order, values)
-        if not problem and tuple(order) in found.setdefault(str(name), {}):
-            problem = f"field 'order' is {list(order)}: this item has it already"
-        if problem:
-            problems.append(f"record {row} (id {name!r}): {problem}")
-        else:
-            found[str(name)][tuple(map(int, order))] = np.asarray(values, dtype=np.float64)
-    every = {tuple(sorted(by_order)) for by_order in found.values()}
-    if not problems and len(every) != 1:
-        expected = max(every, key=lambda orders: sum(tuple(sorted(b)) == orders for b in found.values()), default=())
-        odd = next((name for name, b in found.items() if tuple(sorted(b)) != expected), None)
-        problems.append(
-            f"item {odd!r} comes in {len(found[odd])} orders that are not the {len(expected)} of most items: give every "
-            "item in the same orders, and items with another number of options in a file of their own"
-            if odd
-            else "no records"
-        )
-    if problems:
-        raise BadRecords(f"{path}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
-    orders = np.array(sorted(next(iter(every))), dtype=np.int64)
-    by_position = np.array([[by_order[tuple(order)] for order in orders.tolist()] for by_order in found.values()])
-    return list(found), orders, to_options(by_position / by_position.sum(axis=-1, keepdims=True), orders)
-
-
-def _record_problem(name: object, order: object, values: object) -> str | None:
-    """What is wrong with one record of :func:`from_records`, or None."""
-    if not isinstance(name, (str, int, np.integer)) or not str(name).strip():
-        return f"field 'id' is {name!r}: give a string"
-    if not isinstance(order, (list, tuple, np.ndarray)) or sorted(map(str, order)) != sorted(map(str, range(len(order)))):
-        return f"field 'order' is {order!r}: give a permutation of 0..K-1"
-    try:
-        p = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        p = np.array([np.nan])
-    if p.shape != (len(order),) or not MIN_OPTIONS <= len(order) <= MAX_OPTIONS:
-        return (
-            f"field 'probabilities' is {values!r}: give one number a position, {MIN_OPTIONS} to {MAX_OPTIONS} as 'order' has"
-        )
-    if not (np.isfinite(p).all() and (p >= 0).all() and 0 < p.sum() <= 1 + 1e-3):
-        return f"field 'probabilities' is {values!r}: give numbers in 0..1 with a sum above 0 and at most 1"
-    return None
 
 
 def audit(

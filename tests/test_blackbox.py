@@ -23,7 +23,7 @@ import pytest
 from fault_proxy import FAULTS, WHOLE, faulty
 from openai_server import Next, planted, planted_backend, serving
 
-from permdistill import cli, debias, metrics, scores
+from permdistill import cli, debias
 from permdistill.api.ask import Report, ask, asking
 from permdistill.api.endpoint import Endpoint, EndpointError, Limits, Prices
 from permdistill.api.jobs import (
@@ -43,6 +43,8 @@ from permdistill.api.jobs import (
     read_logprobs,
 )
 from permdistill.api.replies import Replies
+from permdistill.measure import metrics
+from permdistill.measure.formats import read
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import manifest
 from permdistill.prompts import TEMPLATES
@@ -191,8 +193,10 @@ def test_logprobs_are_the_white_box_scores(server, tmp_path):
     assert P == pytest.approx(expected, abs=1e-9) and worst == 0
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(json.dumps(job.record(Replies(tmp_path), c)) for c in job.calls), encoding="utf-8")
-    ids, orders, again = scores.from_records(path)
-    assert ids == [q.id for q in questions] and again == pytest.approx(P) and (orders == all_orders(3)).all()
+    records = read(path)
+    (block,) = records.blocks()
+    assert records.ids == [q.id for q in questions] and block.P == pytest.approx(P)
+    assert (block.orders == all_orders(3)).all()
 
 
 def test_arrays_go_into_the_pipeline(server, tmp_path):
@@ -637,6 +641,8 @@ def test_ask_from_the_command_line(server, tmp_path, capsys):
     assert "items complete" in out and "4 of 4" in out
     lines = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
     assert len(lines) == 20 and {line["decision"] for line in lines} <= {0, 1, 2}
+    cli.main(["measure", str(tmp_path / "decisions.jsonl")])  # drawn orders, some of them twice
+    assert "4 items, K = 3, 5 orders; 20 records: 20 decided, 0 tied, 0 failed" in capsys.readouterr().out
     path = str(tmp_path / "logprobs.jsonl")
     cli.main([*command, "--mode", "logprobs", "--orders", "cyclic", "--records", path])
     cli.main(["measure", path])

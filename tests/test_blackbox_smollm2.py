@@ -11,11 +11,12 @@ import pytest
 import torch
 from openai_server import serving, teacher_backend
 
-from permdistill import metrics, scores
+from permdistill import scores
 from permdistill.api.ask import ask
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Call, Job, calls_in_orders, drawn, drawn_calls, probabilities
 from permdistill.api.replies import Replies
+from permdistill.measure import metrics
 from permdistill.orders import all_orders
 from permdistill.paper.profiles import load_task
 from permdistill.prompts import TEMPLATES, Template

@@ -11,7 +11,7 @@ import pytest
 from test_experiments import planted
 
 from permdistill import debias
-from permdistill.metrics import Interval
+from permdistill.measure.metrics import Interval
 from permdistill.orders import cyclic_orders
 from permdistill.paper import ablations, claims, profiles, systems, tables
 from permdistill.paper.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE

@@ -226,7 +226,7 @@ def test_measure_scores_from_elsewhere(tmp_path, questions, capsys):
     cli.main(["measure", str(path)])
     out = capsys.readouterr().out
     assert "4 items, K = 3, 6 orders" in out and "ps (TV)" in out and "accuracy" not in out
-    cli.main(["measure", str(path), "--questions", questions, "--csv", str(tmp_path / "out.csv")])
+    cli.main(["measure", str(path), "--questions", questions, "--all", "--csv", str(tmp_path / "out.csv")])
     out = capsys.readouterr().out
     assert "adversarial accuracy" in out and "all-orders average" in out
     assert pd.read_csv(tmp_path / "out.csv").set_index("debiaser").loc["all-orders average", "ps"] == 0

@@ -7,6 +7,7 @@ import json
 import datasets
 import pytest
 
+from permdistill.orders import all_orders, anchored
 from permdistill.paper import tasks
 from permdistill.questions import (
     CONTENT_FREE,
@@ -21,7 +22,9 @@ from permdistill.questions import (
     sample,
     stratified,
     to_dataset,
+    treat_unsafe,
     unlabelled,
+    unsafe_options,
     validate,
 )
 
@@ -71,7 +74,7 @@ def test_two_to_six_options_are_accepted(k):
         ("options", None, "None"),
         ("options", ["one"], "1 options"),
         ("options", [], "0 options"),
-        ("options", list("abcdefg"), "7 options"),
+        ("options", list(map(str, range(27))), "27 options"),
         ("options", ["a", 2], "2"),
         ("options", ["a", ""], "['a', '']"),
         ("options", ["same", "same "], "repeated: ['same']"),
@@ -198,11 +201,55 @@ def test_unlabelled_removes_the_answer_and_nothing_else():
         "both (A) and (B)",
         "(A) and (C)",
         "the above answers are wrong",
+        # found in MMLU and RACE by hand; full stops, small letters, "only", "&", commas and brackets
+        "Both C and D.",
+        "A and B only",
+        "both a and b.",
+        "Neither (a) nor (b).",
+        " Both (a) and (b).",
+        "either (a) or (b)",
+        "a and b only",
+        "Both A & C",
+        "B&C",
+        "all of below.",
+        "All above is right.",
+        "all mentioned above",
+        "none of the above; Cohen holds that animals can have rights",
+        "A, B, and C",
+        "A , B , & C",
+        "A,BandC",
+        "A B and C.",
+        "(A), (B), and (C)",
+        "(B) (C) and (D).",
+        "both A and D are correct.",
+        "all of A,B and C",
+        "Do both B and C",
+        "All choices are false",
+        "All options given are correct",
+        "All of these about equally.",
+        "None of these will increase the half life",
+        "Older adults cannot do either of these",
+        "None is true.",
+        "Option B is right",
+        # other languages
+        "以上都是",
+        "以上皆非",
+        "上記のすべて",
+        "위의 모두",
+        "Todas las anteriores",
+        "Ninguna de las anteriores",
+        "Todas as anteriores",
+        "Alle oben genannten",
+        "Keine der oben genannten",
+        "Toutes les réponses ci-dessus",
+        "Aucune de ces réponses",
+        "Tutte le precedenti",
+        "Все вышеперечисленное",
     ],
 )
 def test_options_that_refer_to_others_are_unsafe(option):
-    assert permutation_unsafe(make(["ice", "fire", option]))
-    assert permutation_unsafe(make([option, "ice", "fire"]))
+    assert permutation_unsafe(make(["ice", "fire", "air", option]))
+    assert permutation_unsafe(make([option, "ice", "fire", "air"]))
 
 
 @pytest.mark.parametrize(
@@ -219,10 +266,42 @@ def test_options_that_refer_to_others_are_unsafe(option):
         "the temperature rises above zero",
         "each of the cells",
         "a and b",
+        # found in MMLU, RACE, HellaSwag and OpenBookQA by hand
+        "vitamins A and D",
+        "Excess consumption of Vitamins A and C",
+        "D, E and K",  # labels beyond the options there are
+        "both hands",
+        "neither of their hands",
+        "only eating candy",
+        "do homework only",
+        "Both have a cell wall to give them support.",
+        "answer a question.",
+        "someone who wants all the answers",
+        "like all of them",
+        "None of them had an umbrella.",
+        "No-one is above the law.",
+        "stand on all fours above, and on his arms then jump.",
+        "To have a good vacation, go to any of these places by the sea and take all of them in at your leisure",
+        "se sienten todas las mañanas",
+        "Alle Menschen",
+        "以上海为中心",
     ],
 )
 def test_harmless_options_are_safe(option):
     assert not permutation_unsafe(make(["ice", "fire", option]))
+
+
+def test_unsafe_questions_are_kept_dropped_or_anchored():
+    questions = [make(["ice", "fire"], "a"), make(["ice", "fire", "both A and B", "neither A nor B"], "b")]
+    assert [unsafe_options(q) for q in questions] == [(), (2, 3)]
+    kept, dropped, fixed = (treat_unsafe(questions, how) for how in ("keep", "drop", "anchor"))
+    assert kept.questions == fixed.questions == questions and dropped.questions == questions[:1]
+    assert kept.unsafe == dropped.unsafe == fixed.unsafe == 1
+    assert not kept.anchors and fixed.anchors == {"b": (2, 3)}
+    assert anchored(all_orders(4), fixed.anchors["b"]).tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
+    assert len(anchored(all_orders(4), (1,))) == 6 and len(anchored(all_orders(4), ())) == 24
+    with pytest.raises(ValueError, match="unsafe 'maybe': give one of keep, drop, anchor"):
+        treat_unsafe(questions, "maybe")
 
 
 def test_the_question_text_does_not_make_a_question_unsafe():
@@ -300,7 +379,8 @@ def test_public_sets_are_clean_questions_of_k_options(task, k):
     assert {len(q.options) for q in split.questions} == {k}
     counts = [sum(q.answer == i for q in split.questions) for i in range(k)]
     assert sum(counts) == len(split.questions) and min(counts) > 0.5 * len(split.questions) / k
-    assert not any(permutation_unsafe(q) for q in split.questions)
+    # MMLU's pool keeps those that were not known when the sample was drawn whose scores are stored.
+    assert sum(permutation_unsafe(q) for q in split.questions) == (49 if task == "mmlu" else 0)
     assert len({q.id for q in split.questions}) == len(split.questions)
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permdistill import debias, metrics
+from permdistill import catalogue, debias, fewcalls
+from permdistill.measure import metrics
 from permdistill.orders import all_orders, cyclic_orders, inverse, to_options, to_positions
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
@@ -387,7 +388,7 @@ def test_every_method_answers_every_order_with_probabilities(P, seed):
     items, n_orders, k = P.shape
     content_free = random_rows(np.random.default_rng(seed), 1.0, (k,))
     before = P.copy()
-    for method in debias.debiasers(k):
+    for method in catalogue.debiasers(k):
         Q = method.answer(P, all_orders(k), content_free, np.random.default_rng(seed))
         assert Q.shape == P.shape, method.name
         np.testing.assert_allclose(Q.sum(axis=-1), 1, rtol=1e-12, err_msg=method.name)
@@ -403,7 +404,7 @@ def test_relabelling_options_relabels_what_every_method_answers(P, random):
     k = P.shape[2]
     relabel = np.array(random.sample(range(k), k))  # new option o is old option relabel[o]
     orders, content_free = all_orders(k), np.arange(1, k + 1) / np.arange(1, k + 1).sum()
-    for method in debias.debiasers(k):
+    for method in catalogue.debiasers(k):
         if method.name in map(debias.BLACK_BOX.format, debias.DRAWS):
             continue  # which option a draw falls on depends on the order in which options are stored
         old = method.answer(P, orders, content_free, np.random.default_rng(0))
@@ -547,7 +548,7 @@ def test_black_box_histograms_never_hold_an_impossible_option(rng):
 
 
 def test_the_list_names_every_method_once_with_its_calls():
-    calls = {method.name: method.calls(4) for method in debias.debiasers(4)}
+    calls = {method.name: method.calls(4) for method in catalogue.debiasers(4)}
     assert calls == {
         "biased": 1,
         "majority vote over all orders": 24,
@@ -568,12 +569,18 @@ def test_the_list_names_every_method_once_with_its_calls():
         "black-box histogram, 16 draws": 16,
         "black-box histogram, 32 draws": 32,
         "black-box histogram, 64 draws": 64,
+        "mean of an order and its reverse": 2,
+        "mean over a Williams design": 4,
+        "adaptive, 2.6 calls": 2.6,
+        "adaptive, 8 calls": 8,
+        "geometric mean over all orders": 24,
+        "batch calibration": 1,
     }
     for k, few in ((2, []), (3, [2, 4]), (5, [2, 4, 8, 16, 32, 64]), (6, [2, 4, 8, 16, 32, 64, 128, 256, 512])):
-        names = [method.name for method in debias.debiasers(k)]
+        names = [method.name for method in catalogue.debiasers(k)]
         assert len(names) == len(set(names))
         assert [name for name in names if "random" in name] == [debias.RANDOM.format(n) for n in few]
-    assert all(method.source for method in debias.debiasers(4))
+    assert all(method.source for method in catalogue.debiasers(4))
 
 
 def test_the_list_answers_with_the_methods_it_names(rng):
@@ -597,7 +604,15 @@ def test_the_list_answers_with_the_methods_it_names(rng):
         debias.BLACK_BOX.format(n): debias.broadcast(debias.black_box_targets(P, n, seeded()), 6)
         for n in (1, 2, 4, 8, 16, 32, 64)
     }
-    answers = {method.name: method.answer(P, orders, content_free, seeded()) for method in debias.debiasers(3)}
+    calibrated, stages = fewcalls.batch_calibration(P, orders), fewcalls.stages(3)
+    margins = fewcalls.fit_margins(calibrated, orders, stages, 2.6)
+    expected |= {
+        fewcalls.REVERSE_PAIR: fewcalls.design_average(P, orders, stages[1]),
+        fewcalls.ADAPTIVE.format(2.6): fewcalls.adaptive_average(calibrated, orders, stages, margins).answers,
+        fewcalls.GEOMETRIC: debias.broadcast(fewcalls.geometric_average(P), 6),
+        fewcalls.BATCH_CALIBRATION: calibrated,
+    }
+    answers = {method.name: method.answer(P, orders, content_free, seeded()) for method in catalogue.debiasers(3)}
     assert answers.keys() == expected.keys()
     for name, Q in answers.items():
         assert np.array_equal(Q, expected[name]), name
@@ -607,18 +622,18 @@ def test_the_list_answers_with_the_methods_it_names(rng):
 
 def test_the_list_knows_which_orders_a_method_needs():
     every, cyclic, two = all_orders(3), cyclic_orders(3), all_orders(3)[:2]
-    fitting = [{m.name for m in debias.debiasers(3) if m.fits(orders)} for orders in (every, cyclic, two)]
-    assert fitting[0] == {m.name for m in debias.debiasers(3)}
-    assert fitting[2] == {debias.BIASED, debias.PRIOR_MATCHING, debias.CALIBRATION}
+    fitting = [{m.name for m in catalogue.debiasers(3) if m.fits(orders)} for orders in (every, cyclic, two)]
+    assert fitting[0] == {m.name for m in catalogue.debiasers(3)}
+    assert fitting[2] == {debias.BIASED, debias.PRIOR_MATCHING, debias.CALIBRATION, fewcalls.BATCH_CALIBRATION}
     assert fitting[1] == fitting[2] | {debias.CYCLIC, debias.PRIDE}
     twice = np.concatenate([every, every[:1]])  # one order weighs double
-    assert not any(m.fits(twice) for m in debias.debiasers(3) if m.name in (debias.MAJORITY, debias.DEBIASED))
-    assert all(m.fits(all_orders(2)) and m.fits(all_orders(2)[::-1]) for m in debias.debiasers(2))
+    assert not any(m.fits(twice) for m in catalogue.debiasers(3) if m.name in (debias.MAJORITY, debias.DEBIASED))
+    assert all(m.fits(all_orders(2)) and m.fits(all_orders(2)[::-1]) for m in catalogue.debiasers(2))
 
 
 def test_without_content_free_scores_only_calibration_is_refused(rng):
     P = rng.dirichlet(np.ones(3), size=(5, 6))
-    for method in debias.debiasers(3):
+    for method in catalogue.debiasers(3):
         if method.name == debias.CALIBRATION:
             with pytest.raises(ValueError, match="content_free is None.*content-free input"):
                 method.answer(P, all_orders(3), None, rng)

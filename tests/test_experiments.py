@@ -12,10 +12,11 @@ import pytest
 from test_students import make_encoder
 from transformers import AutoTokenizer
 
-from permdistill import debias, metrics, scores
+from permdistill import catalogue, debias, scores
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Drawn
 from permdistill.configs import HEADS, StudentConfig, TrainingConfig
+from permdistill.measure import evaluate, metrics
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import experiments, figures, models, profiles, tables
 from permdistill.paper import tasks as registry
@@ -68,10 +69,10 @@ def test_teachers_table_knows_the_planted_truth():
 
 def test_items_without_gold_answer_count_for_sensitivity_only():
     s = planted("one", ties=10)
-    row = tables.measure(s.P, all_orders(3), s.task.questions, s.task.groups)
+    row = evaluate.measure(s.P, all_orders(3), s.task.questions, s.task.groups)
     assert row["n"] == 30
     assert row["ps"] == pytest.approx(metrics.permutation_sensitivity(s.P).mean())
-    assert np.isnan(tables.correct(s.P, s.task.questions)).sum() == 10
+    assert np.isnan(evaluate.correct(s.P, s.task.questions)).sum() == 10
     assert tables.left_out([s.task]).iloc[0].tolist() == ["one", 40, 30, "3 repeated"]
 
 
@@ -287,8 +288,8 @@ def test_missing_scores_of_a_profile_are_not_made_up(tmp_path):
 
 def test_every_debiaser_on_what_is_there():
     s = planted("one", n=30)
-    whole = tables.every_debiaser(s.P, s.orders, s.task.questions, s.task.groups, np.full(3, 1 / 3), list(tables.METRICS))
-    assert len(whole) == len(debias.debiasers(3))
+    whole = tables.every_debiaser(s.P, s.orders, s.task.questions, s.task.groups, np.full(3, 1 / 3), list(evaluate.METRICS))
+    assert len(whole) == len(catalogue.debiasers(3))
     row = whole.set_index("debiaser").loc[debias.DEBIASED]
     assert row.accuracy == 1 and row.ps == 0 and row.calls == 6 and row.gain == pytest.approx(2 / 3)
     assert set(whole.family) == set(figures.FAMILIES)  # each has a marker
@@ -300,7 +301,7 @@ def test_every_debiaser_on_what_is_there():
     assert {debias.BIASED, debias.CYCLIC, debias.PRIDE} <= names and not {debias.DEBIASED, debias.CALIBRATION} & names
     # Any two orders, and no gold answers.
     bare = [replace(q, answer=None) for q in s.task.questions]
-    two = tables.every_debiaser(s.P[:, :2], s.orders[:2], bare, s.task.groups, names=list(tables.METRICS))
+    two = tables.every_debiaser(s.P[:, :2], s.orders[:2], bare, s.task.groups, names=list(evaluate.METRICS))
     assert debias.CYCLIC not in set(two.debiaser) and "accuracy" not in two and two.ps.notna().all()
 
 

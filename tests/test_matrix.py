@@ -10,9 +10,10 @@ import pytest
 from test_experiments import planted
 from test_students import make_encoder
 
-from permdistill import debias, metrics
+from permdistill import debias
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.lessons import Lesson
+from permdistill.measure import metrics
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import ablations, experiments, profiles, tables, tasks
 from permdistill.paper.cli import main

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats.contingency import association
 
-from permdistill import debias, metrics
-from permdistill.metrics import bootstrap
+from permdistill import debias
+from permdistill.measure import metrics
+from permdistill.measure.metrics import bootstrap
 from permdistill.orders import all_orders, cyclic_orders, to_options
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question

@@ -117,11 +117,13 @@ def test_sampled_orders_repeat_with_the_seed_and_are_uniform():
     assert np.abs(shares - 1 / 6).max() < 5 * np.sqrt(1 / 6 * 5 / 6 / 3000)
 
 
-@pytest.mark.parametrize("k", [-1, 0, 1, 7])
+@pytest.mark.parametrize("k", [-1, 0, 1, 27])
 def test_impossible_numbers_of_options_are_refused(k):
-    for make in (orders.all_orders, orders.cyclic_orders):
-        with pytest.raises(ValueError, match=rf"K = {k} .*2\.\.6"):
+    for make in (orders.all_orders, orders.cyclic_orders, orders.williams_orders):
+        with pytest.raises(ValueError, match=rf"K = {k} .*2\.\.26"):
             make(k)
+    with pytest.raises(ValueError, match=r"K = 7 .*2\.\.6"):  # 5,040 of them
+        orders.all_orders(7)
 
 
 @pytest.mark.parametrize("n", [-1, 0, 7])

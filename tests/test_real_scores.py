@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permdistill import debias, metrics
+from permdistill import catalogue, debias
+from permdistill.measure import metrics
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import experiments, profiles, tables
 from permdistill.paper.tasks import SUMMARIES
@@ -85,7 +86,7 @@ def test_relabelling_the_options_relabels_everything(seed):
     renamed = new[orders]
     assert metrics.permutation_sensitivity(P) == pytest.approx(metrics.permutation_sensitivity(scored.P))
     assert metrics.position_marginals(P, renamed) == pytest.approx(metrics.position_marginals(scored.P, orders))
-    for method in debias.debiasers(k):
+    for method in catalogue.debiasers(k):
         if "random" in method.name or "black-box" in method.name:
             continue
         here, there = (

@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from permdistill import scores
-from permdistill.orders import all_orders, cyclic_orders, to_positions
+from permdistill.orders import all_orders
 from permdistill.prompts import TEMPLATES
-from permdistill.questions import BadRecords, Question
+from permdistill.questions import Question
 from permdistill.scores import MissingScores, Store
 from permdistill.teachers import PlantedTeacher
 
@@ -410,65 +409,3 @@ def test_folder_may_be_absent(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Scores from elsewhere
-
-
-def records_of(P: np.ndarray, orders: np.ndarray, mass: float = 0.9) -> list[dict]:
-    """(item, order, option) -> one record an item and order, by position, as another harness would log them."""
-    by_position = to_positions(P, orders)
-    return [
-        {"id": f"q{i}", "order": order.tolist(), "probabilities": (mass * p).tolist()}
-        for i, rows in enumerate(by_position)
-        for order, p in zip(orders, rows, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize("orders", [all_orders(3), cyclic_orders(4), np.array([[0, 1], [1, 0]])])
-def test_records_from_elsewhere_become_scores(tmp_path, suffix, orders):
-    P = np.random.default_rng(0).dirichlet(np.ones(orders.shape[1]), size=(5, len(orders)))
-    records = records_of(P, orders)
-    np.random.default_rng(1).shuffle(records)
-    path = tmp_path / f"mine.{suffix}"
-    if suffix == "parquet":
-        pd.DataFrame(records).to_parquet(path)
-    else:
-        path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    ids, found, Q = scores.from_records(path)
-    assert sorted(ids) == [f"q{i}" for i in range(5)]
-    place = [orders.tolist().index(order) for order in found.tolist()]
-    assert Q[np.argsort(ids)] == pytest.approx(P[:, place])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"id": ""}, "field 'id' is ''"),
-        ({"order": [0, 1, 1]}, r"field 'order' is \[0, 1, 1\]: give a permutation"),
-        ({"order": 3}, "field 'order' is 3"),
-        ({"probabilities": [0.5, 0.5]}, "give one number a position"),
-        ({"probabilities": [0.5, -0.1, 0.2]}, "give numbers in 0..1"),
-        ({"probabilities": [0.0, 0.0, 0.0]}, "a sum above 0"),
-        ({"probabilities": [0.9, 0.9, 0.9]}, "at most 1"),
-        ({"probabilities": "abc"}, "field 'probabilities' is 'abc'"),
-        ({"order": [0, 2, 1]}, "this item has it already"),
-    ],
-)
-def test_bad_records_are_named(tmp_path, change, message):
-    P = np.random.default_rng(0).dirichlet(np.ones(3), size=(2, 6))
-    records = records_of(P, all_orders(3))
-    records[0] |= change
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    with pytest.raises(BadRecords, match=f"mine.jsonl: 1 problem.*\n.*{message}"):
-        scores.from_records(path)
-
-
-def test_items_in_other_orders_are_named(tmp_path):
-    P = np.random.default_rng(0).dirichlet(np.ones(3), size=(4, 6))
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(map(json.dumps, records_of(P, all_orders(3))[:-1])), encoding="utf-8")
-    with pytest.raises(BadRecords, match="item 'q3' comes in 5 orders that are not the 6 of most items"):
-        scores.from_records(path)
-    path.write_text('{"id": "q", "order": [0, 1]}', encoding="utf-8")
-    with pytest.raises(BadRecords, match="no field 'probabilities'"):
-        scores.from_records(path)

@@ -145,7 +145,7 @@ class Job:
 
     def record(self, store: Replies, call: Call) -> dict[str, Any] | None:
         """An answered call as a record: id, order, draw, and decision (the option's index) or probabilities (by position, as
-        :func:`permdistill.scores.from_records` reads them; a label that is not listed has 0). None without an answer."""
+        :mod:`permdistill.measure.records` reads them; a label that is not listed has 0). None without an answer."""
         row, _ = self.found(store, call)
         if row is None:
             return None

@@ -25,8 +25,9 @@ from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from permdistill import debias, metrics
+from permdistill import debias
 from permdistill.files import locked
+from permdistill.measure import evaluate, metrics
 from permdistill.orders import cyclic_orders
 from permdistill.paper import tables
 from permdistill.paper.experiments import (
@@ -211,13 +212,13 @@ def differences(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
     for teacher, test, own in _pools(cells):
         questions, groups = test.task.questions, test.task.groups
         untrained = [answer(cell, folder) for cell in own if not cell.run.training.epochs]
-        against = {rival.what: tables.correct(rival.P, questions) for rival in (*rivals(test), *untrained)}
+        against = {rival.what: evaluate.correct(rival.P, questions) for rival in (*rivals(test), *untrained)}
         for student, seeds in _by_student(own).items():
             P = [answer(cell, folder).P for cell in seeds]
             for rival, baseline in against.items():
                 if rival == student:
                     continue
-                row = tables.measure(P, cyclic_orders(test.task.k), questions, groups, baseline, ["accuracy"])
+                row = evaluate.measure(P, cyclic_orders(test.task.k), questions, groups, baseline, ["accuracy"])
                 gain = {f"difference{part}": row[f"gain{part}"] for part in ("", "_low", "_high")}
                 other = {f"rival_{name}": getattr(rival, name) for name in RIVAL}
                 rows.append({"teacher": teacher, **asdict(student), **other, "seeds": len(seeds), **gain})
@@ -233,11 +234,11 @@ def effects(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd.D
         by_value: dict[tuple, list[Cell]] = {}
         for cell in own:
             by_value.setdefault(tuple(_setting(cell, name) for name in names), []).append(cell)
-        baseline = tables.correct(rivals(test)[0].P, test.task.questions)
+        baseline = evaluate.correct(rivals(test)[0].P, test.task.questions)
         for value, seeds in by_value.items():
             P = [answer(cell, folder).P for cell in seeds]
-            alone = [np.nanmean(tables.correct(p, test.task.questions)) for p in P]
-            row = tables.measure(P, cyclic_orders(test.task.k), test.task.questions, test.task.groups, baseline)
+            alone = [np.nanmean(evaluate.correct(p, test.task.questions)) for p in P]
+            row = evaluate.measure(P, cyclic_orders(test.task.k), test.task.questions, test.task.groups, baseline)
             ends = {"seeds": len(seeds), "worst seed": min(alone), "best seed": max(alone)}
             rows.append({"teacher": teacher, **dict(zip(names, value, strict=True)), **ends, **row})
     return pd.DataFrame(rows).sort_values(["teacher", *names], ignore_index=True)
@@ -271,7 +272,7 @@ def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd
 def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
     """Accuracy of one student minus that of another of the same tasks, paired by question. Raises MissingPredictions."""
     test = data(first.teacher, first.tasks)[1]
-    right = [tables.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
+    right = [evaluate.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
     labelled = ~np.isnan(right[0])
     return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
 
@@ -285,11 +286,11 @@ def mixtures(cell: Cell, weights: Sequence[float], folder: str | Path = "") -> p
     biased, student = in_cyclic_orders(test.P), answer(cell, folder).P
     matched = debias.prior_matching(biased, orders)
     log_teacher, log_student = (np.log(np.maximum(P, debias.EPSILON)) for P in (matched, student))
-    baseline = tables.correct(biased, test.task.questions)
+    baseline = evaluate.correct(biased, test.task.questions)
     rows = []
     for weight in weights:
         P = softmax(log_teacher + weight * log_student, axis=-1)
-        row = tables.measure([P], orders, test.task.questions, test.task.groups, baseline)
+        row = evaluate.measure([P], orders, test.task.questions, test.task.groups, baseline)
         rows.append({"teacher": Path(cell.teacher).name, "weight": weight, **row})
     return pd.DataFrame(rows)
 
@@ -301,7 +302,7 @@ def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
     biased, *_, averaged = rivals(test)
     found = {title(system.what): system.P for system in (biased, averaged)}
     found["student of exact targets"] = answer(cell, folder).P
-    return {name: float(np.nanmean(tables.correct(P, test.task.questions))) for name, P in found.items()}
+    return {name: float(np.nanmean(evaluate.correct(P, test.task.questions))) for name, P in found.items()}
 
 
 def coverage(folder: str | Path = "") -> pd.DataFrame:

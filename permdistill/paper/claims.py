@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from permdistill import debias, metrics
-from permdistill.metrics import Interval
+from permdistill import debias
+from permdistill.measure import evaluate, metrics
+from permdistill.measure.metrics import Interval
 from permdistill.paper import ablations, paths, profiles, tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.models import MODELS
@@ -133,7 +134,7 @@ def _pooled(scored: Sequence[Scored], first: np.ndarray, second: np.ndarray) -> 
 
 def _right(scored: Sequence[Scored], answer: Callable[[Scored], np.ndarray]) -> np.ndarray:
     """Accuracy (item,) of what ``answer`` makes of a teacher's scores, over all its tasks."""
-    return np.concatenate([tables.correct(answer(s), s.task.questions) for s in scored])
+    return np.concatenate([evaluate.correct(answer(s), s.task.questions) for s in scored])
 
 
 def _averaged(s: Scored) -> np.ndarray:

@@ -14,7 +14,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from permdistill import debias, metrics
+from permdistill import debias
+from permdistill.measure import metrics
 from permdistill.orders import to_positions
 from permdistill.paper import tasks as registry
 from permdistill.paper.experiments import Scored

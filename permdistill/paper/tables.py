@@ -6,136 +6,28 @@ A table is a pandas DataFrame in long form with plain numbers (shares, not point
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from permdistill import debias, metrics
+from permdistill import catalogue, debias
 from permdistill.api.jobs import Drawn
-from permdistill.orders import cyclic_orders
+from permdistill.measure import metrics
+from permdistill.measure.evaluate import HEADLINE, METRICS, correct, in_points, measure
 from permdistill.paper.experiments import Scored, System
 from permdistill.paper.systems import described_rows, titled
 from permdistill.paper.tasks import SEED, TaskSplit
 from permdistill.questions import Question
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric as tables show it.
-
-    title      of the column
-    values     (P, orders, gold answers) -> (item, ...)
-    statistic  of the mean of the values over items; None: the mean is the metric
-    gold       whether it needs gold answers, and so leaves out items without
-    defined    orders -> whether they are what it is defined on
-    points     whether it is a share, shown in points of 100
-    """
-
-    title: str
-    values: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-    statistic: Callable[[np.ndarray], float | np.ndarray] | None = None
-    gold: bool = False
-    defined: Callable[[np.ndarray], bool] = lambda orders: len(orders) > 1
-    points: bool = True
-
-
-def _balanced(orders: np.ndarray) -> bool:
-    """Whether each option stands equally often at each position."""
-    k = orders.shape[1]
-    counts = np.array([np.bincount(column, minlength=k) for column in orders.T])
-    return bool((counts == len(orders) / k).all())
-
-
-def _holds(orders: np.ndarray, wanted: np.ndarray) -> bool:
-    return {tuple(order) for order in wanted.tolist()} <= {tuple(order) for order in orders.tolist()}
-
-
-def _rotations(orders: np.ndarray) -> bool:
-    return _holds(orders, orders[0][cyclic_orders(orders.shape[1])])
-
-
-METRICS = {
-    "accuracy": Metric("accuracy", lambda P, o, g: metrics.accuracy(P, g), gold=True, defined=lambda o: True),
-    "gain": Metric("gain over biased", lambda P, o, g: np.full(len(P), np.nan), gold=True, defined=lambda o: False),
-    "difference": Metric("difference", lambda P, o, g: np.full(len(P), np.nan), gold=True, defined=lambda o: False),
-    "ps": Metric("ps (TV)", lambda P, o, g: metrics.permutation_sensitivity(P)),
-    "ps_kl": Metric("ps (KL, nats)", lambda P, o, g: metrics.permutation_sensitivity(P, "kl"), points=False),
-    "pb": Metric("pb (TV)", lambda P, o, g: metrics.position_marginals(P, o), metrics.from_uniform, defined=_balanced),
-    "pb_item": Metric("pb per item (TV)", lambda P, o, g: metrics.positional_bias_per_item(P, o), defined=_balanced),
-    "consistency": Metric("consistency rate", lambda P, o, g: metrics.consistency(P)),
-    "flip": Metric("flip rate", lambda P, o, g: metrics.flip_rate(P)),
-    "fluctuation": Metric(
-        "fluctuation rate", lambda P, o, g: metrics.fluctuation(P, o), defined=lambda o: _holds(o, o[:1, ::-1])
-    ),
-    "ppa": Metric("PPA", lambda P, o, g: metrics.plurality_agreement(P)),
-    "pbm": Metric("PBM", lambda P, o, g: metrics.position_variance(P), points=False),
-    "circular": Metric("CircularEval", lambda P, o, g: metrics.circular_accuracy(P, o, g), gold=True, defined=_rotations),
-    "adversarial": Metric("adversarial accuracy", lambda P, o, g: metrics.adversarial_accuracy(P, g), gold=True),
-    "rstd": Metric("RStd", lambda P, o, g: metrics.recall_by_position(P, o, g), metrics.rstd, gold=True),
-    "cramers_v": Metric(
-        "Cramer's V", lambda P, o, g: metrics.position_correctness(P, o, g), metrics.cramers_v, gold=True, points=False
-    ),
-    "ckld": Metric(
-        "CKLD (nats)", lambda P, o, g: metrics.gold_and_predicted_positions(P, o, g), metrics.ckld, gold=True, points=False
-    ),
-}
-HEADLINE = ("accuracy", "ps", "ps_kl", "pb")
 BIASED_ORIGINAL, BIASED, DEBIASED = "biased, original order", "biased, mean over orders", debias.DEBIASED
 
 
 def _averaged(s: Scored) -> np.ndarray:
     """The debiased teacher's probabilities, the same in every order."""
     return debias.broadcast(debias.permutation_average(s.P), len(s.orders))
-
-
-def correct(P: np.ndarray, questions: Sequence[Question]) -> np.ndarray:
-    """Accuracy per item over its orders, NaN where there is no gold answer (tied human scores): (item,)."""
-    labelled = np.array([q.answer is not None for q in questions])
-    result = np.full(len(questions), np.nan)
-    if labelled.any():
-        result[labelled] = metrics.accuracy(P[labelled], [q.answer for q in questions if q.answer is not None])
-    return result
-
-
-def measure(
-    P: np.ndarray | Sequence[np.ndarray],
-    orders: np.ndarray,
-    questions: Sequence[Question],
-    groups: Sequence[str],
-    baseline: np.ndarray | None = None,
-    names: Sequence[str] = HEADLINE,
-) -> dict[str, float]:
-    """Metrics of one system on one task, with 95% bootstrap intervals, as far as these orders and questions allow them.
-
-    P         (item, order, option), the system's probabilities; several of them (a student's seeds) count as their mean,
-              item by item, so that the interval is of the mean over these seeds
-    orders    (order, K)
-    groups    per item, what is resampled together (its document)
-    baseline  per item, the accuracy of the system to compare with (see :func:`correct`): adds the paired ``gain``
-    names     of :data:`METRICS`
-    """
-    seeds = [P] if isinstance(P, np.ndarray) else list(P)
-    labelled, unit = np.array([q.answer is not None for q in questions]), np.asarray(groups)
-    gold = np.array([q.answer for q in questions if q.answer is not None])
-    row: dict[str, float] = {"n": int(labelled.sum())}
-
-    def add(name: str, values: np.ndarray, units: np.ndarray) -> None:
-        interval = metrics.bootstrap(values, units, statistic=METRICS[name].statistic)
-        row.update({name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high})
-
-    for name in names:
-        metric = METRICS[name]
-        if not metric.defined(orders) or (metric.gold and not labelled.any()):
-            continue
-        chosen = labelled if metric.gold else np.ones(len(labelled), dtype=bool)
-        values = np.mean([metric.values(one[chosen], orders, gold) for one in seeds], axis=0)
-        add(name, values, unit[chosen])
-        if name == "accuracy" and baseline is not None:
-            add("gain", values - baseline[labelled], unit[chosen])
-    return row
 
 
 def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
@@ -192,7 +84,7 @@ def every_debiaser(
     Methods that need what is not there (all orders, rotations, content-free input) are left out.
     """
     rows, baseline = [], correct(P, questions)
-    for method in debias.debiasers(orders.shape[1]):
+    for method in catalogue.debiasers(orders.shape[1]):
         if not method.fits(orders) or (content_free is None and method.name == debias.CALIBRATION):
             continue
         answers = method.answer(P, orders, content_free, np.random.default_rng(SEED))
@@ -324,7 +216,7 @@ def draws(said: Drawn, task: TaskSplit, P: np.ndarray | None = None) -> pd.DataF
     P     (item, order, option) the same teacher's probabilities in all orders, if anybody can see them; their average is
           what the histograms converge to. Adds, for each number of decisions: mean KL(histogram || average) in nats, the
           same for histograms drawn from P itself (mean of 32), and how many histograms lie inside the binomial 99% interval
-          of the average (:func:`permdistill.metrics.inside_binomial`); last, a row for the average
+          of the average (:func:`permdistill.measure.metrics.inside_binomial`); last, a row for the average
 
     Questions without a decision among the first so many are left out of that row.
     """
@@ -396,16 +288,7 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
         out["parameters_millions"] = [f"{m:.1f}" if m == m else "" for m in frame.parameters_millions]
     if "seeds" in out:
         out["seeds"] = [f"{n:.0f}" if n == n else "" for n in frame.seeds]
-    for name, metric in METRICS.items():
-        if name not in frame or frame[name].isna().all():
-            continue
-        scale, digits = (100, 1) if metric.points else (1, 3)
-        columns = (name, f"{name}_low", f"{name}_high")
-        out[metric.title] = [
-            "" if np.isnan(v) else f"{scale * v:z.{digits}f} [{scale * lo:z.{digits}f}, {scale * hi:z.{digits}f}]"
-            for v, lo, hi in zip(*(frame[c] for c in columns), strict=True)
-        ]
-    return out
+    return out.assign(**in_points(frame))
 
 
 def wide(frame: pd.DataFrame, index: Sequence[str], column: str, value: str = "difference") -> pd.DataFrame:

@@ -123,6 +123,20 @@ class Task:
         return TaskSplit(name, list(questions), own, [q.id for q in questions], [name] * len(questions), every.left_out)
 
 
+# The samples whose scores are stored were drawn from what this left; :func:`permdistill.questions.permutation_unsafe` knows
+# more, and another pool would be another sample.
+_UNSAFE_WHEN_DRAWN = re.compile(
+    r"(?<!\w)((all|none|both|neither|any|either|each)( \w+)? of (the )?(above|these|those|them|options|answers|choices)"
+    r"|(both|neither|either)?\s*\(?[A-F]\)? (and|or|nor) \(?[A-F]\)?\s*$"
+    r"|the above|above (answers|options|choices))(?!\w)",
+)
+
+
+def _unsafe_when_drawn(question: Question) -> bool:
+    texts = (text for o in question.options for text in (o, o[:1].lower() + o[1:]))
+    return any(_UNSAFE_WHEN_DRAWN.search(text) for text in texts)
+
+
 def whole(name: str, split: str) -> Cleaned:
     """All clean questions of a multiple-choice task's split, and how many were left out for which reason. Read once a
     process, as long as the hub is in the same place."""
@@ -139,7 +153,7 @@ def _clean(name: str, split: str, place: tuple[str, str | None] | None) -> Clean
     if split == "train":
         others = [other for name in task.held_out if isinstance(other := TASKS[name], Task)]
         held_out = [q for other in others for s in ("val", "test") for q in other.reader(s).questions]
-    cleaned = clean(read.questions, held_out, task.k)
+    cleaned = clean(read.questions, held_out, task.k, _unsafe_when_drawn)
     counts = Counter(read.left_out)
     counts.update(cleaned.left_out)
     return Cleaned(cleaned.questions, dict(counts))

@@ -1,0 +1,344 @@
+"""What records say about a judge: which way it leans, how often the order decides, how often it is right; a gate for CI.
+
+All of it for whatever orders there are, items with few or many options together; shares carry 95% intervals over items. A
+verdict comes first, then a line a measure, then (``--all``) each position, each debiaser and metric.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from permdistill import catalogue, debias
+from permdistill.measure import evaluate
+from permdistill.measure.formats import read
+from permdistill.measure.metrics import Interval
+from permdistill.measure.pairs import rates
+from permdistill.measure.records import Block, Records, with_answers
+from permdistill.measure.tally import RESAMPLED, Tally, mean_of, share_of
+from permdistill.orders import LETTERS
+from permdistill.questions import Question
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a judge must keep to; None: anything.
+
+    flip_rate            largest share of the other orders in which the verdict may change
+    position_preference  how far a position's share of the decided verdicts may lie from even
+    """
+
+    flip_rate: float | None = None
+    position_preference: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measure. ``even``: what it is without a preference for positions; ``n`` items."""
+
+    name: str
+    interval: Interval
+    n: int
+    even: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        low, high = self.interval.low, self.interval.high
+        text = f"{100 * self.interval.value:z.1f}"
+        if low == low:
+            text += f" [{100 * low:z.1f}, {100 * high:z.1f}]"
+        if self.even is not None:
+            text += f", {100 * (self.interval.value - self.even):+z.1f} over even"
+        return text + (f"   {self.note}" if self.note else "")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+@dataclass
+class Report:
+    """What :func:`measure` found. ``str`` is for a terminal, :meth:`table` for a CSV file.
+
+    dropped  incomplete items that were left out
+    """
+
+    records: Records
+    gate: Gate = field(default_factory=Gate)
+    dropped: int = 0
+
+    @cached_property
+    def tally(self) -> Tally:
+        return Tally(self.records)
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """The measures that these records allow."""
+        t, lines, records = self.tally, [], self.records
+        labelled = records.answers >= 0
+
+        def add(name: str, found: tuple[Interval, int], even: float | None = None, note: str = "") -> None:
+            lines.append(Line(name, *found, even, note))
+
+        if labelled.any():
+            add("accuracy", share_of(t.right[labelled], t.n[labelled]), note="a tie shares, a failure has none")
+            if (t.n - t.failed > 1).any():
+                add("accuracy of the mean over orders", mean_of(np.where(labelled & (t.n > t.failed), t.averaged, np.nan)))
+        add("first position", *self._first())
+        if (~np.isnan(t.ps)).any():
+            add("flip rate", mean_of(t.flips), note="of the other orders decide otherwise than the first")
+            add("consistency", mean_of(t.consistency), note="of the pairs of orders decide for the same option")
+            add("verdict agreement", mean_of(t.agreement), note="the same, a tie being a verdict of its own")
+            add("ps (TV)", mean_of(t.ps, counts=False))
+        add("tied", share_of(t.tied, t.n))
+        add("failed", share_of(t.failed, t.n))
+        mass = ~np.isnan(records.mass)
+        if mass.any():
+            of = np.bincount(records.item, mass, minlength=len(t.n))
+            got = np.bincount(records.item, np.where(mass, records.mass, 0.0), minlength=len(t.n))
+            note = "the rest went to other tokens and is shared out" if got.sum() < 0.95 * of.sum() else ""
+            add("label mass", share_of(got, of, counts=False), note=note)
+        return lines
+
+    def _first(self) -> tuple[tuple[Interval, int], float, str]:
+        """The first position's share of the decided records, what is even, and a warning where orders are not balanced."""
+        t, wins, even = self.tally, np.zeros(len(self.records.ids)), np.zeros(len(self.records.ids))
+        for k, (at, own) in t.wins.items():
+            wins[at], even[at] = own[:, 0], t.decided[at] / k
+        odd = int((~t.balanced).sum())
+        note = f"{odd} items not in balanced orders: content counts too" if odd else ""
+        if not t.decided.any():
+            return (Interval(np.nan, np.nan, np.nan), 0), np.nan, "no record is decided"
+        return share_of(wins, t.decided), float(even.sum() / t.decided.sum()), note
+
+    @cached_property
+    def positions(self) -> pd.DataFrame:
+        """Each position of each K: its share of the decided records, and the recall of gold answers that stand there."""
+        rows = []
+        for k, (at, wins) in sorted(self.tally.wins.items()):
+            of = self.tally.decided[at]
+            for position in range(k):
+                row: dict[str, float | int | str] = {"K": k, "position": position, "label": LETTERS[position], "even": 1 / k}
+                if of.any():
+                    level = 1 - 0.05 / k  # so that all K hold together
+                    share = share_of(wins[:, position], of, level)[0]
+                    row |= {"share": share.value, "share_low": share.low, "share_high": share.high}
+                gold = self.tally.gold[k][:, position]
+                if gold.any():
+                    found = share_of(self.tally.recalled[k][:, position], gold)[0]
+                    row |= {"recall": found.value, "recall_low": found.low, "recall_high": found.high}
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    @property
+    def leaning(self) -> pd.Series | None:
+        """The position whose share lies furthest from even, None where nothing is decided."""
+        frame = self.positions
+        if "share" not in frame or frame.share.isna().all():
+            return None
+        return frame.loc[(frame.share - frame.even).abs().idxmax()]
+
+    @property
+    def verdict(self) -> str:
+        """Which way the judge leans, and how often the order decides, in a sentence or two."""
+        parts, lean = [], self.leaning
+        if lean is not None:
+            where = {0: "the first answer", lean.K - 1: "the last answer"}.get(lean.position, f"position {lean.label}")
+            share = Interval(lean.share, lean.share_low, lean.share_high).percent().replace(" [", "% [", 1)
+            what = "pairs" if lean.K == 2 else f"questions with {lean.K:.0f} options"
+            wins = f"wins {share} of decided {what}, {100 * (lean.share - lean.even):+z.1f} over even."
+            up, down = lean.share_low > lean.even, lean.share_high < lean.even
+            if not (up or down):
+                parts.append(f"No clear preference for a position: {where} {wins}")
+            elif self.tally.balanced.mean() > 0.8:
+                parts.append(f"This judge {'prefers' if up else 'avoids'} {where}, which {wins}")
+            else:  # what stands there more often may be better
+                parts.append(f"This judge decides {'often' if up else 'seldom'} for {where}, which {wins}")
+        flips = next((line for line in self.lines if line.name == "flip rate"), None)
+        if flips is not None:
+            parts.append(
+                f"Another order changes the verdict in {flips.interval.percent().replace(' [', '% [', 1)} of cases."
+            )
+        return " ".join(parts)
+
+    @property
+    def header(self) -> str:
+        """What was read, in a line."""
+        r, t = self.records, self.tally
+        ks, counts = sorted(set(r.options.tolist())), r.counts
+        orders = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+        left = f"; {self.dropped} incomplete items left out" if self.dropped else ""
+        if n := int(r.incomplete.sum()):
+            left = f"; {n} items incomplete (--complete leaves them out)"
+        some = f"{int(t.decided.sum())} decided, {int(t.tied.sum())} tied, {int(t.failed.sum())} failed"
+        return (
+            f"{len(r.ids)} items, K = {', '.join(map(str, ks))}, {orders} orders; {len(r.k)} records: {some}{left}; "
+            "95% intervals over items"
+        )
+
+    @property
+    def hints(self) -> list[str]:
+        """What to add for measures that these records do not allow."""
+        found = []
+        if not (self.records.answers >= 0).any():
+            found.append("no gold answers: --questions FILE (id, answer) adds how often the judge is right")
+        if not (self.tally.n - self.tally.failed > 1).any():
+            found.append(
+                "no item has verdicts in two orders: ask in a second order (the reverse) to see what the order changes"
+            )
+        return found
+
+    def __str__(self) -> str:
+        width = max(len(line.name) for line in self.lines)
+        rows = [f"{line.name:<{width}}  {line}" for line in self.lines]
+        return "\n".join([self.verdict, "", self.header, "", *rows, *([""] + self.hints if self.hints else [])])
+
+    @property
+    def rejected(self) -> list[str]:
+        """Thresholds of the gate whose whole interval lies beyond them. Raises ValueError where one cannot be measured."""
+        found = []
+        if self.gate.flip_rate is not None:
+            flips = next((line.interval for line in self.lines if line.name == "flip rate"), None)
+            if flips is None:
+                raise ValueError("--max-flip-rate: no item has verdicts in two orders, give records of a second order")
+            if flips.low > self.gate.flip_rate:
+                found.append(f"flip rate {flips.percent()} is above {100 * self.gate.flip_rate:g}")
+        if (limit := self.gate.position_preference) is not None:
+            frame = self.positions
+            if "share" not in frame:
+                raise ValueError("--max-position-preference: no record is decided")
+            over, under = frame.share_low - frame.even, frame.even - frame.share_high
+            for row, far in zip(frame.itertuples(), np.maximum(over, under), strict=True):
+                if far > limit:
+                    share = Interval(row.share, row.share_low, row.share_high).percent()
+                    text = f"position {row.label} of {row.K} wins {share}, even is {100 * row.even:.1f}: further off than "
+                    found.append(f"{text}{100 * limit:g}")
+        return found
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Everything
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row a debiaser and K, with every metric: plain numbers, intervals in ``.._low`` and ``.._high``. A debiaser that
+        these records do not allow says why in ``note``. The biased judge's row holds the measures of :attr:`lines` too."""
+        parts = []
+        for k in sorted(set(self.records.options.tolist())):
+            parts.append(_debiased(self.records, k))
+        frame = pd.concat(parts, ignore_index=True)
+        if len(parts) == 1:
+            frame = frame.drop(columns="K")
+        for line in self.lines:
+            name = line.name.replace(" ", "_").replace("_(TV)", "")
+            if name in frame:  # measured by the table itself, on items in the same orders
+                continue
+            own = frame.debiaser == debias.BIASED
+            for suffix, value in zip(("", "_low", "_high"), line.interval, strict=True):
+                frame.loc[own, name + suffix] = value
+        return frame
+
+    def everything(self) -> str:
+        """What ``--all`` adds: positions, and every debiaser and metric."""
+        positions = self.positions.copy()
+        for name in ("share", "recall"):
+            if name in positions:
+                low, high = positions.pop(f"{name}_low"), positions.pop(f"{name}_high")
+                triples = zip(positions[name], low, high, strict=True)
+                positions[name] = [Interval(*t).percent() if t[0] == t[0] else "" for t in triples]
+        positions["even"] = [f"{100 * even:.1f}" for even in positions.even]
+        parts = [f"by position\n{positions.to_string(index=False)}"]
+        if pairs := rates(self.records):
+            width = max(map(len, pairs))
+            lines = [f"{name:<{width}}  {Line('', *mean_of(values))}" for name, values in pairs.items()]
+            parts.append("\n".join(["pairs in both orders, as the benchmarks count them", *lines]))
+        return "\n\n".join([*parts, _long(self.table)])
+
+
+def _debiased(records: Records, k: int) -> pd.DataFrame:
+    """Every debiaser on the items of ``k`` options that come in the same orders as most do, without failed verdicts."""
+    best, n = None, 0
+    own = (records.options == k) & (np.bincount(records.item, records.failed, minlength=len(records.ids)) == 0)
+    of_k = int((records.options == k).sum())
+    for block in records.where(own[records.item]).blocks() if own.any() else ():
+        keys, group, sizes = np.unique(
+            block.orders.reshape(len(block.orders), -1), axis=0, return_inverse=True, return_counts=True
+        )
+        if sizes.max() > n:
+            n, chosen = int(sizes.max()), group.reshape(-1) == sizes.argmax()
+            best = Block(block.items[chosen], block.orders[chosen], block.P[chosen], block.answers[chosen])
+    rows = []
+    for method in catalogue.debiasers(k):
+        row = {"debiaser": method.name, "K": k, "calls": method.calls(k), "n": 0, "source": method.source, "note": ""}
+        if best is None or n < 2:
+            row["note"] = "fewer than two items come in the same orders, all with verdicts"
+        else:
+            if n < of_k:
+                row["note"] = f"on {n} of {of_k} items: those in the same orders, all with verdicts"
+            row |= _measured(method, best)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _measured(method: catalogue.Debiaser, block: Block) -> dict[str, Any]:
+    """The metrics of one debiaser, or a ``note`` that says why there are none."""
+    orders, answers = block.orders[0], block.answers
+    if not method.fits(orders):
+        return {"note": "needs other orders: all K!, or with each order its rotations or its reverse"}
+    try:
+        P = method.answer(block.P, orders, None, np.random.default_rng(0))
+        before = method.answer(block.P, orders, None, np.random.default_rng(0)) if method.name == debias.BIASED else block.P
+        questions = [Question(str(i), "", "", (), None if a < 0 else int(a)) for i, a in enumerate(answers)]
+        groups = [int(i) % RESAMPLED for i in range(len(questions))]
+        baseline = None if method.name == debias.BIASED else evaluate.correct(before, questions)
+        return dict(evaluate.measure(P, orders, questions, groups, baseline, list(evaluate.METRICS)))
+    except ValueError as error:
+        return {"note": str(error)}
+
+
+def _long(table: pd.DataFrame) -> str:
+    """A metric after the other, a line a debiaser: what fits on a terminal. What could not be fitted stands last."""
+    fitted = table[table.n.notna() & ~(table.drop(columns=["debiaser", "calls", "n", "source", "note"]).isna().all(axis=1))]
+    shown = fitted.assign(**evaluate.in_points(fitted))
+    keys = [c for c in ("debiaser", "K", "calls") if c in shown]
+    columns = [metric.title for metric in evaluate.METRICS.values() if metric.title in shown]
+    parts = [f"{c}\n" + shown[[*keys, c]].to_string(index=False, header=False) for c in columns]
+    notes = [f"{row.debiaser}: {row.note}" for row in table.itertuples() if row.note]
+    return "\n\n".join([*parts, *(["not fitted, or not on all items\n" + "\n".join(notes)] if notes else [])])
+
+
+def measure(
+    paths: str | Path | list[str],
+    questions: str | Path | None = None,
+    format: str | None = None,
+    complete: bool = False,
+    gate: Gate | None = None,
+) -> Report:
+    """Read records and say what they show.
+
+    paths      one file, or several (reruns in other orders)
+    questions  file with gold answers, see :func:`permdistill.measure.records.with_answers`
+    format     of :data:`permdistill.measure.formats.FORMATS`; None: as the content looks
+    complete   leave out incomplete items, see :attr:`permdistill.measure.records.Records.incomplete`
+
+    Raises BadRecords that names all bad records, and ValueError when nothing can be measured.
+    """
+    records = read(paths, format)
+    if questions is not None:
+        records = with_answers(records, questions)
+    dropped = int(records.incomplete.sum()) if complete else 0
+    if dropped:
+        records = records.where(~records.incomplete[records.item])
+    if not len(records.ids) or records.failed.all():
+        raise ValueError("no record has a verdict: give probabilities, log_probs or a decision for some of them")
+    if len(records.ids) < 2 and len(records.k) < 2 and not (records.answers >= 0).any():
+        raise ValueError("one record without a gold answer measures nothing: add items, its other orders, or --questions")
+    return Report(records, gate or Gate(), dropped)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
