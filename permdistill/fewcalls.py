@@ -72,7 +72,7 @@ def geometric_average(P: np.ndarray) -> np.ndarray:
     Probabilities below :data:`permdistill.debias.EPSILON` count as that much. Under a bias that multiplies each position's
     probability by a factor of its own, the mean over all or cyclic orders has no bias left.
     """
-    return softmax(np.log(np.maximum(check_scores(P), EPSILON)).mean(axis=1))
+    return softmax(np.log(np.maximum(check_scores(P), EPSILON)).mean(axis=1), axis=-1)
 
 
 def batch_calibration(P: np.ndarray, orders: np.ndarray, fit: np.ndarray | None = None) -> np.ndarray:

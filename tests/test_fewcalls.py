@@ -9,7 +9,6 @@ from permdistill import catalogue, debias, orders
 from permdistill.fewcalls import (
     adaptive_average,
     batch_calibration,
-    debiasers,
     design_average,
     fit_margins,
     geometric_average,
@@ -142,12 +141,12 @@ def test_margins_are_fitted_to_a_budget_without_gold(k, budget):
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5, 6, 10, 26])
 def test_rows_are_fitted_where_their_orders_are(k):
-    names = [method.name for method in debiasers(k)]
+    names = [method.name for method in catalogue.few_calls(k)]
     assert len(names) == len(set(names)) and set(names) <= {method.name for method in catalogue.debiasers(k)}
     own = williams_orders(k)
     P = np.random.default_rng(0).dirichlet(np.ones(k), size=(4, len(own)))
-    for method in debiasers(k):
+    for method in catalogue.few_calls(k):
         assert method.source and method.calls(k) >= 1
         if method.fits(own):
             assert method.answer(P, own, None, np.random.default_rng(0)).shape == P.shape
-    assert sum(method.fits(own) for method in debiasers(k)) >= 2
+    assert sum(method.fits(own) for method in catalogue.few_calls(k)) >= 2
