@@ -55,10 +55,9 @@ from permdistill.debias import EPSILON
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
 from permdistill.files import sha256_of
-from permdistill.orders import to_options, to_positions
+from permdistill.orders import LETTERS, to_options, to_positions
 from permdistill.questions import Question
 
-LABELS = "ABCDEF"
 CONFIG_FILE = "permdistill.json"
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 
@@ -86,9 +85,9 @@ def texts(config: StudentConfig, question: Question, order: Sequence[int], decis
     """
     if config.head == "joint":
         shown = [question.options[o] for o in order]
-        second = " ".join(f"{label}) {option}" for label, option in zip(LABELS, shown, strict=False))
+        second = " ".join(f"{label}) {option}" for label, option in zip(LETTERS, shown, strict=False))
         if decision is not None:
-            second += f" Prediction: {LABELS[list(order).index(decision)]}"
+            second += f" Prediction: {LETTERS[list(order).index(decision)]}"
         return [Text(question.context, question.question, second)]
     marks = ["" if decision is None else " (chosen)" if o == decision else " (not chosen)" for o in range(config.k)]
     options = [o + m for o, m in zip(question.options, marks, strict=True)]
@@ -365,7 +364,7 @@ def encoder_key(name: str) -> str:
 def _load(config: StudentConfig, source: sources.Source, seed: int = 0) -> Student:
     at = source.arguments
     tokenizer = AutoTokenizer.from_pretrained(**at)
-    labels = dict(enumerate(LABELS[: config.k]))
+    labels = dict(enumerate(LETTERS[: config.k]))
     settings: dict[str, Any] = {**at, "dtype": torch.float32}
     # Dropout on attention probabilities keeps torch from its fused attention: training takes 3 times as long with it.
     if hasattr(AutoConfig.from_pretrained(**at), "attention_probs_dropout_prob"):

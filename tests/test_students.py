@@ -25,7 +25,7 @@ from transformers import (
 from permdistill.configs import HEADS, StudentConfig
 from permdistill.orders import all_orders, to_options
 from permdistill.questions import Question
-from permdistill.students import LABELS, Student, build, encoder_key, texts
+from permdistill.students import Student, build, encoder_key, texts
 
 WORDS = "yes no red green blue tall small old new cat dog bird stone river is it the which what long story".split()
 
@@ -33,7 +33,7 @@ WORDS = "yes no red green blue tall small old new cat dog bird stone river is it
 def make_encoder(folder: Path, dropout: float = 0.0) -> str:
     """A random two-layer BERT and a word-level tokenizer, saved as a checkpoint folder."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = special + WORDS + list(LABELS) + [")", "(", ":", "?", "Prediction", "chosen", "not"]
+    vocabulary = special + WORDS + list("ABCDEF") + [")", "(", ":", "?", "Prediction", "chosen", "not"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -91,7 +91,7 @@ def test_texts_are_what_the_paper_says():
     [
         ({"head": "both"}, "both"),
         ({"inputs": "gold"}, "gold"),
-        ({"k": 7}, "7"),
+        ({"k": 27}, "27"),
         ({"max_length": 2}, "2"),
         ({"encoder": ""}, "''"),
     ],
