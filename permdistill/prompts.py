@@ -69,7 +69,7 @@ class Template:
         fields = {"context": question.context, "question": question.question}
         options = "".join(
             self.option.format(label=label, option=option)
-            for label, option in zip(labels, apply(order, question.options), strict=True)
+            for label, option in zip(labels, apply(order, question.options), strict=False)
         )
         return before.format(**fields) + options + self.after.format(**fields)
 

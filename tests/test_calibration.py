@@ -59,15 +59,15 @@ def test_selective_accuracy_takes_the_surest():
 
 def test_a_guaranteed_error_holds_on_new_items():
     rng = np.random.default_rng(0)
-    kept = 0
+    found = []
     for _ in range(100):
         sure = rng.uniform(0.5, 1, size=1000)
         wrong = rng.random(1000) > sure  # calibrated
         Q = np.stack([sure, 1 - sure], axis=1)
         threshold = guaranteed_threshold(Q, wrong.astype(int), 0.1)
-        assert threshold is not None and 0.75 < threshold < 0.97
-        kept += (1 - (threshold + 1) / 2) <= 0.1  # the true error above a threshold t is 1 - (t + 1) / 2
-    assert kept >= 90
+        found += [threshold] if threshold is not None else []
+    assert len(found) > 90 and 0.8 < np.mean(found) < 0.95
+    assert sum((1 - t) / 2 > 0.1 for t in found) <= 10  # the true error above a threshold t is (1 - t) / 2
     assert guaranteed_threshold(Q, 1 - wrong.astype(int), 0.1) is None
 
 
