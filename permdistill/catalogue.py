@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import factorial
 
 import numpy as np
@@ -38,6 +39,7 @@ from permdistill.debias import (
 )
 from permdistill.fewcalls import (
     ADAPTIVE,
+    ADAPTIVE_FAMILY,
     BATCH_CALIBRATION,
     GEOMETRIC,
     REVERSE_PAIR,
@@ -128,7 +130,8 @@ def _adaptive(k: int, designs: Sequence[np.ndarray], calls: float) -> Debiaser:
         calibrated = batch_calibration(P, orders)  # costs no call, and what is clear is clear earlier
         return adaptive_average(calibrated, orders, designs, fit_margins(calibrated, orders, designs, calls)).answers
 
-    return Debiaser(ADAPTIVE.format(calls), lambda k: calls, _ADAPTIVE, answer, lambda o: has(designs[-1], o))
+    fits = partial(has, designs[-1])
+    return Debiaser(ADAPTIVE.format(calls), lambda k: calls, _ADAPTIVE, answer, fits, ADAPTIVE_FAMILY)
 
 
 def few_calls(k: int) -> list[Debiaser]:

@@ -17,7 +17,7 @@ class StudentConfig:
     encoder     what :func:`permdistill.sources.find` takes: "all-MiniLM-L6-v2", a local folder, a hub repository
     head        joint | per_option | bi_encoder
     inputs      plain | prediction | distribution
-    k           number of options, 2..6
+    k           number of options, 2..26
     max_length  tokens a sequence; only context and question are ever cut, see :meth:`Student.encode`
     """
 

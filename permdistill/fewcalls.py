@@ -25,7 +25,7 @@ REVERSE_PAIR = "mean of an order and its reverse"
 WILLIAMS = "mean over a Williams design"
 GEOMETRIC = "geometric mean over all orders"
 BATCH_CALIBRATION = "batch calibration"
-ADAPTIVE = "adaptive, {:g} calls"
+ADAPTIVE, ADAPTIVE_FAMILY = "adaptive, {:g} calls", "adaptive, by margin"
 
 
 def places(orders: np.ndarray, design: np.ndarray) -> np.ndarray:

@@ -23,9 +23,9 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForMultipleChoice, AutoModelForSequenceClassification, PreTrainedModel
 
+from permdistill.orders import LETTERS
 from permdistill.questions import Question
 
-LABELS = "ABCDEF"
 Row = dict[str, np.ndarray]  # one tokenised sequence: input_ids and, where the encoder has them, token_type_ids
 
 
@@ -75,14 +75,14 @@ class Head:
 
 def _joint(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
     shown = [question.options[o] for o in order]
-    second = " ".join(f"{label}) {option}" for label, option in zip(LABELS, shown, strict=False))
+    second = " ".join(f"{label}) {option}" for label, option in zip(LETTERS, shown, strict=False))
     if decision is not None:
-        second += f" Prediction: {LABELS[list(order).index(decision)]}"
+        second += f" Prediction: {LETTERS[list(order).index(decision)]}"
     return [Text(question.context, question.question, second)]
 
 
 def _labels(k: int) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(LABELS[:k])), "label2id": {label: i for i, label in enumerate(LABELS[:k])}}
+    return {"id2label": dict(enumerate(LETTERS[:k])), "label2id": {label: i for i, label in enumerate(LETTERS[:k])}}
 
 
 def _marked(question: Question, decision: int | None) -> list[str]:

@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from permdistill.orders import apply
+from permdistill.orders import LETTERS, apply
 from permdistill.questions import Question
 
 
@@ -28,7 +28,7 @@ class Template:
     """How one question in one order is written. ``str.format`` fields: context, question, label, option.
 
     name            short identifier, used in file names
-    labels          the label words by position, at least as many as there are options
+    labels          the label words by position; see :meth:`words` for more options than there are here
     before          text before the options; ``before_no_context`` replaces it when the context is empty
     option          one option; repeated for every position
     after           text after the options
@@ -48,18 +48,28 @@ class Template:
         """sha256 over all fields, the name too."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
+    def words(self, k: int) -> tuple[str, ...]:
+        """The label words of ``k`` positions. Six letters go on to Z, in the same form (" F", " G"), so that
+        more options change no key. Raises ValueError where the list ends."""
+        listed = self.labels
+        if k > len(listed) == 6 and [label[-1:] for label in listed] == list(LETTERS[: len(listed)]):
+            listed = (*listed, *(f"{listed[0][:-1]}{letter}" for letter in LETTERS[len(listed) :]))
+        if k > len(listed):
+            raise ValueError(f"{k} options, template {self.name!r} only {len(listed)} labels")
+        return listed[:k]
+
     def user_message(self, question: Question, order: Sequence[int]) -> str:
         """The user's turn for ``question`` with its options in ``order`` (see :mod:`permdistill.orders`)."""
         k = len(question.options)
-        if k > len(self.labels):
-            raise ValueError(
-                f"question {question.id!r} has {k} options, template {self.name!r} only {len(self.labels)} labels"
-            )
+        try:
+            labels = self.words(k)
+        except ValueError as error:
+            raise ValueError(f"question {question.id!r} has {error}") from None
         before = self.before if question.context else self.before_no_context
         fields = {"context": question.context, "question": question.question}
         options = "".join(
             self.option.format(label=label, option=option)
-            for label, option in zip(self.labels, apply(order, question.options), strict=False)
+            for label, option in zip(labels, apply(order, question.options), strict=False)
         )
         return before.format(**fields) + options + self.after.format(**fields)
 

@@ -83,7 +83,7 @@ class CausalTeacher:
 
         Raises ValueError when a label is not exactly one token there, or two labels start alike.
         """
-        labels = template.labels[:k]
+        labels = template.words(k)
         prompt = self.prompt(Question("", "", "?", labels), range(k), template)
         stem = self.tokenizer.encode(prompt, add_special_tokens=False)
         tokens = []
@@ -97,7 +97,7 @@ class CausalTeacher:
                 )
             tokens.append(whole[-1])
         if len(set(tokens)) != k:
-            raise ValueError(f"labels {template.labels[:k]} of template {template.name!r} share a token: {tokens}")
+            raise ValueError(f"labels {template.words(k)} of template {template.name!r} share a token: {tokens}")
         return tokens
 
     def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:
@@ -149,15 +149,15 @@ class Seq2SeqTeacher(CausalTeacher):
 
     def label_tokens(self, k: int, template: Template) -> list[int]:
         """Ids of the first K label words as the decoder's first token. Raises ValueError as for a decoder-only LM."""
-        encoded = [self.tokenizer.encode(label, add_special_tokens=False) for label in template.labels[:k]]
-        for label, tokens in zip(template.labels, encoded, strict=False):
+        encoded = [self.tokenizer.encode(label, add_special_tokens=False) for label in template.words(k)]
+        for label, tokens in zip(template.words(k), encoded, strict=True):
             if len(tokens) != 1:
                 raise ValueError(
                     f"label {label!r} of template {template.name!r} is not one token of {self.name} (token ids {tokens}): "
                     "choose other labels"
                 )
         if len({tokens[0] for tokens in encoded}) != k:
-            raise ValueError(f"labels {template.labels[:k]} of template {template.name!r} share a token: {encoded}")
+            raise ValueError(f"labels {template.words(k)} of template {template.name!r} share a token: {encoded}")
         return [tokens[0] for tokens in encoded]
 
     def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:

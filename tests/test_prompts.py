@@ -71,6 +71,18 @@ def test_templates_have_different_labels_for_six_options(name):
     assert TEMPLATES[name].name == name
 
 
+@pytest.mark.parametrize(("name", "last"), [("letters", "Z"), ("brief", " Z")])
+def test_letters_go_on_to_z(name, last):
+    template = TEMPLATES[name]
+    assert template.words(6) == template.labels and template.words(26)[-1] == last and len(set(template.words(26))) == 26
+    many = replace(QUESTION, options=tuple(f"option {i}" for i in range(26)))
+    assert last.strip() + (") " if name == "brief" else ". ") + "option 25" in template.user_message(many, range(26))
+    with pytest.raises(ValueError, match="has 27 options, template .* only 26 labels"):
+        template.user_message(replace(QUESTION, options=tuple(map(str, range(27)))), range(27))
+    with pytest.raises(ValueError, match="7 options, template 'numbers' only 6 labels"):
+        TEMPLATES["numbers"].words(7)
+
+
 def test_too_few_labels_are_refused_by_id():
     with pytest.raises(ValueError, match="'q' has 3 options, template 'short' only 2 labels"):
         replace(LETTERS, name="short", labels=("A", "B")).user_message(QUESTION, [0, 1, 2])

@@ -100,7 +100,6 @@ def test_old_module_names_work_and_warn(old, new):
 def test_snippets_of_the_old_readme_import():
     code = """
 from permdistill import blackbox, data, debias, jobs, metrics, scores
-from permdistill.measure import metrics
 from permdistill.endpoint import Endpoint, Limits
 from permdistill.prompts import TEMPLATES
 from permdistill.replies import Replies

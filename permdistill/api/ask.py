@@ -233,7 +233,7 @@ class _Run:
     def _row(self, key: str, call: Call, reply: Reply) -> dict[str, Any]:
         row: dict[str, Any] = {"key": key, "attempt": reply.attempt, "reply": reply.reply, "tokens": reply.tokens}
         row |= {"id": call.question.id, "order": call.order, "draw": call.draw}
-        labels = self.job.template.labels[: len(call.order)]
+        labels = self.job.template.words(len(call.order))
         if self.job.mode == "logprobs":
             return row | read_logprobs(reply.choice, labels)
         return row | read_decision(reply.choice, labels)

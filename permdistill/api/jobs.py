@@ -18,7 +18,7 @@ import numpy as np
 from permdistill.api.endpoint import FREE, Endpoint, Prices
 from permdistill.api.replies import Replies, content_key
 from permdistill.lessons import Draws
-from permdistill.orders import all_orders
+from permdistill.orders import ENUMERATED, all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
 
@@ -48,14 +48,18 @@ def drawn_calls(questions: Sequence[Question], n: int, seed: int = 0) -> list[Ca
     if n < 1:
         raise ValueError(f"n = {n} draws: give at least 1")
     calls = []
-    every = {k: all_orders(k) for k in {len(question.options) for question in questions}}
+    every = {k: all_orders(k) for k in {len(question.options) for question in questions} if k <= ENUMERATED}
     for question in questions:
-        orders = every[len(question.options)]
+        k = len(question.options)
         texts = json.dumps([question.context, question.question, list(question.options), seed])
         own_seed = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:16], "big")
         # One generator a question: its stream's first n numbers do not depend on n.
-        places = np.random.default_rng(own_seed).random(n) * len(orders)
-        calls += [Call(question, tuple(orders[int(place)].tolist()), draw) for draw, place in enumerate(places)]
+        rng = np.random.default_rng(own_seed)
+        if k in every:
+            orders = [every[k][int(place)] for place in rng.random(n) * len(every[k])]
+        else:
+            orders = [rng.permutation(k) for _ in range(n)]
+        calls += [Call(question, tuple(order.tolist()), draw) for draw, order in enumerate(orders)]
     return calls
 
 

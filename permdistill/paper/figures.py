@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from permdistill import debias
+from permdistill import debias, fewcalls
 from permdistill.measure import metrics
 from permdistill.orders import to_positions
 from permdistill.paper import tasks as registry
@@ -147,6 +147,11 @@ FAMILIES = {  # of debiasers, and their markers
     debias.CONTEXT_PRIOR_MATCHING: "d",
     debias.PRIDE: "*",
     debias.CALIBRATION: "h",
+    fewcalls.REVERSE_PAIR: "<",
+    fewcalls.WILLIAMS: ">",
+    fewcalls.ADAPTIVE_FAMILY: "p",
+    fewcalls.GEOMETRIC: "H",
+    fewcalls.BATCH_CALIBRATION: "X",
 }
 
 
