@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from permdistill import debias
-from permdistill.calibration import (
+from permdistill.measure.calibration import (
     bradley_terry,
     brier,
     ece,
