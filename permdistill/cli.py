@@ -271,7 +271,7 @@ def _sweep(args: argparse.Namespace) -> None:
 def _long(table: pd.DataFrame) -> str:
     """A metric after the other, a line a debiaser: what fits on a terminal."""
     shown = tables.pretty(table)
-    columns = [c for c in shown if c not in ("debiaser", "calls", "n", "source")]
+    columns = [c for c in shown if c not in ("debiaser", "family", "calls", "n", "source")]
     parts = [f"{c}\n" + shown[["debiaser", "calls", c]].to_string(index=False, header=False) for c in columns]
     return "\n\n".join(parts)
 
