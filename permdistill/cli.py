@@ -119,7 +119,7 @@ def _audit(args: argparse.Namespace) -> None:
     failed = False
     for template, chosen in samples.items():
         tv = scores.audit(store, teacher, chosen, TEMPLATES[template], stored)
-        bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
+        bad = not scores.audit_passes(tv, AUDIT_MEAN_TV, AUDIT_MAX_TV)
         failed |= bad
         print(
             f"audit {teacher.name}, template {template}: {len(chosen)} questions re-scored (seed {seed}), "

@@ -273,3 +273,8 @@ def audit(
         live = probabilities(teacher.log_probs([question], orders, template).astype(np.float64))
         differences.append(np.abs(stored - live).sum(axis=-1)[0] / 2)
     return np.concatenate(differences)
+
+
+def audit_passes(differences: np.ndarray, mean: float, largest: float) -> bool:
+    """Whether total variations (item and order,) stay within both limits; without any, or with NaN among them, they do not."""
+    return bool(len(differences) and differences.mean() <= mean and differences.max() <= largest)

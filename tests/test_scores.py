@@ -380,6 +380,22 @@ def test_audit_finds_a_tampered_row(tmp_path):
     assert difference.max() == 0
 
 
+@pytest.mark.parametrize(
+    ("differences", "passes"),
+    [
+        ([0.0, 0.02], True),
+        ([0.05, 0.05], False),  # on average
+        ([0.0] * 20 + [0.2], False),
+        ([np.nan, np.nan], False),
+        ([0.0, np.nan], False),
+        ([np.inf], False),
+        ([], False),
+    ],
+)
+def test_audit_passes_only_within_both_limits(differences, passes):
+    assert scores.audit_passes(np.array(differences), 0.02, 0.15) is passes
+
+
 def test_audit_of_missing_scores_says_so(tmp_path):
     questions = make_questions(1)
     with pytest.raises(MissingScores, match="1 of 1"):
