@@ -176,7 +176,7 @@ def _ask(args: argparse.Namespace) -> None:
 def _token_counter(name: str | None) -> Callable[[str], int] | None:
     if name is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
