@@ -276,5 +276,5 @@ def audit(
 
 
 def audit_passes(differences: np.ndarray, mean: float, largest: float) -> bool:
-    """Whether total variations (item and order,) stay within both limits; without any, or with NaN among them, they do not."""
+    """Whether total variations (item and order,) stay within both limits. None at all, or NaN among them, do not."""
     return bool(len(differences) and differences.mean() <= mean and differences.max() <= largest)
