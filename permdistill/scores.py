@@ -22,7 +22,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,15 +98,19 @@ class Store:
         names = (name for name in os.listdir(self.folder) if _OWN.fullmatch(name)) if self.folder.exists() else ()
         return [mark for name in sorted(names) if (mark := _mark(self.folder / name))]
 
-    def _enter(self, mark: tuple, rows: dict[str, Row]) -> None:
-        for key, (name, values) in rows.items():
+    def _enter(self, mark: tuple, rows: Iterable[tuple[str, Row]]) -> None:
+        keys = []
+        for key, (name, values) in rows:
+            keys.append(key)
             known = self._rows.setdefault(key, (name, values))[1]
             if known is not values and not np.array_equal(known, values):
                 raise ValueError(
                     f"{self.folder / mark[0]}: row {key} (id {name!r}) has other values than in another file of this store: "
                     "delete one of the two"
                 )
-        self._files[mark] = list(rows)
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"{self.folder / mark[0]} is damaged (a key is there twice): restore it, or delete it")
+        self._files[mark] = keys
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -162,7 +166,7 @@ class Store:
 
     def _write(self, name: str, rows: dict[str, Row]) -> None:
         _write(self.folder / name, rows)
-        self._enter(_mark(self.folder / name), rows)
+        self._enter(_mark(self.folder / name), rows.items())
 
     def get(self, key: str) -> np.ndarray:
         """Log-probabilities (order, option) of one row. Raises KeyError."""
@@ -197,14 +201,20 @@ def _write(path: Path, rows: dict[str, Row]) -> None:
         pq.write_table(table, part, compression="zstd", write_page_checksum=True)
 
 
-def _read(path: Path) -> dict[str, Row]:
+def _read(path: Path) -> Iterator[tuple[str, Row]]:
     """The rows of one file. Raises ValueError, FileNotFoundError."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 18, pre_buffer=False) as file:
             found = {field.name: field.type for field in file.schema_arrow}
             if found != {field.name: field.type for field in SCHEMA}:
                 raise ValueError(f"its columns are {', '.join(found)}")
-            return _rows_of(file.read())
+            # In batches: the whole file at once takes four times the memory while it is unpacked.
+            n = 0
+            for batch in file.iter_batches(batch_size=8192, use_threads=False):
+                yield from _rows_of(batch)
+                n += len(batch)
+            if n != file.metadata.num_rows:
+                raise ValueError(f"{n} of {file.metadata.num_rows} rows")
     except (FileNotFoundError, PermissionError):
         raise
     except (ValueError, TypeError, OSError, MemoryError, pa.ArrowException) as error:
@@ -214,28 +224,22 @@ def _read(path: Path) -> dict[str, Row]:
         ) from None
 
 
-def _rows_of(table: pa.Table) -> dict[str, Row]:
-    key, name, *numbers, lists = (column.combine_chunks() for column in table.columns)
-    k, n_orders = (column.to_numpy(zero_copy_only=False) for column in numbers)
-    values, sizes = lists.flatten(), lists.value_lengths().to_numpy(zero_copy_only=False)
+def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[str, Row]]:
+    key, name, *numbers, lists = batch.columns
+    values = lists.flatten()
     if any(column.null_count for column in (key, name, *numbers, lists, values)):
         raise ValueError("values are missing")
+    k, n_orders = (column.to_pylist() for column in numbers)
     possible = {(options, math.factorial(options)) for options in range(MIN_OPTIONS, MAX_OPTIONS + 1)}
-    if not set(zip(k.tolist(), n_orders.tolist(), strict=True)) <= possible:
+    if not set(zip(k, n_orders, strict=True)) <= possible:
         raise ValueError("numbers of options or orders are impossible")
-    if not np.array_equal(sizes, n_orders.astype(np.int64) * k):
-        raise ValueError("rows are not of their length")
-    flat = values.to_numpy(zero_copy_only=False)
+    sizes, flat = lists.value_lengths().to_pylist(), values.to_numpy(zero_copy_only=False)
     if not np.isfinite(flat).all():
         raise ValueError("log-probabilities are not finite")
-    keys, ends = key.to_pylist(), np.cumsum(sizes, dtype=np.int64).tolist()
-    rows = {
-        row: (label, flat[end - size : end].reshape(-1, options))
-        for row, label, options, size, end in zip(keys, name.to_pylist(), k.tolist(), sizes.tolist(), ends, strict=True)
-    }
-    if len(rows) != len(keys):
-        raise ValueError("a key is there twice")
-    return rows
+    end = 0
+    for row, label, options, orders, size in zip(key.to_pylist(), name.to_pylist(), k, n_orders, sizes, strict=True):
+        end += size
+        yield row, (label, flat[end - size : end].reshape(orders, options))
 
 
 def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:

@@ -431,10 +431,10 @@ def test_a_key_with_two_values_is_refused_with_one_it_is_not(tmp_path):
     copy(next((tmp_path / "c").glob("*.parquet")).read_bytes())
     with pytest.raises(ValueError, match=r"row 0{32} \(id 'q0'\) has other values than in another file"):
         Store(tmp_path / "a")
-    path = tmp_path / "c" / "scores.parquet"
+    path = small_store(tmp_path / "d")
     pq.write_table(pa.Table.from_pylist([row_of(0), row_of(0)], schema=scores.SCHEMA), path)
     with pytest.raises(ValueError, match="a key is there twice"):
-        Store(tmp_path / "c")
+        Store(tmp_path / "d")
 
 
 def test_of_two_processes_the_quicker_one_counts(tmp_path):
@@ -501,6 +501,24 @@ def test_n_appends_write_n_log_n_rows(tmp_path, monkeypatch):
         assert len(list(tmp_path.glob("*.parquet"))) <= 8 + np.log2(n)
     assert sum(written) <= n * (2 + np.log2(n / 8))  # each row once, and once for each time that its file doubles
     assert len(Store(tmp_path)) == n
+
+
+@pytest.mark.long
+def test_a_large_store_opens_quickly_and_in_little_memory(tmp_path):
+    values = -np.random.default_rng(0).exponential(size=(100_000, 24, 4)).astype(np.float32)
+    scores._write(tmp_path / "scores.parquet", {f"{i:032x}": (f"q{i}", values[i]) for i in range(len(values))})
+    script = """
+        import resource, sys, time
+        from permdistill.scores import Store
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before, started = peak(), time.process_time()
+        store = Store(sys.argv[1])
+        print(time.process_time() - started, peak() - before, len(store))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    seconds, megabytes, n = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    print(seconds, megabytes)
+    assert n == 100_000 and seconds < 1.5 and megabytes < 200  # on top of torch's; the values themselves are 38
 
 
 # --------------------------------------------------------------------------------------------------------------------
