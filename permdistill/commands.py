@@ -117,7 +117,7 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
     loaded = teachers.load_teacher(teacher, teachers.fast_dtype())  # rounding apart, any number format must agree
     for template, questions in samples.items():
         tv = scores.audit(store, loaded, questions, TEMPLATES[template], stored)
-        bad = tv.mean() > AUDIT_MEAN_TV or tv.max() > AUDIT_MAX_TV
+        bad = not scores.audit_passes(tv, AUDIT_MEAN_TV, AUDIT_MAX_TV)
         failed |= bad
         print(
             f"audit {loaded.name}, template {template}: {len(questions)} questions re-scored (seed {args.seed}), "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
+
+STAMPS = ".stamps.json"
 
 
 def cache_dir() -> Path:
@@ -26,23 +30,91 @@ def sha256_of(path: Path) -> str:
 def locked(path: Path) -> Iterator[None]:
     """Hold ``path`` (made if need be) as a lock: of two processes that make the same thing, the second waits for the first.
 
-    The system frees the lock when the process ends, however it ends.
+    The system frees the lock when the process ends, however it ends. Where nothing can be written, nobody makes anything
+    either, and the block runs without a lock. Raises OSError for a symbolic link, which is not followed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{path} is a symbolic link, and should be an empty file (a lock): remove it") from None
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or _writable(path.parent):
+            raise
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` when the block ends without an error.
+    """A path to write to, which takes the place of ``path`` when the block ends without an error, its bytes on disk.
 
     Its name is hidden and this process's own, so that two writers of one file do not meet. Folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # of a killed process with this number, or a link to who knows what
     try:
         yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stamps: a file's hash, and its size, time and inode when it was hashed. As long as these stay, it is not read again.
+
+
+def _mark(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def stamps(folder: Path) -> dict[str, list]:
+    """{name: [sha256, size, time, inode]} of a folder's files as they were when they were stamped; {} for none."""
+    try:
+        found = dict(json.loads((folder / STAMPS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+    return {name: mark for name, mark in found.items() if isinstance(mark, list) and mark and isinstance(mark[0], str)}
+
+
+def stamp(folder: Path) -> None:
+    """Stamp all files of a folder, as they are now, but for hidden ones."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    _keep_stamps(folder, {path.name: [sha256_of(path), *_mark(path)] for path in paths})
+
+
+def _keep_stamps(folder: Path, marks: dict[str, list]) -> None:
+    with (
+        suppress(OSError),
+        replacing(folder / STAMPS) as part,
+    ):  # in a folder that cannot be written, files are read each time
+        part.write_text(json.dumps(marks, indent=1) + "\n", encoding="utf-8")
+
+
+def intact(path: Path, sha256: str = "", thorough: bool = False) -> bool:
+    """Whether a file is there with the bytes of ``sha256``; "" is what it was stamped with. It is read where size, time or
+    inode are not those of its stamp, or ``thorough``; if it is right, it is stamped anew."""
+    marks = stamps(path.parent)
+    known = marks.get(path.name)
+    sha256 = sha256 or (known[0] if known else "")
+    if not sha256 or not path.is_file():
+        return False
+    now = [sha256, *_mark(path)]
+    if known == now and not thorough:
+        return True
+    if sha256_of(path) != sha256:
+        return False
+    if known != now:
+        _keep_stamps(path.parent, marks | {path.name: now})
+    return True

@@ -10,8 +10,10 @@ Gold answers live only here and in :mod:`permdistill.measure.metrics`: whatever 
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,7 +54,14 @@ def problems(record: Mapping[str, Any]) -> list[str]:
     found = []
 
     def bad(name: str, fix: str) -> None:
-        found.append(f"field {name!r} is {record.get(name)!r}: {fix}")
+        found.append(f"field {name!r} is {_shown(record.get(name))}: {fix}")
+
+    for name in FIELDS[:4]:
+        texts = record.get(name)
+        for text in texts if isinstance(texts, (list, tuple)) else [texts]:
+            if isinstance(text, str) and _HALF.search(text):
+                bad(name, "half a character (a lone surrogate, \\ud800 to \\udfff): repair the text")
+                break
 
     if not isinstance(record.get("id"), str) or not record["id"].strip():
         bad("id", "give a non-empty string")
@@ -80,51 +89,91 @@ def problems(record: Mapping[str, Any]) -> list[str]:
     return found
 
 
+# What UTF-8 cannot write: half of a pair of UTF-16, which JSON's escapes can spell.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except (RecursionError, ValueError):  # nested without end; digits without end
+        return f"a {type(value).__name__} that is too large to show"
+
+
 def validate(records: Iterable[Mapping[str, Any]], source: str = "records") -> list[Question]:
-    """Records -> questions. Raises :class:`BadRecords` that lists every bad record."""
+    """Records -> questions. Raises :class:`BadRecords` that lists every bad record; a field that all of several records lack
+    is named once. Warns of names that look like a field's, misspelt."""
     questions: list[Question] = []
-    bad: list[str] = []
+    bad: list[tuple[str, str]] = []  # where, what
     seen: dict[str, int] = {}
+    other, lacking = Counter[str](), Counter[str]()
+    row = -1
     for row, record in enumerate(records):
         if not isinstance(record, Mapping):
-            bad.append(f"record {row}: is {record!r}: give an object with the fields {', '.join(FIELDS)}")
+            bad.append((f"record {row}", f"is {_shown(record)}: give an object with the fields {', '.join(FIELDS)}"))
             continue
+        other.update(name for name in record if isinstance(name, str) and name not in FIELDS)
+        lacking.update(name for name in FIELDS if name not in record)
         found = problems(record)
         name = record.get("id")
         if isinstance(name, str) and seen.setdefault(name, row) != row:
             found.append(f"field 'id' is {name!r}: already used by record {seen[name]}; ids must be unique")
-        bad += [f"record {row} (id {record.get('id')!r}): {p}" for p in found]
+        bad += [(f"record {row} (id {_shown(name)})", problem) for problem in found]
         if not found:
             answer = None if record.get("answer") is None else int(record["answer"])
             context, options = record.get("context") or "", tuple(record["options"])
             questions.append(Question(record["id"], context, record["question"], options, answer))
-    if bad:
-        raise BadRecords(f"{source}: {len(bad)} problem(s)\n  " + "\n  ".join(bad))
+    _warn_of_misspelt(other, lacking, source)
+    everywhere = [name for name in ("id", "question", "options") if lacking[name] == row + 1 > 1]
+    lines = [f"all {row + 1} records: no field {name!r}: give it, or rename yours" for name in everywhere]
+    absent = tuple(f"field {name!r} is None" for name in everywhere)
+    lines += [f"{where}: {what}" for where, what in bad if not (absent and what.startswith(absent))]
+    if lines:
+        raise BadRecords(f"{source}: {len(lines)} problem(s)\n  " + "\n  ".join(lines))
     return questions
 
 
+def _warn_of_misspelt(other: Counter[str], lacking: Counter[str], source: str) -> None:
+    for name, n in other.items():
+        meant = difflib.get_close_matches(name.lower(), FIELDS, n=1, cutoff=0.8)
+        if meant and lacking[meant[0]] >= n:
+            text = f"{source}: field {name!r} of {n} record(s) is not read: is it {meant[0]!r}, which they lack?"
+            warnings.warn(text, stacklevel=3)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]:
+        raise ValueError(f"field {twice[0]!r} is there twice")
+    return dict(pairs)
+
+
 def from_jsonl(path: str | Path) -> list[Question]:
-    """Read a JSONL file, one question per line. Raises :class:`BadRecords`."""
+    """Read a JSONL file, one question per line. Raises :class:`BadRecords`, also for a file without any."""
     path, records, broken = Path(path), [], []
     # Split on "\n" only: texts may hold U+2028 and U+0085, at which str.splitlines would cut.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                records.append(json.loads(line.decode("utf-8"), object_pairs_hook=_object))
+            except (ValueError, RecursionError) as error:
                 broken.append(f"{path}, line {number}: not JSON ({error}); write one JSON object per line")
     try:
         questions = validate(records, str(path))
     except BadRecords as error:
         broken.append(str(error))
+    if not records and not broken:
+        broken.append(f"{path}: no questions: write one JSON object per line")
     if broken:
         raise BadRecords("\n".join(broken))
     return questions
 
 
 def from_dataset(dataset: Iterable[Mapping[str, Any]]) -> list[Question]:
-    """Read a ``datasets.Dataset``, or any other rows, with the columns :data:`FIELDS`. Raises :class:`BadRecords`."""
-    return validate(iter(dataset), "dataset")
+    """Read a ``datasets.Dataset``, or any other rows, with the columns :data:`FIELDS`. Raises :class:`BadRecords`, also when
+    there is no row."""
+    if not (questions := validate(iter(dataset), "dataset")):
+        raise BadRecords("dataset: no questions")
+    return questions
 
 
 def to_dataset(questions: Sequence[Question]) -> Any:

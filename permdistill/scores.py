@@ -9,17 +9,20 @@ A store is a folder of parquet files with one row an item::
     log_probs  float32 list, (order, option) in C order: log-probability of each option's label over the vocabulary
 
 Rows hold numbers, ids and orders only, no dataset text. A run appends shards (write, then atomic rename), so a killed run
-loses only the group in flight, and a second run starts where the first stopped, because a row is found by content.
-``compact`` merges the shards into one file.
+loses only the group in flight, and a second run starts where the first stopped, because a row is found by content. Shards
+are merged on the way, ``compact`` makes one file of all; every page has a checksum. Files of other names are not touched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ from scipy.special import softmax
 from tqdm import tqdm
 
 from permdistill.files import locked, replacing
-from permdistill.orders import all_orders
+from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
 from permdistill.teachers import Teacher
@@ -44,7 +47,11 @@ SCHEMA = pa.schema(
     }
 )
 
-MAX_SHARDS = 256
+MAX_SHARDS = 64  # so many files are merged: one file would be read and written anew too often, thousands are slow to open
+MERGED = "scores.parquet"
+_OWN = re.compile(r"part-\d+-[0-9a-f]{8}\.parquet|" + re.escape(MERGED))
+
+Row = tuple[str, np.ndarray]  # id, log-probabilities (order, option)
 
 
 class MissingScores(LookupError):
@@ -58,18 +65,52 @@ def content_key(question: Question, orders: np.ndarray, template: Template, mode
 
 
 class Store:
-    """Scores in a folder of parquet files, by content key."""
+    """Scores in a folder of parquet files, by content key. Several processes may write into one folder.
+
+    Raises ValueError for a file that is damaged, holds values that are not finite, or contradicts another one.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._rows: dict[str, dict] = {}
-        self._shards = 0  # written since the last compaction
-        self._read(sorted(self.folder.glob("*.parquet")))
+        self._rows: dict[str, Row] = {}  # the arrays are views into their file's column
+        self._files: dict[tuple, list[str]] = {}  # (name, size, time, inode) of a file that was read -> its keys
+        self._shards = 0  # written since the last merge
+        self.refresh()
 
-    def _read(self, paths: Sequence[Path]) -> None:
-        for path in paths:
-            for row in pq.read_table(path, schema=SCHEMA).to_pylist():
-                self._rows[row["key"]] = row
+    def refresh(self) -> None:
+        """Read what other processes have added since."""
+        # Until a look at the folder shows nothing new: files that vanish have been merged by another process, and their rows
+        # are in a file that perhaps came too late for the last look.
+        for attempt in range(100):
+            found = self._list()
+            self._files = {mark: self._files[mark] for mark in found if mark in self._files}
+            if len(self._files) == len(found):
+                return
+            for mark in found:
+                if mark not in self._files:
+                    try:
+                        self._enter(mark, _read(self.folder / mark[0]))
+                    except FileNotFoundError:
+                        if attempt == 99:
+                            raise
+
+    def _list(self) -> list[tuple]:
+        names = (name for name in os.listdir(self.folder) if _OWN.fullmatch(name)) if self.folder.exists() else ()
+        return [mark for name in sorted(names) if (mark := _mark(self.folder / name))]
+
+    def _enter(self, mark: tuple, rows: Iterable[tuple[str, Row]]) -> None:
+        keys = []
+        for key, (name, values) in rows:
+            keys.append(key)
+            known = self._rows.setdefault(key, (name, values))[1]
+            if known is not values and not np.array_equal(known, values):
+                raise ValueError(
+                    f"{self.folder / mark[0]}: row {key} (id {name!r}) has other values than in another file of this store: "
+                    "delete one of the two"
+                )
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"{self.folder / mark[0]} is damaged (a key is there twice): restore it, or delete it")
+        self._files[mark] = keys
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -78,36 +119,127 @@ class Store:
         return key in self._rows
 
     def append(self, rows: Sequence[dict]) -> None:
-        """Add rows as one new shard: on disk, complete, before this returns. Now and then all shards become one file."""
-        if rows:
-            _write(self.folder / f"part-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet", rows)
-            self._rows.update((row["key"], row) for row in rows)
-            self._shards += 1
-        if self._shards >= MAX_SHARDS:
-            self.compact()
-
-    def compact(self, name: str = "scores") -> Path:
-        """Merge everything into ``<name>.parquet``, also what other processes have added meanwhile. A kill in the middle
-        leaves rows twice, never none."""
-        path = self.folder / f"{name}.parquet"
+        """Add rows as one new shard: on disk, complete, before this returns. A row that is there already, perhaps because
+        another process was quicker, stays as it is. Now and then shards are merged."""
+        if not rows:
+            return
         with locked(self.folder / ".lock"):
-            old = set(self.folder.glob("*.parquet"))
-            self._read(sorted(old))
-            _write(path, sorted(self._rows.values(), key=lambda row: (row["id"], row["key"])))
-            for shard in old - {path}:
-                shard.unlink()
+            self.refresh()
+            fresh = {
+                row["key"]: (row["id"], np.asarray(row["log_probs"], np.float32).reshape(row["n_orders"], row["k"]))
+                for row in rows
+                if row["key"] not in self._rows
+            }
+            if fresh:
+                self._write(_shard(), fresh)
+                self._shards += 1
+            if self._shards >= MAX_SHARDS:
+                self._merge()
+
+    def _merge(self) -> None:
+        """Merge all files but those that hold more rows than all smaller ones together: what a file holds is written anew
+        only when it doubles, so that n appends cost n log n."""
+        files, before, some = sorted(self._files, key=lambda mark: len(self._files[mark])), 0, 0
+        for place, mark in enumerate(files):
+            if len(self._files[mark]) <= before:
+                some = place + 1
+            before += len(self._files[mark])
+        self._replace(files[:some], MERGED if some == len(files) else _shard())
+
+    def compact(self) -> Path:
+        """Merge everything into one file, also what other processes have added meanwhile. A kill in the middle leaves rows
+        twice, never none."""
+        with locked(self.folder / ".lock"):
+            self.refresh()
+            self._replace(list(self._files), MERGED)
+        return self.folder / MERGED
+
+    def _replace(self, files: Sequence[tuple], name: str) -> None:
+        keys = {key for mark in files for key in self._files[mark]}
+        rows = sorted(((key, self._rows[key]) for key in keys), key=lambda row: (row[1][0], row[0]))
+        self._write(name, dict(rows))
         self._shards = 0
-        return path
+        for mark in files:
+            self._files.pop(mark, None)
+            if mark[0] != name:
+                (self.folder / mark[0]).unlink(missing_ok=True)
+
+    def _write(self, name: str, rows: dict[str, Row]) -> None:
+        _write(self.folder / name, rows)
+        self._enter(_mark(self.folder / name), rows.items())
 
     def get(self, key: str) -> np.ndarray:
         """Log-probabilities (order, option) of one row. Raises KeyError."""
-        row = self._rows[key]
-        return np.array(row["log_probs"], dtype=np.float64).reshape(row["n_orders"], row["k"])
+        return self._rows[key][1].astype(np.float64)
 
 
-def _write(path: Path, rows: Sequence[dict]) -> None:
+def _shard() -> str:
+    return f"part-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet"
+
+
+def _mark(path: Path) -> tuple:
+    """What tells a file from another one of the same name; () when it is gone."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (path.name,) if path.is_symlink() else ()
+    return (path.name, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _write(path: Path, rows: dict[str, Row]) -> None:
+    arrays = [values for _, values in rows.values()]
+    offsets = np.cumsum([0, *(values.size for values in arrays)], dtype=np.int32)
+    columns = [
+        pa.array(rows.keys(), pa.string()),
+        pa.array([name for name, _ in rows.values()], pa.string()),
+        pa.array([values.shape[1] for values in arrays], pa.int8()),
+        pa.array([len(values) for values in arrays], pa.int16()),
+        pa.ListArray.from_arrays(offsets, np.concatenate([np.empty(0, np.float32), *(v.ravel() for v in arrays)])),
+    ]
     with replacing(path) as part:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part, compression="zstd")
+        table = pa.Table.from_arrays(columns, schema=SCHEMA)
+        pq.write_table(table, part, compression="zstd", write_page_checksum=True)
+
+
+def _read(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of one file. Raises ValueError, FileNotFoundError."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 18, pre_buffer=False) as file:
+            found = {field.name: field.type for field in file.schema_arrow}
+            if found != {field.name: field.type for field in SCHEMA}:
+                raise ValueError(f"its columns are {', '.join(found)}")
+            # In batches: the whole file at once takes four times the memory while it is unpacked.
+            n = 0
+            for batch in file.iter_batches(batch_size=8192, use_threads=False):
+                yield from _rows_of(batch)
+                n += len(batch)
+            if n != file.metadata.num_rows:
+                raise ValueError(f"{n} of {file.metadata.num_rows} rows")
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (ValueError, TypeError, OSError, MemoryError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} is damaged, or no file of a store ({str(error).splitlines()[0]}): restore it, or delete it and "
+            "score its questions anew"
+        ) from None
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[str, Row]]:
+    key, name, *numbers, lists = batch.columns
+    values = lists.flatten()
+    if any(column.null_count for column in (key, name, *numbers, lists, values)):
+        raise ValueError("values are missing")
+    k, n_orders = (column.to_pylist() for column in numbers)
+    possible = {(options, math.factorial(options)) for options in range(MIN_OPTIONS, MAX_OPTIONS + 1)}
+    if not set(zip(k, n_orders, strict=True)) <= possible:
+        raise ValueError("numbers of options or orders are impossible")
+    sizes, flat = lists.value_lengths().to_pylist(), values.to_numpy(zero_copy_only=False)
+    if not np.isfinite(flat).all():
+        raise ValueError("log-probabilities are not finite")
+    end = 0
+    for row, label, options, orders, size in zip(key.to_pylist(), name.to_pylist(), k, n_orders, sizes, strict=True):
+        end += size
+        yield row, (label, flat[end - size : end].reshape(orders, options))
 
 
 def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
@@ -201,3 +333,8 @@ def audit(
         live = probabilities(teacher.log_probs([question], orders, template).astype(np.float64))
         differences.append(np.abs(stored - live).sum(axis=-1)[0] / 2)
     return np.concatenate(differences)
+
+
+def audit_passes(differences: np.ndarray, mean: float, largest: float) -> bool:
+    """Whether total variations (item and order,) stay within both limits. None at all, or NaN among them, do not."""
+    return bool(len(differences) and differences.mean() <= mean and differences.max() <= largest)

@@ -31,9 +31,9 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What ``from_pretrained`` takes."""
+        """What ``from_pretrained`` takes. A model that brings code of its own is refused, never run."""
         at = {"revision": self.revision} if self.revision else {}
-        return {"pretrained_model_name_or_path": self.location(), **at}
+        return {"pretrained_model_name_or_path": self.location(), "trust_remote_code": False, **at}
 
 
 Provider = Callable[[str], Source | None]

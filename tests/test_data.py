@@ -155,6 +155,85 @@ def test_jsonl_errors_name_file_and_lines_all_at_once(tmp_path):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["id", "context", "question", "options"])
+def test_half_a_character_is_refused(tmp_path, field):
+    text = "a\ud800"
+    record = {**GOOD, field: ["b", text] if field == "options" else text}
+    with pytest.raises(BadRecords, match=rf"field {field!r} is .*a.ud800.*: half a character") as caught:
+        validate([record])
+    str(caught.value).encode()  # it can be printed
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(BadRecords, match="half a character"):
+        from_jsonl(path)
+    assert validate([{**GOOD, "question": "\U0001f600"}])  # a whole one
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[" * 5000, r"line 2: not JSON \(maximum recursion depth"),
+        (
+            b'{"id": "x", "options": ' + b"[" * 500 + b"]" * 500 + b', "question": "?"}',
+            "field 'options' is .*give a list of strings",
+        ),
+        (b'{"id": "x", "answer": ' + b"9" * 5000 + b"}", r"line 2: not JSON \(Exceeds the limit"),
+        (b'{"id": "\xff"}', "line 2: not JSON .*can't decode byte 0xff"),
+        (b'{"id": "x", "id": "y", "question": "?", "options": ["a", "b"]}', "line 2: not JSON .*field 'id' is there twice"),
+        (b'\xef\xbb\xbf{"id": "x"}', "line 2: not JSON"),
+    ],
+)
+def test_lines_that_are_odd_are_named(tmp_path, line, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line)
+    with pytest.raises(BadRecords, match=message):
+        from_jsonl(path)
+
+
+@pytest.mark.parametrize("value", [10**5000, [10**5000]], ids=["number", "list"])
+def test_a_number_that_cannot_be_shown_is_refused_all_the_same(value):
+    with pytest.raises(BadRecords, match="too large to show"):
+        validate([{**GOOD, "answer": value}])
+
+
+def test_a_file_or_dataset_without_questions_is_refused(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    for text in ("", "\n", " \n\n"):
+        path.write_text(text)
+        with pytest.raises(BadRecords, match="mine.jsonl: no questions"):
+            from_jsonl(path)
+    with pytest.raises(BadRecords, match="dataset: no questions"):
+        from_dataset([])
+
+
+def test_misspelt_fields_are_warned_of_once(recwarn):
+    records = [{"id": f"q{i}", "question": "?", "options": ["a", "b"], "anwser": 1, "source": "book"} for i in range(9)]
+    assert [q.answer for q in validate(records, "mine")] == [None] * 9
+    assert [str(w.message) for w in recwarn.list] == [
+        "mine: field 'anwser' of 9 record(s) is not read: is it 'answer', which they lack?"
+    ]
+    with pytest.warns(UserWarning, match="field 'Context'"):
+        validate([{**{k: v for k, v in GOOD.items() if k != "context"}, "Context": "Passage."}])
+    recwarn.clear()
+    validate([{**GOOD, "answers": 3, "answer_text": "fire", "ids": 3}])
+    assert not recwarn.list  # nothing is lacking
+
+
+def test_a_column_that_all_records_lack_is_named_once():
+    records = [{"id": f"q{i}", "text": "?", "options": ["a", "b"]} for i in range(1000)]
+    records[7]["answer"] = 5
+    with pytest.raises(BadRecords) as caught:
+        validate(records, "mine")
+    assert str(caught.value).splitlines() == [
+        "mine: 2 problem(s)",
+        "  all 1000 records: no field 'question': give it, or rename yours",
+        "  record 7 (id 'q7'): field 'answer' is 5: out of range: give an index in 0..1, or null",
+    ]
+    records[0]["question"] = "?"
+    with pytest.raises(BadRecords, match=r"mine: 1000 problem\(s\)"):
+        validate(records, "mine")
+
+
 def test_dataset_round_trip():
     questions = [make(["a", "b", "c"], "q1", context="Passage.", answer=2), make(["x", "y"], "q2")]
     dataset = to_dataset(questions)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import time
+import warnings
+import zlib
+from collections.abc import Callable
 from email.utils import formatdate
 
 import httpx2
 import openai
 import pytest
 
-from permdistill.api.endpoint import Budget, Endpoint, Limits, Prices, Stopped, _refusal, _retry_after
+from permdistill.api import wire
+from permdistill.api.ask import ask
+from permdistill.api.endpoint import Budget, Endpoint, EndpointError, Limits, Prices, Stopped, _refusal
+from permdistill.api.jobs import Job, calls_in_orders, drawn, drawn_calls, probabilities
 from permdistill.api.replies import Replies
+from permdistill.api.wire import retry_after
+from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
 
 
 def error(status: int, code: str | None = None, headers: dict[str, str] | None = None) -> openai.APIStatusError:
@@ -52,12 +63,12 @@ def test_errors_that_hold_for_every_call(problem, fix):
         ({"Retry-After": "-5"}, None),
     ],
 )
-def test_retry_after(headers, seconds):
-    assert _retry_after(error(429, headers=headers).response) == seconds
+def testretry_after(headers, seconds):
+    assert retry_after(error(429, headers=headers).response) == seconds
 
 
 def test_retry_after_as_a_date():
-    found = _retry_after(error(429, headers={"Retry-After": formatdate(time.time() + 30, usegmt=True)}).response)
+    found = retry_after(error(429, headers={"Retry-After": formatdate(time.time() + 30, usegmt=True)}).response)
     assert found is not None and 27 < found <= 30
 
 
@@ -83,7 +94,7 @@ def test_requests_wait_while_others_might_use_up_the_limit(tmp_path):
         second = asyncio.create_task(budget.enter(800))
         await asyncio.sleep(0.01)
         assert not second.done()  # both at their most would be too much
-        await budget.reply({"key": "k", "attempt": first, "reply": "", "tokens": (150, 1)})
+        await budget.reply({"key": "k", "attempt": first, "reply": "", "tokens": (150, 1), "position": 0})
         await second  # but the first took less
         budget.free(second.result(), "429")
         third = await budget.enter(800)
@@ -103,7 +114,7 @@ def test_first_request_goes_alone_where_tokens_are_limited(tmp_path):
         second = asyncio.create_task(budget.enter(100))
         await asyncio.sleep(0.01)
         assert not second.done()  # nobody knows yet what a request costs
-        await budget.reply({"key": "k", "attempt": first, "reply": "", "tokens": (5100, 7)})
+        await budget.reply({"key": "k", "attempt": first, "reply": "", "tokens": (5100, 7), "position": 0})
         assert store.spent.tokens == 5107
         with pytest.raises(Stopped):  # 5,000 beyond its bytes: two of them are too much
             await second
@@ -139,3 +150,192 @@ def test_bad_limits_are_refused(bad):
     assert str(Limits(calls=1000, cost=2.5)) == "calls 1,000, cost 2.5" and str(Limits()) == "none"
     with pytest.raises(ValueError, match="prices"):
         Prices(-1.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whatever comes back: an answer in the place of the network's
+
+
+Answer = Callable[[httpx2.Request], httpx2.Response]
+QUESTION = Question("q", "", "Which?", ("x", "y", "z"))
+
+
+@pytest.fixture
+def answered(monkeypatch, hasty) -> Callable[[Answer], list[httpx2.Request]]:
+    """A function that puts an answer in the place of the network; the requests that left."""
+    send = httpx2.AsyncClient.__init__
+
+    def put(answer: Answer) -> list[httpx2.Request]:
+        sent: list[httpx2.Request] = []
+
+        def transport(request: httpx2.Request) -> httpx2.Response:
+            sent.append(request)
+            made = answer(request)  # as bytes that are still to come, which a response from a network is
+            if not made.is_stream_consumed:
+                return made
+            return httpx2.Response(made.status_code, headers=made.headers, stream=httpx2.ByteStream(made.content))
+
+        def init(self, **settings):
+            send(self, **{"transport": httpx2.MockTransport(transport)} | settings)
+
+        monkeypatch.setattr(httpx2.AsyncClient, "__init__", init)
+        return sent
+
+    return put
+
+
+def reply(**fields) -> dict:
+    """A good reply, but for ``fields``."""
+    top = [{"token": token, "logprob": value} for token, value in (("A", -0.7), ("B", -1.0), ("C", -3.0))]
+    content = [{"token": "A", "logprob": -0.7, "top_logprobs": top}]
+    choice = {"message": {"content": "A"}, "logprobs": {"content": content}}
+    return {"choices": [choice], "usage": {"prompt_tokens": 20, "completion_tokens": 1}} | fields
+
+
+def job(mode: str = "decisions", n: int = 1, **settings) -> Job:
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "m", **{"max_retries": 1} | settings)
+    calls = drawn_calls([QUESTION], n) if mode == "decisions" else calls_in_orders([QUESTION])
+    return Job(endpoint, TEMPLATES["letters"], calls, mode)
+
+
+ODD = {
+    "nested without end": b"[" * 5000,
+    "half a character": json.dumps(reply(id="\ud800")).encode(),
+    "absurd numbers of tokens": json.dumps(reply(usage={"prompt_tokens": 10**400, "completion_tokens": 1})).encode(),
+    "many tokens": json.dumps(reply(usage={"prompt_tokens": 10**12, "completion_tokens": 1})).encode(),
+    "digits without end": b'{"choices": ' + b"9" * 5000 + b"}",
+    "not UTF-8": b'{"id": "\xff"}',
+    "a list": b"[]",
+    "null": b"null",
+    "nothing": b"",
+    "no choices": json.dumps(reply(choices=[])).encode(),
+    "a choice that is none": json.dumps(reply(choices=[None])).encode(),
+    "an error with status 200": b'{"error": {"message": "no"}}',
+    "too long": json.dumps(reply(padding="x" * (1 << 20))).encode(),
+}
+
+
+@pytest.mark.parametrize("body", ODD.values(), ids=ODD)
+def test_an_odd_reply_is_a_broken_reply(answered, tmp_path, body):
+    """Bounded, counted, and its calls are asked again by a later run on the same store."""
+    sent = answered(lambda request: httpx2.Response(200, content=body))
+    report = ask(job(), Replies(tmp_path))
+    assert report.faults == {"broken reply": 2} and len(sent) == report.calls == 2
+    assert report.failed == {"broken reply": ["q"]}
+    answered(lambda request: httpx2.Response(200, json=reply()))
+    assert ask(job(), Replies(tmp_path)).complete == 1
+    assert drawn(job(), Replies(tmp_path)).decisions.shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        800,
+        0.1,
+        pytest.param(10**400, id="1e400"),
+        pytest.param(-(10**400), id="-1e400"),
+        float("nan"),
+        float("inf"),
+        "x",
+        "-0.5",
+        None,
+        True,
+        [[]],
+        {},
+    ],
+)
+def test_odd_log_probabilities_are_none(answered, tmp_path, value):
+    def odd(request: httpx2.Request) -> httpx2.Response:
+        body = reply()
+        body["choices"][0]["logprobs"]["content"][0]["top_logprobs"][1]["logprob"] = value
+        return httpx2.Response(200, content=json.dumps(body).encode())
+
+    answered(odd)
+    report = ask(job("logprobs"), Replies(tmp_path), concurrency=1)
+    if value != value:  # NaN: this label is not listed
+        assert report.complete == 1 and probabilities(job("logprobs"), Replies(tmp_path))[0].shape == (1, 6, 3)
+    else:
+        assert report.failed == {"no logprobs given in 3 replies": ["q"]}
+
+
+@pytest.mark.parametrize("packing", ["gzip", "deflate", "gzip twice", "br", "", "x" * 300])
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_small_body_cannot_become_a_large_one(answered, tmp_path, packing, status):
+    body = json.dumps(reply(padding="x" * (64 << 20))).encode()
+    body = {"gzip": gzip.compress, "deflate": zlib.compress, "gzip twice": gzip.compress}.get(packing, lambda b: b)(body)
+    asked, unpack = [], zlib.decompressobj
+
+    def watched(*arguments):
+        class Watched:
+            def decompress(self, data, limit=0):
+                asked.append(limit)
+                return unpack(*arguments).decompress(data, limit)
+
+        return Watched()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire.zlib, "decompressobj", watched)
+        headers = {"Content-Encoding": packing.replace(" twice", ", gzip")} if packing else {}
+        # Packed bytes as they are: the response of a server, not one of the library's own making.
+        stream = httpx2.ByteStream(body)
+        answered(lambda request: httpx2.Response(status, headers=headers, stream=stream))
+        if status == 200:
+            assert ask(job(), Replies(tmp_path)).failed == {"broken reply": ["q"]}
+        else:
+            with pytest.raises(EndpointError, match="answered 400"):
+                ask(job(), Replies(tmp_path))
+    assert asked == [wire.LONGEST_BODY + 1] * len(asked) and bool(asked) == (packing in ("gzip", "deflate"))
+
+
+@pytest.mark.parametrize("pack, name", [(gzip.compress, "gzip"), (zlib.compress, "deflate")])
+def test_a_packed_reply_is_read(answered, tmp_path, pack, name):
+    stream = httpx2.ByteStream(pack(json.dumps(reply()).encode()))
+    answered(lambda request: httpx2.Response(200, headers={"Content-Encoding": name}, stream=stream))
+    assert ask(job(), Replies(tmp_path)).complete == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(answered, tmp_path, status):
+    sent = answered(lambda request: httpx2.Response(status, headers={"Location": "http://elsewhere.example/v1"}))
+    with pytest.raises(EndpointError, match=f"answered {status} .*Redirects are not followed"):
+        ask(job(n=4), Replies(tmp_path), Limits(calls=4), concurrency=1)
+    assert [request.url.host for request in sent] == ["127.0.0.1"]
+    assert Replies(tmp_path).spent.calls == 1 and Replies(tmp_path).spent.tokens == 0
+
+
+def test_reply_ids_that_repeat_stop_the_run(answered, tmp_path):
+    sent = answered(lambda request: httpx2.Response(200, json=reply(id="always")))
+    with pytest.raises(EndpointError, match="reply ids repeat, 10 in a row"):
+        ask(job(n=200, max_retries=6), Replies(tmp_path), concurrency=4)
+    assert len(sent) <= 1 + wire.REPEATS + 4 and len(Replies(tmp_path)) == 1
+
+
+def headers_of(endpoint: Endpoint, answered, tmp_path) -> httpx2.Headers:
+    sent = answered(lambda request: httpx2.Response(200, json=reply()))
+    ask(Job(endpoint, TEMPLATES["letters"], drawn_calls([QUESTION], 1)), Replies(tmp_path / str(time.time_ns())))
+    return sent[0].headers
+
+
+def test_account_and_key_go_only_where_they_belong(answered, tmp_path, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "MY_KEY"):
+        monkeypatch.setenv(name, name.lower())
+    at = "http://127.0.0.1:9/v1"
+    openais = headers_of(Endpoint(at, "m"), answered, tmp_path)
+    assert openais["Authorization"] == "Bearer openai_api_key" and openais["OpenAI-Organization"] == "openai_org_id"
+    others = headers_of(Endpoint(at, "m", key_name="MY_KEY"), answered, tmp_path)
+    ours = headers_of(Endpoint(at, "m", key_name=""), answered, tmp_path)
+    assert others["Authorization"] == "Bearer my_key" and "openai_" not in str(others) + str(ours)
+    assert ours["Authorization"] == "Bearer none"
+    assert not {"openai-organization", "openai-project"} & {*others, *ours}
+
+
+@pytest.mark.parametrize("url", ["http://api.example.com/v1", "https://api.example.com/v1", "http://127.0.0.2/v1"])
+def test_a_key_that_goes_unencrypted_is_warned_of(answered, tmp_path, monkeypatch, url):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        headers_of(Endpoint(url, "m"), answered, tmp_path)
+    said = [str(w.message) for w in told if "unencrypted" in str(w.message)]
+    assert said == (["the key in OPENAI_API_KEY goes to api.example.com unencrypted: use https"] * ("http://api" in url))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    headers_of(Endpoint(url, "m"), answered, tmp_path)  # no key, no warning

@@ -91,7 +91,7 @@ def test_tokens_are_those_that_the_engine_forwards(tiny, name, tmp_path):
             assert row.tokens_alone <= forwarded < 1.25 * row.tokens_alone  # padding
             assert row.tokens_shared == row.tokens_alone
     store.compact()
-    on_disk = sum(len(r["log_probs"]) * 4 for r in store._rows.values())
+    on_disk = sum(values.nbytes for _, values in store._rows.values())
     assert on_disk == rows.bytes.sum()
 
 

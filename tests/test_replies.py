@@ -82,6 +82,67 @@ def test_line_cut_short_by_a_kill_is_dropped_and_written_over(tmp_path):
         assert all(json.loads(line) for line in again.path.read_text().splitlines())
 
 
+def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
+    store = Replies(tmp_path)
+    store.append(*reply(1), *reply(2))
+    store.path.write_bytes(store.path.read_bytes()[:-1])
+    again = Replies(tmp_path)
+    assert len(again) == 2 and again.spent == store.spent
+    again.append(*reply(3))
+    assert len(Replies(tmp_path)) == 3 and len(store.path.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": -1},
+        {"position": 6},
+        {"position": 3, "order": [0, 2, 1]},
+        {"position": True},
+        {"position": 1.0},
+        {"position": None},
+        {"tokens": [10**400, 1]},
+        {"tokens": [-1, 1]},
+        {"tokens": [1]},
+        {"tokens": []},
+        {"tokens": 0},
+        {"tokens": "12"},
+        {"tokens": [50.5, 1]},
+        {"reply": 5},
+        {"reply": None},
+        {"key": ["k"]},
+        {"attempt": None},
+        {"failed": "also"},
+        {"failed": 1, "position": ...},
+        {"log_probs": [800, -1, -2], "floor": -3, "position": ...},
+        {"log_probs": [float("nan"), -1, -2], "floor": -3, "position": ...},
+        {"log_probs": [-1, -2, -3], "floor": None, "position": ...},
+        {"log_probs": [None, None], "floor": -1.0, "position": ...},
+        {"log_probs": [-1.0, -2.0], "floor": -2.0, "order": [0, 1, 2], "position": ...},
+        {"log_probs": -1, "floor": -1.0, "position": ...},
+        {"position": ...},
+    ],
+)
+def test_a_reply_of_which_something_is_wrong_is_named(tmp_path, change):
+    store = Replies(tmp_path)
+    store.append(*reply(1))
+    first, second = map(json.loads, store.path.read_text().splitlines())
+    changed = {name: value for name, value in {**second, **change}.items() if value is not ...}
+    store.path.write_text(f"{json.dumps(first)}\n{json.dumps(changed)}\n")
+    with pytest.raises(ValueError, match="line 2 is no line of a store"):
+        Replies(tmp_path)
+    store.path.write_text(f"{json.dumps(first)}\n" + "[" * 5000 + "\n")
+    with pytest.raises(ValueError, match="line 2 is no line of a store"):
+        Replies(tmp_path)
+
+
+@pytest.mark.parametrize("bound", [[10**400, 1], [1], [1, 2, 3], [-1, 0], ["1", 1], [None, 1]])
+def test_an_attempt_of_which_something_is_wrong_is_named(tmp_path, bound):
+    (tmp_path / "replies.jsonl").write_text(json.dumps({"attempt": "a", "bound": bound}) + "\n")
+    with pytest.raises(ValueError, match="line 1 is no line of a store"):
+        Replies(tmp_path)
+
+
 def test_broken_line_in_the_middle_is_named(tmp_path):
     Replies(tmp_path).append(*reply(1), *reply(2))
     path = tmp_path / "replies.jsonl"

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -322,6 +324,204 @@ def test_half_written_shard_is_not_read(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Files that are damaged, somebody else's, or on the move
+
+
+def row_of(i: int, value: float = -1.0, k: int = 2) -> dict:
+    """A row as :meth:`Store.append` takes it."""
+    orders = len(all_orders(k))
+    return {
+        "key": f"{i:032x}",
+        "id": f"q{i}",
+        "k": k,
+        "n_orders": orders,
+        "log_probs": np.full(orders * k, value, np.float32),
+    }
+
+
+def small_store(folder: Path, n: int = 5) -> Path:
+    """A compacted store of ``n`` rows; its file."""
+    store = Store(folder)
+    store.append([row_of(i, -1.0 - i / 7, k=2 + i % 3) for i in range(n)])
+    return store.compact()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_stored_values_that_are_not_finite_are_refused(tmp_path, value):
+    path = small_store(tmp_path)
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[3]["log_probs"][1] = value
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    with pytest.raises(ValueError, match=r"scores.parquet is damaged.*\(log-probabilities are not finite\)"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": None},
+        {"id": None},
+        {"k": None},
+        {"log_probs": None},
+        {"log_probs": [-1.0]},
+        {"log_probs": [None, -1.0, -1.0, -1.0]},
+        {"k": 7},
+        {"k": -2, "n_orders": -2},
+        {"k": 1, "n_orders": 4},
+        {"n_orders": 4, "k": 1},
+    ],
+)
+def test_rows_that_are_none_are_refused(tmp_path, change):
+    path = small_store(tmp_path, 1)
+    table = pq.read_table(path)
+    pq.write_table(pa.Table.from_pylist([table.to_pylist()[0] | change], schema=table.schema), path)
+    with pytest.raises(ValueError, match="scores.parquet is damaged, or no file of a store"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"not a parquet file at all", None])
+def test_a_file_under_a_stores_name_that_is_none_is_named(tmp_path, content):
+    if content is None:
+        pd.DataFrame({"key": ["mine"], "value": [1]}).to_parquet(tmp_path / "scores.parquet")
+    else:
+        (tmp_path / "scores.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="scores.parquet is damaged, or no file of a store"):
+        Store(tmp_path)
+
+
+def test_files_of_other_names_are_neither_read_nor_removed(tmp_path):
+    pd.DataFrame({"price": [1, 2]}).to_parquet(tmp_path / "mine.parquet")
+    small_store(tmp_path / "other")
+    for name in ("backup.parquet", "part-1-copy.parquet", "scores.parquet.old"):
+        (tmp_path / name).write_bytes((tmp_path / "other" / "scores.parquet").read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    store = Store(tmp_path)
+    assert len(store) == 0
+    store.append([row_of(9)])
+    store.compact()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert len(Store(tmp_path)) == 1
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    path = small_store(tmp_path, 40)
+    good, before = path.read_bytes(), Store(tmp_path)
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(good) * 8, size=300, replace=False):
+        spoilt = bytearray(good)
+        spoilt[place // 8] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        try:
+            found = Store(tmp_path)
+        except ValueError as error:
+            assert "scores.parquet is damaged" in str(error)
+        else:
+            assert found._rows.keys() == before._rows.keys(), place
+            assert all(np.array_equal(found.get(key), before.get(key)) for key in before._rows), place
+
+
+def test_a_key_with_two_values_is_refused_with_one_it_is_not(tmp_path):
+    small_store(tmp_path / "a")
+    small_store(tmp_path / "b", 6)
+    copy = (tmp_path / "a" / "part-1-01234567.parquet").write_bytes
+    copy((tmp_path / "b" / "scores.parquet").read_bytes())
+    assert len(Store(tmp_path / "a")) == 6
+    Store(tmp_path / "c").append([row_of(0, -5.0)])
+    copy(next((tmp_path / "c").glob("*.parquet")).read_bytes())
+    with pytest.raises(ValueError, match=r"row 0{32} \(id 'q0'\) has other values than in another file"):
+        Store(tmp_path / "a")
+    path = small_store(tmp_path / "d")
+    pq.write_table(pa.Table.from_pylist([row_of(0), row_of(0)], schema=scores.SCHEMA), path)
+    with pytest.raises(ValueError, match="a key is there twice"):
+        Store(tmp_path / "d")
+
+
+def test_of_two_processes_the_quicker_one_counts(tmp_path):
+    one, two = Store(tmp_path), Store(tmp_path)
+    one.append([row_of(0, -1.0)])
+    two.append([row_of(0, -2.0), row_of(1, -3.0)])  # rounding, say
+    for store in (two, Store(tmp_path)):
+        assert store.get(row_of(0)["key"])[0, 0] == -1 and store.get(row_of(1)["key"])[0, 0] == -3
+    assert len(one) == 1 and one.refresh() is None and len(one) == 2
+
+
+def test_a_file_that_another_process_merges_is_looked_for_again(tmp_path, monkeypatch):
+    for i in range(3):
+        Store(tmp_path).append([row_of(i)])
+    read, done = scores._read, []
+
+    def merged_meanwhile(path: Path):
+        if not done:
+            done.append(path)
+            monkeypatch.setattr(scores, "_read", read)
+            Store(tmp_path).compact()
+        return read(path)
+
+    monkeypatch.setattr(scores, "_read", merged_meanwhile)
+    assert len(Store(tmp_path)) == 3 and done
+
+
+@pytest.mark.slow
+def test_a_store_can_be_opened_while_others_write_and_compact(tmp_path):
+    script = """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        from test_scores import Store, row_of
+        store = Store(sys.argv[1])
+        for i in range(10**6):
+            store.append([row_of(i % 50)] if i % 50 not in range(len(store)) else [row_of(len(store))])
+            if i % 5 == 0:
+                store.compact()
+            if Path(sys.argv[1], "stop").exists():
+                break
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        opened, before, deadline = 0, 0, time.monotonic() + 60
+        while opened < 300 and time.monotonic() < deadline:
+            now = len(Store(tmp_path))
+            assert now >= before  # nothing that was there is missed
+            opened, before = opened + (now > 0), now
+    finally:
+        (tmp_path / "stop").touch()
+        errors = [process.communicate()[1] for process in processes]
+    assert errors == ["", ""] and opened > 100
+
+
+def test_n_appends_write_n_log_n_rows(tmp_path, monkeypatch):
+    written, write = [], scores._write
+    monkeypatch.setattr(scores, "MAX_SHARDS", 8)
+    monkeypatch.setattr(scores, "_write", lambda path, rows: (written.append(len(rows)), write(path, rows)))
+    store, n = Store(tmp_path), 512
+    for i in range(n):
+        store.append([row_of(i)])
+        assert len(list(tmp_path.glob("*.parquet"))) <= 8 + np.log2(n)
+    assert sum(written) <= n * (2 + np.log2(n / 8))  # each row once, and once for each time that its file doubles
+    assert len(Store(tmp_path)) == n
+
+
+@pytest.mark.long
+def test_a_large_store_opens_quickly_and_in_little_memory(tmp_path):
+    values = -np.random.default_rng(0).exponential(size=(100_000, 24, 4)).astype(np.float32)
+    scores._write(tmp_path / "scores.parquet", {f"{i:032x}": (f"q{i}", values[i]) for i in range(len(values))})
+    script = """
+        import resource, sys, time
+        from permdistill.scores import Store
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before, started = peak(), time.process_time()
+        store = Store(sys.argv[1])
+        print(time.process_time() - started, peak() - before, len(store))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    seconds, megabytes, n = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    print(seconds, megabytes)
+    assert n == 100_000 and seconds < 1.5 and megabytes < 200  # on top of torch's; the values themselves are 38
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Audit
 
 
@@ -368,15 +568,33 @@ def test_audit_finds_a_tampered_row(tmp_path):
     store = Store(tmp_path)
     scores.score(store, teacher, questions, LETTERS)
     key = scores.content_key(questions[1], all_orders(3), LETTERS, teacher.model_key)
-    values = store.get(key)
-    values[5] = np.log([0.1, 0.2, 0.7])  # one order of one question
-    store.append([{"key": key, "id": "q1", "k": 3, "n_orders": 6, "log_probs": values.ravel().astype(np.float32)}])
-    store.compact()
+    path = store.compact()
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    (row,) = (row for row in rows if row["key"] == key)
+    row["log_probs"][15:] = np.log([0.1, 0.2, 0.7])  # one order of one question
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
     difference = scores.audit(Store(tmp_path), teacher, questions, LETTERS).reshape(4, 6)
     honest = scores.probabilities(teacher.log_probs([questions[1]], all_orders(3), LETTERS))[0, 5]
     assert difference[1, 5] == pytest.approx(np.abs(honest - [0.1, 0.2, 0.7]).sum() / 2, abs=1e-6)
     difference[1, 5] = 0
     assert difference.max() == 0
+
+
+@pytest.mark.parametrize(
+    ("differences", "passes"),
+    [
+        ([0.0, 0.02], True),
+        ([0.05, 0.05], False),  # on average
+        ([0.0] * 20 + [0.2], False),
+        ([np.nan, np.nan], False),
+        ([0.0, np.nan], False),
+        ([np.inf], False),
+        ([], False),
+    ],
+)
+def test_audit_passes_only_within_both_limits(differences, passes):
+    assert scores.audit_passes(np.array(differences), 0.02, 0.15) is passes
 
 
 def test_audit_of_missing_scores_says_so(tmp_path):

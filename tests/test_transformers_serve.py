@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from permdistill.api.replies import Replies
 from permdistill.api.server import Server
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
+from permdistill.sources import Source
 from permdistill.teachers import load_teacher
 
 pytest.importorskip("fastapi")
@@ -99,6 +101,33 @@ def test_server_ends_with_the_process_that_started_it_however_that_ends():
         time.sleep(0.1)
     else:
         pytest.fail(f"the server at {url} outlived its process")
+
+
+def test_our_own_servers_port_is_never_free_and_it_gets_no_key(monkeypatch):
+    """What another process on this machine may try: to bind the port while the server loads, and to be sent the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(
+        "permdistill.api.server._TIED",
+        "import socket, sys, time; s = socket.socket(fileno=int(sys.argv[-1])); "
+        "c, _ = s.accept(); c.recv(999); c.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n'); time.sleep(60)",
+    )
+    monkeypatch.setattr("permdistill.api.server.sources.find", lambda name: Source(lambda: name))
+    tried = []
+
+    class Stranger(subprocess.Popen):
+        def __init__(self, command, env, **settings):
+            port = int(command[command.index("--port") + 1])
+            for _ in range(2):  # before the child is there, and when it is
+                with socket.socket() as stranger, pytest.raises(OSError):
+                    stranger.bind(("127.0.0.1", port))
+                tried.append(env)
+                if len(tried) == 1:
+                    super().__init__(command, env=env, **settings)
+
+    monkeypatch.setattr("permdistill.api.server.subprocess.Popen", Stranger)
+    with Server("a-model", key_name="OPENAI_API_KEY") as server:
+        assert server.endpoint.key() == "" and len(tried) == 2
+        assert "sk-secret" not in tried[0].values()
 
 
 def test_somebody_elses_server_is_taken_as_it_is():

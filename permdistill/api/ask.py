@@ -37,11 +37,11 @@ from permdistill.api.endpoint import (
     EndpointError,
     Limits,
     Prices,
-    Reply,
     Stopped,
 )
 from permdistill.api.jobs import Call, Job, answers, read_decision, read_logprobs
 from permdistill.api.replies import Replies
+from permdistill.api.wire import Reply
 from permdistill.files import locked
 
 GIVE_UP = 20  # so many calls in a row failed, each with all its retries: the server is down

@@ -106,7 +106,7 @@ def _token_counter(name: str | None) -> Callable[[str], int] | None:
         return None
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -1,25 +1,20 @@
 """One model behind an OpenAI-compatible chat API, and the budget that every request passes.
 
 The ``openai`` client does the asking and the retrying: 408, 409, 429, 5xx, lost connections and time-outs, after
-Retry-After or exponential back-off with jitter. It sees one request at a time, and only its outcome, so three things are
-ours, all in :class:`_Wire`, through which every single attempt goes: the budget counts retries too; a rate limit that one
-request runs into holds back all; and what the client would hand on although it is no reply (broken JSON, no choices, an
-error with status 200, the reply to another request) counts as a lost connection, which the client retries.
+Retry-After or exponential back-off with jitter. Every single attempt goes through :class:`permdistill.api.wire.Wire`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import os
-import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,13 +22,12 @@ import httpx2
 import openai
 
 from permdistill.api.replies import Replies
+from permdistill.api.wire import LONGEST_WAIT, REPEATS, Repeats, Reply, Shared, Wire, retry_after, word_of
 from permdistill.prompts import Template
 from permdistill.questions import Question
 
 MODES = ("decisions", "logprobs")
-LONGEST_WAIT = 120.0  # seconds of Retry-After that the openai client obeys; it gives up on more
 _RETRYABLE = (408, 409, 429)  # and 5xx; what the openai client retries
-_IN_DOUBT = (408, 502, 504)  # a gateway waited no longer: what stands behind it may have answered, and charged
 
 
 class EndpointError(RuntimeError):
@@ -176,7 +170,7 @@ class Endpoint:
     base_url     up to and with "/v1"
     model        as the API calls it
     key_name     environment variable that holds the key, the only place where it is looked for. Servers of one's own need
-                 none: OPENAI_API_KEY may be unset, a variable that you name must be set
+                 none: OPENAI_API_KEY may be unset, a variable that you name must be set; "" is no key at all
     timeout      seconds for one attempt, from sending to the reply's last byte
     max_retries  of one call, beyond the first attempt
     extra_body   further fields of the request, e.g. what a server needs to sample from the whole distribution. temperature
@@ -234,8 +228,8 @@ class Endpoint:
 
     def key(self) -> str:
         """The key, "" if there is none. It is never kept: what holds it could print it, a traceback with variables too."""
-        key = os.environ.get(self.key_name, "")
-        if not key and self.key_name != "OPENAI_API_KEY":
+        key = os.environ.get(self.key_name, "") if self.key_name else ""
+        if not key and self.key_name and self.key_name != "OPENAI_API_KEY":
             raise ValueError(f"environment variable {self.key_name} is not set: put the key there")
         # What no header can hold would come back quoted in an error of the HTTP library.
         if not (key.isascii() and key.isprintable() and key == key.strip()):
@@ -248,34 +242,39 @@ class Endpoint:
     @asynccontextmanager
     async def open(self, budget: Budget, n: int) -> AsyncIterator[list[Connection]]:
         """``n`` connections for the time of a ``with`` block."""
-        shared, certificates = _Shared(budget, self.timeout), httpx2.create_ssl_context()
+        shared, certificates, key = Shared(budget, self.timeout), httpx2.create_ssl_context(), self.key()
+        url = urlsplit(self.base_url)
+        if key and url.scheme == "http" and not _is_local(url.hostname or ""):
+            warnings.warn(f"the key in {self.key_name} goes to {url.hostname} unencrypted: use https", stacklevel=4)
+        # The client would tell any server whose account it is.
+        omitted: dict[str, Any] = {} if key and self.key_name == "OPENAI_API_KEY" else dict.fromkeys(_ACCOUNT, openai.Omit())
         async with AsyncExitStack() as stack:
             connections = []
             for _ in range(n):
-                wire = _Wire(
+                wire = Wire(
                     shared,
                     timeout=httpx2.Timeout(self.timeout),
                     # One each, not a pool: what is wrong with a connection is found when its reply is read, and a pool would
                     # have lent it to another request by then.
                     limits=httpx2.Limits(max_connections=1),
                     verify=certificates,
-                    follow_redirects=True,  # as the openai client does; the key does not go along to another host
                 )
                 client = openai.AsyncOpenAI(
-                    base_url=self.base_url, api_key=self.key() or "none", max_retries=self.max_retries, http_client=wire
+                    base_url=self.base_url,
+                    api_key=key or "none",
+                    max_retries=self.max_retries,
+                    default_headers=omitted,
+                    http_client=wire,
                 )
                 connections.append(Connection(self, await stack.enter_async_context(client), shared.faults))
             yield connections
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What came back: the attempt that brought it, the hash of the server's id, the first choice, tokens if counted."""
+_ACCOUNT = ("OpenAI-Organization", "OpenAI-Project")
 
-    attempt: str
-    reply: str
-    choice: dict[str, Any]
-    tokens: tuple[int, int] | None
+
+def _is_local(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 class CallFailed(Exception):
@@ -304,10 +303,15 @@ class Connection:
             if refusal:
                 raise EndpointError(self._explained(error, refusal)) from None  # its request holds the key
             raise CallFailed(str(error.status_code)) from None
+        except Repeats:
+            raise EndpointError(
+                f"{self.endpoint.base_url}: reply ids repeat, {REPEATS} in a row, so that no new reply can be told from "
+                "an old one. Is a cache in between, or does the server give every reply the same id?"
+            ) from None
         except openai.APITimeoutError:
             raise CallFailed("time-out") from None
         except openai.APIConnectionError as error:
-            raise CallFailed(_word(error.__cause__)) from None
+            raise CallFailed(word_of(error.__cause__)) from None
         return response.extensions["reply"]
 
     def _explained(self, error: openai.APIStatusError, fix: str) -> str:
@@ -325,137 +329,14 @@ def _refusal(error: openai.APIStatusError) -> str:
     status, code = error.status_code, str(error.code)
     if status == 429 and code in ("insufficient_quota", "billing_hard_limit_reached"):
         return "The account has no credit left: add some, then run again; nothing paid is lost"
-    if status == 429 and (_retry_after(error.response) or 0) > LONGEST_WAIT:
+    if status == 429 and (retry_after(error.response) or 0) > LONGEST_WAIT:
         return "It asks to be left alone for long: run again then; nothing paid is lost"
     if status >= 500 or status in _RETRYABLE:
         return ""
+    if status < 400:
+        return "Redirects are not followed: give the address that it leads to, if it is the right one, as base_url"
     return {
         401: "Check the key in the environment variable",
         403: "The key may not use this model: check both",
         404: "Check base_url (it usually ends in /v1) and the model's name",
     }.get(status, "It does not take the request: see its message; fields are changed by extra_body and limit_field")
-
-
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds that the server asks to wait, None if it does not say."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = response.headers.get(name)
-        if value is None:
-            continue
-        try:
-            seconds = float(value) / unit
-        except ValueError:
-            try:
-                seconds = parsedate_to_datetime(value).timestamp() - time.time()
-            except ValueError:
-                continue
-        if seconds >= 0:
-            return seconds
-    return None
-
-
-def _word(error: BaseException | None) -> str:
-    """A fault in a word or two: never the exception's own text, which may quote anything."""
-    return error.word if isinstance(error, _NoReply) else "connection lost" if error else "connection"
-
-
-class _NoReply(httpx2.RemoteProtocolError):
-    """Something came back, but no reply."""
-
-    def __init__(self, word: str, request: httpx2.Request):
-        super().__init__(word, request=request)
-        self.word = word
-
-
-@dataclass
-class _Shared:
-    """What all connections have in common."""
-
-    budget: Budget
-    total_timeout: float
-    faults: Counter[str] = field(default_factory=Counter)
-    arrived: dict[str, float] = field(default_factory=dict)  # hashed id of a reply -> when it came
-    not_before: float = 0.0
-
-
-class _Wire(httpx2.AsyncClient):
-    """The HTTP client below the openai client: one :meth:`send` is one attempt."""
-
-    def __init__(self, shared: _Shared, **settings: Any):
-        super().__init__(**settings)
-        self.shared, self.budget = shared, shared.budget
-
-    async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
-        """Send, receive and check one attempt; the reply, if it is one, goes into ``response.extensions``."""
-        while (wait := self.shared.not_before - time.monotonic()) > 0 and not self.budget.stopped:
-            await asyncio.sleep(min(wait, 1.0))
-        attempt = await self.budget.enter(len(request.content))
-        reply, started = None, time.monotonic()
-        try:
-            # The client's own time-out is for each piece of the body: a server that sends a byte a minute never meets it.
-            async with asyncio.timeout(self.shared.total_timeout):
-                response = await super().send(request, **settings)
-            if response.is_error:
-                self._count(str(response.status_code))
-                if response.status_code == 429:
-                    pause = min(_retry_after(response) or 0.0, LONGEST_WAIT)
-                    self.shared.not_before = max(self.shared.not_before, time.monotonic() + pause)
-                if response.status_code not in _IN_DOUBT:
-                    self.budget.free(attempt, str(response.status_code))
-                return response
-            try:
-                reply = response.extensions["reply"] = self._checked(attempt, started, request, response)
-            except _NoReply:
-                # Where one reply came twice, the next one on this connection would be the one after that: a wrong answer
-                # that looks like any other. Closed, it is not used again.
-                if stream := response.extensions.get("network_stream"):
-                    await stream.aclose()
-                raise
-        except TimeoutError:
-            self._count("time-out")
-            raise httpx2.ReadTimeout("no reply in time", request=request) from None
-        except (httpx2.ConnectError, httpx2.ConnectTimeout):
-            self._count("no connection")
-            self.budget.free(attempt, "no connection")
-            raise
-        except httpx2.TimeoutException:
-            self._count("time-out")
-            raise
-        except httpx2.RequestError as error:
-            self._count(_word(error))
-            raise
-        finally:
-            if reply is None:
-                self.budget.uncertain(attempt)
-        return response
-
-    def _count(self, word: str) -> None:
-        self.shared.faults[word] += 1
-
-    def _checked(self, attempt: str, started: float, request: httpx2.Request, response: httpx2.Response) -> Reply:
-        """The reply in a response. Raises _NoReply."""
-        try:
-            body = response.json()
-            choice = body["choices"][0]
-            choice["message"].get("content")
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # ValueError: not JSON, or not UTF-8
-            raise _NoReply("broken reply", request) from None
-        name = body.get("id")
-        hashed = hashlib.sha256(name.encode()).hexdigest()[:16] if isinstance(name, str) and name else ""
-        if hashed:
-            # The same reply twice is no second draw, and may be another question's: a proxy or a cache is in the way. (A
-            # copy is not recognised when its original never arrived, because the run that it was for was killed.)
-            if hashed in self.shared.arrived or self.budget.store.has_reply_id(hashed):
-                if self.shared.arrived.get(hashed, -math.inf) > started:
-                    self._count("reply in doubt")  # the first of the two may be the wrong one just as well
-                    self.budget.store.append({"attempt": attempt, "void": hashed})
-                raise _NoReply("reply of another call", request)
-            self.shared.arrived[hashed] = time.monotonic()
-        usage = body.get("usage")
-        try:
-            tokens = (int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
-        except (TypeError, KeyError, ValueError, OverflowError):
-            tokens = None
-        if tokens is not None and min(tokens) < 0:
-            tokens = None
-        return Reply(attempt, hashed, choice, tokens)

@@ -226,18 +226,23 @@ def read_decision(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, An
 def read_logprobs(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """{"log_probs": [by position, null where the label is not listed], "floor": the least listed}, or {"failed": reason}.
 
-    A label is read where it stands as in the template (" A" is not "A"), as a white-box teacher reads it.
+    A label is read where it stands as in the template (" A" is not "A"), as a white-box teacher reads it. What is above 0 by
+    more than rounding is no log-probability.
     """
     try:
         first = choice["logprobs"]["content"][0]
-        listed = {str(top["token"]): float(top["logprob"]) for top in (*first["top_logprobs"], first)}
-    except (KeyError, TypeError, IndexError, ValueError):
+        listed = {top["token"]: top["logprob"] for top in (*first["top_logprobs"], first)}
+        if not all(isinstance(token, str) for token in listed) or any(isinstance(value, bool) for value in listed.values()):
+            return {"failed": NO_LOGPROBS}
+        if any(value > 1e-3 for value in listed.values()):
+            return {"failed": NO_LOGPROBS}
+        finite = {token: min(float(value), 0.0) for token, value in listed.items() if math.isfinite(value)}
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError):
         return {"failed": NO_LOGPROBS}
-    values = [listed.get(label, -math.inf) for label in labels]
-    finite = [value if math.isfinite(value) else None for value in values]
-    if all(value is None for value in finite):
+    values = [finite.get(label) for label in labels]
+    if all(value is None for value in values):
         return {"failed": NO_LABEL_LISTED}
-    return {"log_probs": finite, "floor": min(value for value in listed.values() if math.isfinite(value))}
+    return {"log_probs": values, "floor": min(finite.values())}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from permdistill.prompts import Template
 from permdistill.questions import Question
 
 FILE = "replies.jsonl"
+MOST_TOKENS = 10**8  # of one request; more is a mistake, or meant to exhaust a budget
 
 
 def content_key(
@@ -73,7 +75,8 @@ class Replies:
         return self.folder / FILE
 
     def read(self) -> None:
-        """Read the file again, because another process may have written. A line that a kill cut short is dropped.
+        """Read the file again, because another process may have written. A last line that a kill cut short is dropped, one
+        that only lacks its end of line is not.
 
         Raises ValueError for a line that is no JSON, or no line of a store, elsewhere than at the end.
         """
@@ -85,15 +88,17 @@ class Replies:
             self.spent = Spent()
             # Of the dearest replies so far: prompt tokens beyond the request's bytes, and completion tokens.
             self.dearest: tuple[int, int] | None = None
-            whole = self.path.read_bytes().rpartition(b"\n")[0] if self.path.exists() else b""
-            for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+            *lines, last = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+            for number, line in enumerate(lines, start=1):
                 try:
-                    self._enter(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    self._enter(_parsed(line))
+                except _NO_LINE as error:
                     raise ValueError(
                         f"{self.path}, line {number} is no line of a store ({error!r}): the file was changed by something "
                         "else than permdistill; restore it, or delete that line and pay for its reply again"
                     ) from None
+            if _is_whole(last):
+                self._enter(_parsed(last))
 
     def _enter(self, line: dict[str, Any]) -> None:
         """Bring memory up to date with one line."""
@@ -148,10 +153,13 @@ class Replies:
         """Write lines after the last whole one. Returns the file's descriptor."""
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        end = _end_of_last_line(descriptor)
-        os.ftruncate(descriptor, end)  # a line that a kill cut short
-        os.lseek(descriptor, end, os.SEEK_SET)
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        end, size = _end_of_last_line(descriptor), os.lseek(descriptor, 0, os.SEEK_END)
+        if _is_whole(os.pread(descriptor, size - end, end)):
+            data = b"\n" + data
+        else:
+            os.ftruncate(descriptor, end)  # a line that a kill cut short
+            os.lseek(descriptor, end, os.SEEK_SET)
         while data:
             data = data[os.write(descriptor, data) :]
         return descriptor
@@ -169,6 +177,49 @@ class Replies:
     def has_reply_id(self, reply: str) -> bool:
         """Whether a reply with this (hashed) id of the server's is there."""
         return reply in self._ids
+
+
+_NO_LINE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what _parsed raises
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """A line with all that is read of it later in its type and range. Raises one of _NO_LINE."""
+    line = json.loads(text)
+    texts, counts = [line["attempt"]], list[Any]()
+    if "bound" in line:
+        prompt, completion = line["bound"]
+        counts = [prompt, completion, line.get("bytes", 0)]
+    elif "key" in line:
+        texts += [line["key"], line["reply"]]
+        prompt, completion = (0, 0) if line["tokens"] is None else line["tokens"]
+        counts = [prompt, completion]
+        (kind,) = {"failed", "position", "log_probs"} & line.keys()
+        if kind == "failed":
+            texts.append(line["failed"])
+        elif kind == "position":
+            counts.append(line["position"])
+            if line["position"] >= len(line.get("order", "ABCDEF")):
+                raise ValueError("position")
+        else:
+            listed = [value for value in line["log_probs"] if value is not None]
+            if not all(isinstance(value, (int, float)) and -math.inf < value <= 0 for value in (*listed, line["floor"])):
+                raise ValueError("log_probs")
+            if not listed or len(line["log_probs"]) != len(line.get("order", line["log_probs"])):
+                raise ValueError("log_probs")
+    else:
+        texts.append(line["void"] if "void" in line else line["free"])
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is none")
+    if not all(type(count) is int and 0 <= count <= 10 * MOST_TOKENS for count in counts):
+        raise ValueError("a number is none, or out of range")
+    return line
+
+
+def _is_whole(text: bytes) -> bool:
+    try:
+        return bool(_parsed(text))
+    except _NO_LINE:
+        return False
 
 
 def _end_of_last_line(descriptor: int) -> int:

@@ -27,12 +27,19 @@ from permdistill.teachers import fast_dtype
 SAMPLING = {"generation_config": '{"do_sample": true, "top_k": 0}'}
 
 # The server ends when its standard input does: with the process that started it, however that ends (a killed kernel too).
+# It takes over a socket that is bound already, so that nobody else on this machine can come to its port first.
 _TIED = """
-import os, sys, threading
+import os, socket, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+import uvicorn
+bound, serve = socket.socket(fileno=int(sys.argv.pop())), uvicorn.Server.serve
+uvicorn.Server.serve = lambda self, sockets=None: serve(self, [bound])
 from transformers.cli.transformers import app
 app()
 """
+
+
+_ACCOUNT = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 
 
 class Server:
@@ -59,33 +66,26 @@ class Server:
             if importlib.util.find_spec(name) is None:
                 raise ModuleNotFoundError(f"`transformers serve` needs {name}: pip install fastapi uvicorn")
         folder = sources.find(model).location()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [
-            sys.executable,
-            "-c",
-            _TIED,
-            "serve",
-            folder,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--device",
-            "cpu",
-        ]
-        command += ["--dtype", dtype or str(fast_dtype()).removeprefix("torch.")]
-        # In a process group of its own: a notebook's interrupt stops the cell, not the server.
-        self.process = subprocess.Popen(
-            command,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-        )
-        self.endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", folder, **{"extra_body": SAMPLING} | settings)
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            bound.listen(128)
+            port = bound.getsockname()[1]
+            words = (
+                f"--host 127.0.0.1 --port {port} --device cpu --dtype {dtype or str(fast_dtype()).removeprefix('torch.')}"
+            )
+            # In a process group of its own: a notebook's interrupt stops the cell, not the server.
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _TIED, "serve", folder, *words.split(), str(bound.fileno())],
+                env={name: value for name, value in os.environ.items() if name not in _ACCOUNT} | {"HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[bound.fileno()],
+                process_group=0,
+            )
+        # No key: it needs none, and when it has ended, whoever takes its port would get it.
+        mine = {"extra_body": SAMPLING} | settings | {"key_name": ""}
+        self.endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", folder, **mine)
         deadline = time.monotonic() + wait
         try:
             while not self._answers(f"http://127.0.0.1:{port}/health"):

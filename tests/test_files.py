@@ -1,0 +1,154 @@
+"""Locks, replaced files, stamps, and folders of models: nothing is written through a link, no code in them is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from permdistill.files import STAMPS, intact, locked, replacing, sha256_of, stamp, stamps
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], Path]]:
+    """A function that copies a folder to a place where this process can read, and write nothing (root can, so: nobody)."""
+    home = Path(tempfile.mkdtemp())
+    home.chmod(0o755)
+
+    def freeze(folder: Path) -> Path:
+        copy = Path(shutil.copytree(folder, home / folder.name, symlinks=True))
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        return copy
+
+    yield freeze
+    if os.getuid() == 0:
+        os.seteuid(0)
+    for path in home.rglob("*"):
+        path.chmod(0o755)
+    shutil.rmtree(home)
+
+
+def test_a_lock_does_not_follow_a_link_and_empties_nothing(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / ".lock").symlink_to(precious)
+    with pytest.raises(OSError, match=r"\.lock is a symbolic link"), locked(tmp_path / ".lock"):
+        pytest.fail("locked through a link")
+    assert precious.read_text() == "kept"
+    (tmp_path / "other").mkdir()
+    os.link(precious, tmp_path / "other" / ".lock")  # a hard link cannot be told from a lock, and stays as it is
+    with locked(tmp_path / "other" / ".lock"):
+        pass
+    assert precious.read_text() == "kept"
+
+
+def test_a_part_is_not_written_through_a_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / f".new.{os.getpid()}.part").symlink_to(precious)
+    with replacing(tmp_path / "new") as part:
+        part.write_text("made")
+    assert precious.read_text() == "kept" and (tmp_path / "new").read_text() == "made"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "precious"]
+
+
+def test_bytes_are_on_disk_before_a_file_takes_its_place(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    with replacing(tmp_path / "new") as part:
+        part.write_text("made")
+    assert done == ["fsync", "replace"]
+
+
+def test_where_nothing_can_be_written_a_lock_is_not_needed(tmp_path, read_only):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".lock").touch()
+    (tmp_path / "cache" / "model").mkdir()
+    folder, entered = read_only(tmp_path / "cache"), 0
+    for lock in (folder / ".lock", folder / "model" / ".lock"):  # one is there, the other is not
+        with locked(lock):
+            entered += 1
+            with pytest.raises(PermissionError):
+                (lock.parent / "new").touch()
+    assert entered == 2
+
+
+def test_a_stamp_holds_as_long_as_size_time_and_inode_do(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    right = sha256_of(path)
+    assert not intact(path)  # of no known hash
+    assert intact(path, right) and stamps(tmp_path)["weights"][0] == right
+    with monkeypatch.context() as patch:
+        patch.setattr("permdistill.files.sha256_of", lambda path: pytest.fail("read again"))
+        assert intact(path, right) and intact(path)
+    assert not intact(path, "0" * 64)  # another file is asked for
+    os.utime(path, ns=(0, 0))
+    assert intact(path) and intact(path, right)  # read again, and found right
+    found = path.stat()
+    path.write_bytes(b"weightz")
+    assert not intact(path, right) and not intact(path)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert intact(path, right)  # changed with care: only who reads it can tell
+    assert not intact(path, right, thorough=True)
+    path.unlink()
+    assert not intact(path, right)
+
+
+def test_one_file_found_right_does_not_vouch_for_its_neighbour(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    stamp(tmp_path)
+    (tmp_path / "b").write_text("changed")
+    os.utime(tmp_path / "a", ns=(0, 0))
+    assert intact(tmp_path / "a") and not intact(tmp_path / "b")
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1]", "{", '{"a": []}', '{"a": null}', '{"a": 5}', '{"a": [[], 1]}'])
+def test_stamps_that_are_none_count_for_nothing(tmp_path, text):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / STAMPS).write_text(text)
+    assert not intact(tmp_path / "a") and intact(tmp_path / "a", sha256_of(tmp_path / "a"))
+
+
+def test_a_read_only_folder_is_read_each_time(tmp_path, read_only):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "weights").write_bytes(b"weights")
+    right = sha256_of(tmp_path / "cache" / "weights")
+    folder = read_only(tmp_path / "cache")
+    for _ in range(2):
+        assert intact(folder / "weights", right)
+    assert not (folder / STAMPS).exists()
+
+
+def test_code_that_lies_in_a_models_folder_is_never_run(tmp_path):
+    """Also when somebody (a script, a pipe of `yes`) would say that it may be."""
+    (tmp_path / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PretrainedConfig\n"
+        "class Evil(PretrainedConfig):\n    model_type = 'evil'\n"
+    )
+    config = {"model_type": "evil", "auto_map": {n: "evil.Evil" for n in ("AutoConfig", "AutoModelForCausalLM")}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    script = (
+        "import sys\nfrom permdistill.configs import StudentConfig\n"
+        "from permdistill.students import build\nfrom permdistill.teachers import load_teacher\n"
+        "for load in (load_teacher, lambda f: build(StudentConfig(f, 'joint', 'plain', 2), 0)):\n"
+        "    try: load(sys.argv[1])\n"
+        "    except (ValueError, OSError) as error: print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], input="y\n" * 9, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.split()) == 2, done.stderr
+    assert "[y/N]" not in done.stdout and not (tmp_path / "ran").exists()

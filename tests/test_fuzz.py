@@ -1,0 +1,253 @@
+"""Mutations of what users, disks and servers hand us: each is refused in our own words, or means what it meant.
+
+Nothing is drawn anew at each run (the seed is fixed), so a failure is found again; PERMDISTILL_FUZZ is another seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from test_endpoint import QUESTION, answered, reply  # noqa: F401 (a fixture)
+from test_scores import Store, small_store
+
+from permdistill.api.endpoint import Budget, CallFailed, Endpoint, EndpointError, Limits, Prices, Stopped
+from permdistill.api.jobs import Job, calls_in_orders, drawn_calls, read_decision, read_logprobs
+from permdistill.api.replies import Replies
+from permdistill.prompts import TEMPLATES
+from permdistill.questions import BadRecords, from_jsonl
+
+N = 10_000
+LETTERS = TEMPLATES["letters"]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.*is not read")]
+
+VALUES: list[Any] = [None, True, False, 0, 1, -1, 2, 7, 10**400, 0.5, 1e308, float("nan"), float("inf"), -0.0]
+VALUES += ["", " ", "a", "A", "0", "\ud800", "\u2028", "x" * 5000, [], {}, [[]], [None], ["a", "b"], {"a": 1}, [0, 1, 1]]
+
+
+def mutated(value: Any, rng: np.random.Generator) -> Any:
+    """A JSON value with one change somewhere in it."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        places = list(value) if isinstance(value, dict) else range(len(value))
+        place = places[rng.integers(len(places))]
+        copy = value.copy()
+        kind = rng.random()
+        if kind < 0.15:
+            del copy[place]
+        elif kind < 0.25 and isinstance(copy, dict):
+            copy[str(place)[:-1] + "x"] = copy.pop(place)
+        elif kind < 0.25:
+            copy.append(copy[place])
+        else:
+            copy[place] = mutated(copy[place], rng)
+        return copy
+    if isinstance(value, str) and value and rng.random() < 0.4:
+        place = int(rng.integers(len(value)))
+        return value[:place] + str(rng.choice(["", "\x00", "\udfff", "é", '"', "\\"])) + value[place + 1 :]
+    return VALUES[rng.integers(len(VALUES))]
+
+
+def spoilt(content: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes with one flipped, cut off, doubled or overwritten."""
+    place, kind = int(rng.integers(len(content))), rng.integers(4)
+    if kind == 0:
+        return content[:place]
+    if kind == 1:
+        return content[:place] + bytes([content[place] ^ 1 << int(rng.integers(8))]) + content[place + 1 :]
+    length = int(rng.integers(1, 40))
+    if kind == 2:
+        return content[: place + length] + content[place:]
+    return content[:place] + rng.bytes(length) + content[place + length :]
+
+
+def one(content: list[Any], rng: np.random.Generator) -> bytes:
+    """Lines of JSON with one mutation: in a value, or in the bytes."""
+    if rng.random() < 0.5:
+        place = int(rng.integers(len(content)))
+        content = [*content[:place], mutated(content[place], rng), *content[place + 1 :]]
+    text = "".join(json.dumps(line) + "\n" for line in content).encode()
+    return spoilt(text, rng) if rng.random() < 0.5 else text
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(int(os.environ.get("PERMDISTILL_FUZZ", "0")))
+
+
+def tally(outcomes: Counter[str], started: float, most: float) -> None:
+    print(dict(outcomes), f"{time.monotonic() - started:.0f} s, slowest {most:.2f} s")
+    assert sum(outcomes.values()) == N and most < 10
+
+
+def run(change: Callable[[], str]) -> None:
+    """``change`` N times; what it says is counted."""
+    outcomes, started, most = Counter[str](), time.monotonic(), 0.0
+    for _ in range(N):
+        before = time.monotonic()
+        outcomes[change()] += 1
+        most = max(most, time.monotonic() - before)
+    tally(outcomes, started, most)
+
+
+def test_questions(tmp_path, rng):
+    records = [
+        {
+            "id": f"q{i}",
+            "context": "Passage." * (i % 2),
+            "question": f"Which {i}?",
+            "options": ["x", "y", f"z{i}"][: 2 + i % 2],
+        }
+        | ({"answer": i % 2} if i % 3 else {})
+        for i in range(4)
+    ]
+    path = tmp_path / "mine.jsonl"
+
+    def change() -> str:
+        path.write_bytes(one(records, rng))
+        try:
+            questions = from_jsonl(path)
+        except BadRecords as error:
+            assert "mine.jsonl" in str(error)
+            str(error).encode()
+            return "refused"
+        for question in questions:  # whatever passes can be scored
+            LETTERS.user_message(question, range(len(question.options))).encode()
+            assert question.answer is None or type(question.answer) is int and 0 <= question.answer < len(question.options)
+        return "read"
+
+    run(change)
+
+
+def test_stores(tmp_path, rng):
+    path = small_store(tmp_path, 12)
+    good, before = path.read_bytes(), Store(tmp_path)
+
+    def change() -> str:
+        path.write_bytes(spoilt(good, rng))
+        try:
+            found = Store(tmp_path)
+        except ValueError as error:
+            assert "scores.parquet" in str(error) and "restore it, or delete" in str(error)
+            return "refused"
+        assert {k: (name, v.tolist()) for k, (name, v) in found._rows.items()} == {
+            k: (name, v.tolist()) for k, (name, v) in before._rows.items()
+        }
+        return "the same"
+
+    run(change)
+
+
+def test_stores_of_replies(tmp_path, rng):
+    jobs = [
+        Job(Endpoint("http://127.0.0.1:9/v1", "m"), LETTERS, calls, mode)
+        for mode, calls in (("decisions", drawn_calls([QUESTION], 2)), ("logprobs", calls_in_orders([QUESTION])[:2]))
+    ]
+    lines: list[Any] = []
+    for job in jobs:
+        for call in job.calls:
+            read = read_decision if job.mode == "decisions" else read_logprobs
+            lines.append({"attempt": f"r-{len(lines)}", "bytes": 300, "bound": [300, 1]})
+            row = {"key": job.identity(call), "attempt": lines[-1]["attempt"], "reply": f"id{len(lines)}", "tokens": [80, 1]}
+            row |= {"id": call.question.id, "order": list(call.order), "draw": call.draw}
+            lines.append(row | read(reply()["choices"][0], LETTERS.labels[:3]))
+    lines += [{"attempt": "r-8", "bound": [9, 1]}, {"attempt": "r-8", "free": "429"}, {"attempt": "r-9", "void": "id3"}]
+    path = tmp_path / "replies.jsonl"
+
+    def change() -> str:
+        path.write_bytes(one(lines, rng))
+        try:
+            store = Replies(tmp_path)
+        except ValueError as error:
+            assert "is no line of a store" in str(error)
+            return "refused"
+        assert 0 <= store.spent.tokens < 10**12
+        for job in jobs:  # whatever passes can be used
+            for call in job.calls:
+                if (record := job.record(store, call)) is not None:
+                    given = record.get("probabilities", [0.5])
+                    assert record.get("decision", 0) in (0, 1, 2) and all(0 <= p <= 1 for p in given)
+        store.append({"attempt": "new", "bound": [5, 1]})
+        assert Replies(tmp_path).spent == store.spent
+        return "read"
+
+    run(change)
+
+
+def test_api_replies(tmp_path, rng, answered):  # noqa: F811
+    """One attempt each through the openai client: bodies, statuses and headers."""
+    names = [
+        "Retry-After",
+        "retry-after-ms",
+        "Content-Type",
+        "Content-Encoding",
+        "Location",
+        "x-should-retry",
+        "x-request-id",
+    ]
+    values = [
+        "-1",
+        "nan",
+        "1e400",
+        "inf",
+        "Mon, 01 Jan 0001 00:00:00 -0000",
+        "Fri, 31 Dec 9999 23:59:59 +1400",
+        "gzip",
+        "x" * 99,
+    ]
+    values += [
+        "application/json; charset=utf-7",
+        "text/html",
+        "true",
+        "http://elsewhere.example/",
+        "",
+        "0.0001",
+        "99999999999999",
+    ]
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "m", max_retries=0)
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        body = one([reply(id=f"r{rng.integers(10**12)}")], rng)
+        headers = {names[rng.integers(len(names))]: values[rng.integers(len(values))]} if rng.random() < 0.3 else {}
+        status = (
+            200
+            if rng.random() < 0.8
+            else int(rng.choice([201, 204, 302, 400, 401, 404, 408, 409, 418, 429, 500, 502, 504, 599]))
+        )
+        return httpx2.Response(status, headers=headers, stream=httpx2.ByteStream(body))
+
+    answered(answer)
+    store = Replies(tmp_path)
+    outcomes, started = Counter[str](), time.monotonic()
+
+    async def ask() -> float:
+        most = 0.0
+        budget = Budget(store, Limits(), Prices(1.0, 1.0))
+        async with endpoint.open(budget, 1) as (connection,):
+            for number in range(N):
+                mode = ("decisions", "logprobs")[number % 2]
+                before = time.monotonic()
+                connection.client._client.shared.not_before = 0.0
+                try:
+                    found = await connection.ask(endpoint.messages(QUESTION, (0, 1, 2), LETTERS), mode)
+                except (CallFailed, EndpointError, Stopped) as error:
+                    outcomes[type(error).__name__] += 1
+                else:
+                    row = (read_decision if mode == "decisions" else read_logprobs)(found.choice, LETTERS.labels[:3])
+                    outcomes["failed" if "failed" in row else "read"] += 1
+                    row |= {"key": f"k{number}", "attempt": found.attempt, "reply": found.reply, "tokens": found.tokens}
+                    await budget.reply(row)
+                most = max(most, time.monotonic() - before)
+        return most
+
+    most = asyncio.run(ask())
+    again = Replies(tmp_path)  # what was kept can be read
+    assert len(again) == outcomes["failed"] + outcomes["read"] and again.spent == store.spent and store.spent.calls == N
+    tally(outcomes, started, most)
