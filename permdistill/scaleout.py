@@ -31,7 +31,7 @@ from permdistill.orders import all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
 from permdistill.scores import Store, keep, lacking
-from permdistill.teachers import Teacher
+from permdistill.teachers import Teacher, in_groups
 
 BLOCK = 8  # questions that a worker is given at a time, on average, or one group: the work that is lost with it
 BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else all would wait for the last one
@@ -133,12 +133,11 @@ class Worker:
         places = block["id"].tolist()
         if self.refusal:
             return {"place": places[:1], "log_probs": [b""], "refusal": [self.refusal]}
-        scored = [self._log_probs(self.groups[place]).tobytes() for place in places]
+        groups = [self.groups[place] for place in places]
+        found = dict(pair for done in in_groups(self.teacher, groups, self.template) for pair in done)
+        each = iter(found[i] for i in range(sum(map(len, groups))))
+        scored = [np.stack([next(each) for _ in group]).astype(np.float32).tobytes() for group in groups]
         return {"place": places, "log_probs": scored, "refusal": [""] * len(places)}
-
-    def _log_probs(self, group: list[Question]) -> np.ndarray:
-        orders = all_orders(len(group[0].options))
-        return np.asarray(self.teacher.log_probs(group, orders, self.template), dtype=np.float32)
 
 
 class MissingRay(ImportError):

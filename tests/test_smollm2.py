@@ -95,8 +95,8 @@ def test_store_round_trip_and_audit(teacher, tmp_path):
     for question in QUESTIONS[:2]:
         loaded = scores.load(scores.Store(tmp_path), [question], LETTERS, teacher.model_key)
         live = teacher.log_probs([question], all_orders(len(question.options)), LETTERS)
-        assert np.abs(np.exp(loaded) - np.exp(live)).max() < 1e-6
-        assert scores.audit(store, teacher, [question], LETTERS).max() < 1e-6
+        assert np.abs(np.exp(loaded) - np.exp(live)).max() < 1e-5  # other questions of a pass change the rounding
+        assert scores.audit(store, teacher, [question], LETTERS).max() < 1e-5
     forwarded = teacher.tokens_forwarded
     assert scores.score(store, teacher, QUESTIONS[:2], LETTERS) == 0
     assert teacher.tokens_forwarded == forwarded
