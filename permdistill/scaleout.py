@@ -33,7 +33,8 @@ from permdistill.questions import Question
 from permdistill.scores import Store, keep, lacking
 from permdistill.teachers import Teacher, in_groups
 
-BLOCK = 8  # questions that a worker is given at a time, on average, or one group: the work that is lost with it
+# Questions that a worker is given at a time, on average, or one group: its forest, and the work that is lost with it.
+BLOCK, BLOCK_GPU = 8, 64
 BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else all would wait for the last one
 LOST_STARTS = 20  # so many workers in a row were lost before they were ready: something else than preemption
 
@@ -54,8 +55,7 @@ def score(
     model_key     the teacher's, which is not made here; a worker whose teacher has another one stops the run
     cpus, gpus    of each worker; torch gets ``cpus`` threads. gpus=None: 1 on a cluster that has some
 
-    The same store, to the last byte after ``compact``, as far as the teacher's arithmetic does not depend on the number of
-    threads or the kind of processor. Raises ValueError before any compute when a question does not suit template or
+    The same store up to rounding, which depends on the questions of a forest (and on threads and processors). Raises ValueError before any compute when a question does not suit template or
     teacher, MissingRay without Ray.
     """
     if workers < 1 or cpus <= 0 or (gpus or 0) < 0:
@@ -88,7 +88,8 @@ def _scored(
     with _running(ray, workers * cpus):
         if gpus is None:
             gpus = min(1, ray.cluster_resources().get("GPU", 0))
-        size = max(1, min(BLOCK * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers)))
+        block = BLOCK_GPU if gpus else BLOCK
+        size = max(1, min(block * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers)))
         blocks = ray.data.range(len(groups), override_num_blocks=-(-len(groups) // size)).map_batches(
             Worker,
             batch_size=None,  # a block at a time

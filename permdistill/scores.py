@@ -128,6 +128,7 @@ def score(store: Store, teacher: Teacher, questions: Sequence[Question], templat
         for done in in_groups(teacher, groups, template):
             places, log_probs = zip(*done, strict=True)
             keep(store, [missing[place] for place in places], log_probs, template, teacher.model_key)
+            bar.set_postfix_str(getattr(teacher, "plan", ""), refresh=False)
             bar.update(len(places))
     return len(missing)
 

@@ -184,6 +184,12 @@ class CausalTeacher:
             if found:
                 yield found
 
+    @property
+    def plan(self) -> str:
+        """How much goes through the model at a time, in words."""
+        together, at_once = forest.sizes(self.model, self.max_tokens)
+        return f"{together:,} prompt tokens a forest, {at_once:,} tokens a pass"
+
     def _units(self, group: Sequence[Question], orders: dict[int, np.ndarray], template: Template) -> list[list[list[int]]]:
         return [self.tokenize([question], orders[len(question.options)], template) for question in group]
 

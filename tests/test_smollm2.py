@@ -103,6 +103,22 @@ def test_store_round_trip_and_audit(teacher, tmp_path):
     assert "float32" in teacher.model_key
 
 
+def test_a_forest_of_several_k_equals_single_prompts(teacher, tmp_path):
+    store = scores.Store(tmp_path)
+    before = teacher.tokens_forwarded
+    scores.score(store, teacher, QUESTIONS, LETTERS)
+    together = teacher.tokens_forwarded - before
+    for question in QUESTIONS:
+        orders = all_orders(len(question.options))
+        found = scores.load(store, [question], LETTERS, teacher.model_key)[0]
+        for j in range(0, len(orders), max(1, len(orders) // 3)):
+            expected = alone(teacher, question, orders[j])[inverse(orders[j])]
+            assert np.abs(found[j] - expected).max() < 1e-4
+        teacher.log_probs([question], orders, LETTERS)
+    assert together < 0.95 * (teacher.tokens_forwarded - before - together)  # one by one they share less
+    assert "prompt tokens a forest" in teacher.plan
+
+
 def test_a_question_longer_than_the_model_is_named_before_any_compute(teacher, tmp_path):
     fits, long = (Question(f"q{n}", "word " * n, "Which?", ("a", "b")) for n in (10, 9000))
     with pytest.raises(ValueError, match=r"'q9000' takes 9\d\d\d tokens.* 8192 positions: shorten its context"):
