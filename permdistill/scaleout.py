@@ -55,8 +55,8 @@ def score(
     model_key     the teacher's, which is not made here; a worker whose teacher has another one stops the run
     cpus, gpus    of each worker; torch gets ``cpus`` threads. gpus=None: 1 on a cluster that has some
 
-    The same store up to rounding, which depends on the questions of a forest (and on threads and processors). Raises ValueError before any compute when a question does not suit template or
-    teacher, MissingRay without Ray.
+    The same store up to rounding, which depends on the questions of a forest, on threads and on processors. Raises
+    ValueError before any compute when a question does not suit template or teacher, MissingRay without Ray.
     """
     if workers < 1 or cpus <= 0 or (gpus or 0) < 0:
         raise ValueError(f"workers {workers}, cpus {cpus}, gpus {gpus}: give at least 1 worker, and what it takes above 0")

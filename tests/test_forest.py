@@ -1,4 +1,4 @@
-"""Forests: questions of several contexts and K in the same passes, exact; done pass by pass, in smaller ones when memory ends."""
+"""Forests: questions of several contexts and K in the same passes, exact; pass by pass, in smaller ones when memory ends."""
 
 from __future__ import annotations
 
