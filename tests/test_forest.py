@@ -233,7 +233,7 @@ def test_attention_by_blocks_equals_prompts_alone(name, uncompiled, monkeypatch)
     tree = trie.build(prompts)
     assert len(tree) > 300
     for max_tokens in (100, 128, 2048):  # several passes with a cache that is filled up, and one without
-        found, n = trie._whole(model, tree, LABELS, max_tokens, blocks=True)
+        found, n = trie.through(model, tree, LABELS, max_tokens, blocks=True)
         assert n == len(tree)
         assert np.abs(found - alone(model, prompts, LABELS)).max() < 1e-4
 
@@ -242,7 +242,7 @@ def test_attention_by_blocks_equals_prompts_alone(name, uncompiled, monkeypatch)
 def test_compiled_attention_by_blocks_equals_prompts_alone(monkeypatch):
     model, groups = random_model(CONFIGS["llama"]), make_groups(4, 3)
     prompts = [p for unit in units_of(groups) for p in unit]
-    found, _ = trie._whole(model, trie.build(prompts), LABELS, 1024, blocks=True)
+    found, _ = trie.through(model, trie.build(prompts), LABELS, 1024, blocks=True)
     assert np.abs(found - alone(model, prompts, LABELS)).max() < 1e-4
 
 

@@ -20,6 +20,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -188,16 +189,17 @@ def next_token_log_probs(
     """
     if problem := obstacle(model, max(map(len, prompts), default=0)):
         raise ValueError(f"{problem}: use permdistill.engine.batches instead")
-    return _whole(model, build(prompts), tokens, max_tokens or tokens_a_pass(model))
+    return through(model, build(prompts), tokens, max_tokens or tokens_a_pass(model))
 
 
 def _read(places: np.ndarray, log_probs: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray, int]:
     return places, log_probs.cpu().numpy(), n
 
 
-def _whole(
+def through(
     model: PreTrainedModel, trie: Trie, tokens: Sequence[int], max_tokens: int, blocks: bool | None = None
 ) -> tuple[np.ndarray, int]:
+    """:func:`next_token_log_probs` of a trie that is built, and a model that has no :func:`obstacle`."""
     result, forwarded = np.empty((len(trie.leaf), len(tokens)), dtype=np.float32), 0
     for places, log_probs, n in forward(model, trie, tokens, max_tokens, blocks):
         result[places] = log_probs
@@ -279,6 +281,16 @@ _TRIED: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
 _BY_BLOCKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # whether that is exact, too
 
 
+@contextmanager
+def without_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Attention with whole masks inside a ``with`` block, for measurements."""
+    before = _BY_BLOCKS.pop(model, False)
+    try:
+        yield
+    finally:
+        _BY_BLOCKS[model] = before
+
+
 @torch.inference_mode()
 def _tried(model: PreTrainedModel, longest: int) -> str | None:
     """Score a few prompts of up to ``longest`` tokens in the trie and alone: the difference as an obstacle, or None."""
@@ -298,7 +310,7 @@ def _tried(model: PreTrainedModel, longest: int) -> str | None:
     every = range(vocabulary)
     alone, batched = (p(next_token_in_batches(model, prompts, every, n)[0]) for n in (1, 10**6))
     try:
-        packed = p(_whole(model, build(prompts), every, max_tokens=64, blocks=False)[0])
+        packed = p(through(model, build(prompts), every, max_tokens=64, blocks=False)[0])
     except Exception as error:  # whatever foreign code raises at a mask or a cache that it does not know
         return f"{name} does not take positions, mask and cache of our own ({type(error).__name__}: {error})"
     # Rounding depends on the shape of a batch; that is how much two right answers may differ.
@@ -308,7 +320,7 @@ def _tried(model: PreTrainedModel, longest: int) -> str | None:
     if flexible(model):
         try:
             apart = (
-                float(np.abs(p(_whole(model, build(prompts), every, max_tokens=64, blocks=True)[0]) - alone).sum(-1).max())
+                float(np.abs(p(through(model, build(prompts), every, max_tokens=64, blocks=True)[0]) - alone).sum(-1).max())
                 / 2
             )
         except Exception as error:  # whatever a compiler or a kernel raises
