@@ -32,9 +32,10 @@ from permdistill.orders import all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
 from permdistill.scores import Store, keep, lacking
-from permdistill.teachers import Teacher
+from permdistill.teachers import Teacher, in_groups
 
-BLOCK = 8  # questions that a worker is given at a time, on average, or one group: the work that is lost with it
+# Questions that a worker is given at a time, on average, or one group: its forest, and the work that is lost with it.
+BLOCK, BLOCK_GPU = 8, 64
 BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else all would wait for the last one
 LOST_STARTS = 20  # so many workers in a row were lost before they were ready: something else than preemption
 
@@ -63,9 +64,8 @@ class Workers:
 def score(store: Store, workers: Workers, questions: Sequence[Question], template: Template) -> int:
     """:func:`permdistill.scores.score` by several workers. Returns the number of questions scored now.
 
-    The same store, to the last byte after ``compact``, as far as the teacher's arithmetic does not depend on the number of
-    threads or the kind of processor. Raises ValueError before any compute when a question does not suit template or
-    teacher, MissingRay without Ray.
+    The same store up to rounding, which depends on the questions of a forest, on threads and on processors. Raises
+    ValueError before any compute when a question does not suit template or teacher, MissingRay without Ray.
     """
     groups = lacking(store, questions, template, workers.model_key)
     missing = sum(map(len, groups))
@@ -88,7 +88,8 @@ def _scored(
     ray = _ray()
     with _running(ray, workers.n * workers.cpus):
         gpus = min(1, ray.cluster_resources().get("GPU", 0)) if workers.gpus is None else workers.gpus
-        size = max(1, min(BLOCK * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers.n)))
+        per_block = BLOCK_GPU if gpus else BLOCK
+        size = max(1, min(per_block * len(groups) // sum(map(len, groups)), len(groups) // (BLOCKS_A_WORKER * workers.n)))
         blocks = ray.data.range(len(groups), override_num_blocks=-(-len(groups) // size)).map_batches(
             Worker,
             batch_size=None,  # a block at a time
@@ -133,12 +134,11 @@ class Worker:
         places = block["id"].tolist()
         if self.refusal:
             return {"place": places[:1], "log_probs": [b""], "refusal": [self.refusal]}
-        scored = [self._log_probs(self.groups[place]).tobytes() for place in places]
+        groups = [self.groups[place] for place in places]
+        found = dict(pair for done in in_groups(self.teacher, groups, self.template) for pair in done)
+        each = iter(found[i] for i in range(sum(map(len, groups))))
+        scored = [np.stack([next(each) for _ in group]).astype(np.float32).tobytes() for group in groups]
         return {"place": places, "log_probs": scored, "refusal": [""] * len(places)}
-
-    def _log_probs(self, group: list[Question]) -> np.ndarray:
-        orders = all_orders(len(group[0].options))
-        return np.asarray(self.teacher.log_probs(group, orders, self.template), dtype=np.float32)
 
 
 class MissingRay(ImportError):

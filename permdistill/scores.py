@@ -35,7 +35,7 @@ from permdistill.files import locked, replacing
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
-from permdistill.teachers import Teacher
+from permdistill.teachers import Teacher, in_groups
 
 SCHEMA = pa.schema(
     {
@@ -245,18 +245,20 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[str, Row]]:
 def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
     """Score what the store lacks, all K! orders of each question. Returns the number of questions scored now.
 
-    What a group (:func:`lacking`) cost is on disk before the next one starts. Raises ValueError before any compute when a
-    question does not fit the template. :func:`permdistill.scaleout.score` does the same with several workers.
+    What a forward pass, or a group (:func:`lacking`), cost is on disk before the next one starts. Raises ValueError before
+    any compute when a question does not fit the template. :func:`permdistill.scaleout.score` does the same with several
+    workers.
     """
     groups = lacking(store, questions, template, teacher.model_key)
     missing = [question for group in groups for question in group]
     teacher.check(missing, template)
     paid = len(questions) - len(missing)
     with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score {teacher.name}") as bar:
-        for group in groups:
-            log_probs = teacher.log_probs(group, all_orders(len(group[0].options)), template)
-            keep(store, group, log_probs, template, teacher.model_key)
-            bar.update(len(group))
+        for done in in_groups(teacher, groups, template):
+            places, log_probs = zip(*done, strict=True)
+            keep(store, [missing[place] for place in places], log_probs, template, teacher.model_key)
+            bar.set_postfix_str(getattr(teacher, "plan", ""), refresh=False)
+            bar.update(len(places))
     return len(missing)
 
 
@@ -278,14 +280,17 @@ def lacking(store: Store, questions: Sequence[Question], template: Template, mod
     return list(groups.values())
 
 
-def keep(store: Store, group: Sequence[Question], log_probs: np.ndarray, template: Template, model_key: str) -> None:
-    """Put a group's log-probabilities (item, order, option), over all K! orders, into the store: on disk, as one shard.
+def keep(
+    store: Store, group: Sequence[Question], log_probs: Iterable[np.ndarray], template: Template, model_key: str
+) -> None:
+    """Put log-probabilities (order, option) of questions, over all K! orders, into the store: on disk, as one shard.
 
     Raises ValueError for a value that is not finite, after those before it are kept.
     """
-    orders, rows = all_orders(len(group[0].options)), []
+    rows = []
     try:
         for question, own in zip(group, log_probs, strict=True):
+            orders = all_orders(len(question.options))
             own, key = np.asarray(own, dtype=np.float32), content_key(question, orders, template, model_key)
             if not np.isfinite(own).all():
                 raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {own}")
@@ -326,13 +331,14 @@ def audit(
 
     ``model_key`` names the stored scores when they were made in another number format than the live teacher's.
     """
-    differences = []
-    for question in questions:
-        orders = all_orders(len(question.options))
-        stored = probabilities(load(store, [question], template, model_key or teacher.model_key))
-        live = probabilities(teacher.log_probs([question], orders, template).astype(np.float64))
-        differences.append(np.abs(stored - live).sum(axis=-1)[0] / 2)
-    return np.concatenate(differences)
+    questions = list(questions)
+    stored = [probabilities(load(store, [question], template, model_key or teacher.model_key))[0] for question in questions]
+    differences: dict[int, np.ndarray] = {}
+    for done in in_groups(teacher, [[question] for question in questions], template):
+        for place, values in done:
+            live = probabilities(values.astype(np.float64))
+            differences[place] = np.abs(stored[place] - live).sum(axis=-1) / 2
+    return np.concatenate([differences[place] for place in range(len(questions))])
 
 
 def audit_passes(differences: np.ndarray, mean: float, largest: float) -> bool:

@@ -9,8 +9,9 @@ closed form, for tests and for trying out one's own analysis.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -27,10 +28,10 @@ from transformers import (
 )
 
 from permdistill import sources
-from permdistill.engine import batches, trie
+from permdistill.engine import forest
 from permdistill.engine.placement import has_bfloat16, placed, with_packed_linears
 from permdistill.files import sha256_of
-from permdistill.orders import to_options
+from permdistill.orders import all_orders, to_options
 from permdistill.prompts import Template
 from permdistill.questions import Question
 
@@ -53,6 +54,24 @@ class Teacher(Protocol):
         ...
 
 
+def in_groups(
+    teacher: Teacher, groups: Sequence[Sequence[Question]], template: Template
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Log-probabilities (order, option) of questions in all K! orders, as they are ready: lists of (place among all
+    questions, values). The questions of a group have one K and should share their context."""
+    if isinstance(teacher, CausalTeacher):
+        yield from teacher.stream(groups, template)
+        return
+    first = 0
+    for group in groups:
+        values = teacher.log_probs(group, all_orders(len(group[0].options)), template)
+        yield list(enumerate(values, first))
+        first += len(group)
+
+
+_MESSAGE = "permdistill's message"  # no chat template changes it
+
+
 @dataclass
 class CausalTeacher:
     """A decoder-only LM with a chat template.
@@ -71,12 +90,26 @@ class CausalTeacher:
 
     def prompt(self, question: Question, order: Sequence[int], template: Template) -> str:
         """The whole prompt as text, chat template included."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": template.user_message(question, order)}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return str(text) + template.answer_prefix
+        return self._chat(template.user_message(question, order)) + template.answer_prefix
+
+    def _chat(self, message: str) -> str:
+        turns = [{"role": "user", "content": message}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def prompts(self, question: Question, orders: np.ndarray, template: Template) -> list[str]:
+        """:meth:`prompt` in each order. The chat template is rendered once: what it puts around one message it puts around
+        all, unless it does something else with this one."""
+        messages = [template.user_message(question, order) for order in orders]
+        first, (before, after) = self._chat(messages[0]), self._around
+        if first == before + messages[0] + after:
+            return [before + message + after + template.answer_prefix for message in messages]
+        return [self._chat(message) + template.answer_prefix for message in messages]
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the chat template puts before and after a message."""
+        before, _, after = self._chat(_MESSAGE).partition(_MESSAGE)
+        return before, after
 
     def label_tokens(self, k: int, template: Template) -> list[int]:
         """Ids of the first K label words at the place where the answer starts.
@@ -102,8 +135,14 @@ class CausalTeacher:
 
     def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:
         """Token ids of the prompts, order by order of question after question: (item x order) lists."""
-        texts = [self.prompt(q, order, template) for q in questions for order in orders]
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        texts = [text for q in questions for text in self.prompts(q, orders, template)]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        # The same ids for two thirds of the time, without Python's lock: beside a running pass that counts.
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def check(self, questions: Sequence[Question], template: Template) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -125,14 +164,41 @@ class CausalTeacher:
                 )
 
     def log_probs(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> np.ndarray:
-        k = orders.shape[1]
-        prompts = self.tokenize(questions, orders, template)
-        # What the trie cannot do exactly is done prompt by prompt, in batches.
-        engine = trie if trie.obstacle(self.model, max(map(len, prompts), default=0)) is None else batches
-        labels = self.label_tokens(k, template)
-        by_position, forwarded = engine.next_token_log_probs(self.model, prompts, labels, self.max_tokens)
-        self.tokens_forwarded += forwarded
-        return to_options(by_position.reshape(len(questions), len(orders), k), orders)
+        result = np.empty((len(questions), *orders.shape), dtype=np.float32)
+        for done in self.stream([questions], template, orders):
+            for place, values in done:
+                result[place] = values
+        return result
+
+    def stream(
+        self, groups: Sequence[Sequence[Question]], template: Template, orders: np.ndarray | None = None
+    ) -> Iterator[list[tuple[int, np.ndarray]]]:
+        """Log-probabilities (order, option) of questions of any K and context, as they are ready: lists of (place among all
+        questions, values). Those of a group should share their context. ``orders``: all K! of each unless given."""
+        questions = [question for group in groups for question in group]
+        ks = sorted({len(question.options) for question in questions})
+        labels = {k: self.label_tokens(k, template) for k in ks}
+        wanted = sorted({token for own in labels.values() for token in own})
+        columns = {k: [wanted.index(token) for token in labels[k]] for k in ks}
+        by_k = {k: all_orders(k) if orders is None else orders for k in ks}
+        tokens = (self._units(group, by_k, template) for group in groups)
+        for done, n in forest.stream(self.model, tokens, wanted, self.max_tokens):
+            self.tokens_forwarded += n
+            found = []
+            for place, values in done:
+                k = len(questions[place].options)
+                found.append((place, to_options(values[:, columns[k]], by_k[k])))
+            if found:
+                yield found
+
+    @property
+    def plan(self) -> str:
+        """How much goes through the model at a time, in words."""
+        together, at_once = forest.sizes(self.model, self.max_tokens)
+        return f"{together:,} prompt tokens a forest, {at_once:,} tokens a pass"
+
+    def _units(self, group: Sequence[Question], orders: dict[int, np.ndarray], template: Template) -> list[list[list[int]]]:
+        return [self.tokenize([question], orders[len(question.options)], template) for question in group]
 
 
 @dataclass
@@ -146,6 +212,9 @@ class Seq2SeqTeacher(CausalTeacher):
     def prompt(self, question: Question, order: Sequence[int], template: Template) -> str:
         """What the encoder reads, as text."""
         return template.user_message(question, order)
+
+    def prompts(self, question: Question, orders: np.ndarray, template: Template) -> list[str]:
+        return [self.prompt(question, order, template) for order in orders]
 
     def label_tokens(self, k: int, template: Template) -> list[int]:
         """Ids of the first K label words as the decoder's first token. Raises ValueError as for a decoder-only LM."""
@@ -162,7 +231,7 @@ class Seq2SeqTeacher(CausalTeacher):
 
     def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:
         """Token ids of the encoder's inputs with the tokenizer's end of text: (item x order) lists."""
-        texts = [self.prompt(q, order, template) for q in questions for order in orders]
+        texts = [text for q in questions for text in self.prompts(q, orders, template)]
         return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
 

@@ -9,7 +9,7 @@ import torch
 from test_trie import CONFIGS, random_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from permdistill.engine.attention import NAME, by_products, fast_attention
+from permdistill.engine.attention import PRODUCTS, by_products, fast_attention
 
 needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
 
@@ -64,7 +64,7 @@ def test_what_it_does_not_know_goes_to_transformers(batch, mask_given):
 def test_a_model_gets_it_inside_the_block_only_and_where_it_is_faster():
     model = random_model(CONFIGS["llama"])
     with fast_attention(model):
-        assert model.config._attn_implementation == ("sdpa" if torch.cpu._is_amx_tile_supported() else NAME)
+        assert model.config._attn_implementation == ("sdpa" if torch.cpu._is_amx_tile_supported() else PRODUCTS)
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(KeyboardInterrupt), fast_attention(model):
         raise KeyboardInterrupt

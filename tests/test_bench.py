@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def test_exact_on_200_real_questions(name, tokenizer):
 def test_arms_agree_and_count_what_they_forward(tokenizer, workload, monkeypatch):
     teacher = tiny_teacher("llama", tokenizer)
     real = bench.summary_pairs
-    monkeypatch.setattr(bench, "summary_pairs", lambda documents, systems, *rest: real(documents, min(systems, 4), *rest))
+    monkeypatch.setattr(bench, "summary_pairs", lambda articles, systems, *rest: real(articles, min(systems, 4), *rest))
     rows = {row.arm: row for row in bench.measure(teacher, workload, 1, peak=1e11)}
     assert set(rows) == set(bench.ARMS)
     assert max(row.apart_max for row in rows.values()) < 1e-4
@@ -57,8 +59,48 @@ def test_arms_agree_and_count_what_they_forward(tokenizer, workload, monkeypatch
     per_question = {arm: row.tokens / row.questions for arm, row in rows.items()}
     assert per_question["trie"] < per_question["cached prefix"] < per_question["padded"]
     assert per_question["one order"] < per_question["padded"]
+    assert per_question["forest"] <= per_question["trie"]
     assert rows["padded"].questions == (6 if workload == "summaries" else rows["trie"].questions)
-    assert all(row.seconds > 0 and 0 < row.flops for row in rows.values())
+    assert all(row.seconds > 0 and 0 < row.flops and row.host_seconds > 0 for row in rows.values())
+
+
+def test_a_set_goes_through_in_a_forest_and_rivals_get_a_sample(tokenizer, monkeypatch):
+    monkeypatch.setattr(bench, "QUESTIONS_OF_A_SET", 8)
+    rows = {row.arm: row for row in bench.measure(tiny_teacher("llama", tokenizer), "PIQA", 1, peak=1e11)}
+    assert rows["forest"].questions == rows["trie"].questions == 8 and rows["sorted"].questions == 6
+    assert rows["forest"].tokens < 0.8 * rows["trie"].tokens  # what the questions share is paid once
+    assert rows["forest"].flops < 0.9 * rows["trie"].flops
+    assert max(row.apart_max for row in rows.values()) < 1e-4
+    assert bench.table({"rows": [vars(row) for row in rows.values()]}).host_ms.gt(0).all()
+
+
+def test_questions_of_a_passage_are_one_group(monkeypatch):
+    questions = [bench.Question(f"q{i}", f"Passage {i // 2}.", "?", ("a", "b")) for i in range(6)]
+    monkeypatch.setattr(bench, "load_task", lambda *_: SimpleNamespace(questions=questions))
+    monkeypatch.setattr(bench, "QUESTIONS_OF_A_SET", 4)
+    teacher = SimpleNamespace(model=SimpleNamespace(device=CPU))
+    assert [[len(group) for group in round] for round in bench.rounds("RACE", teacher, 2)] == [[2, 2], [2]]
+    monkeypatch.delenv(bench.hub.LOCAL, raising=False)
+    assert not bench.available("RACE") and bench.available("PIQA")
+
+
+def test_quick_measures_few_arms_and_stops_in_time(tokenizer, monkeypatch, tmp_path, capsys):
+    teacher = tiny_teacher("llama", tokenizer)
+    monkeypatch.setattr(bench, "load_teacher", lambda name, dtype: teacher)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
+    monkeypatch.setattr(bench, "QUESTIONS_OF_A_SET", 2)
+    monkeypatch.setattr(bench, "QUICK", ("PIQA", "SocialIQA"))
+    command = ["bench", "--quick", "--sets", "1", "--models", teacher.name, "--output"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "all.json")])
+    bench.main()
+    rows = bench.read(tmp_path / "all.json")["rows"]
+    assert {row["workload"] for row in rows} == {"PIQA", "SocialIQA"}
+    assert {row["arm"] for row in rows} == {"sorted", "trie", "forest"}
+    assert "host, ms a question" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "SECONDS", -1.0)
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        bench.main()
 
 
 def test_passages_have_the_length_they_claim(tokenizer):
@@ -127,7 +169,7 @@ def test_a_killed_benchmark_goes_on_where_it_was(tokenizer, monkeypatch, tmp_pat
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e11)
     monkeypatch.setattr(bench, "SAMPLE", dict.fromkeys(bench.SAMPLE, 1))
     real = bench.summary_pairs
-    monkeypatch.setattr(bench, "summary_pairs", lambda documents, systems, *rest: real(documents, min(systems, 3), *rest))
+    monkeypatch.setattr(bench, "summary_pairs", lambda articles, systems, *rest: real(articles, min(systems, 3), *rest))
     measure = bench.measure
 
     def killed_at_passages(teacher, workload, n, peak):

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from permdistill.engine.placement import has_bfloat16, with_packed_linears
+from permdistill.orders import all_orders
 from permdistill.paper.models import TEACHERS
-from permdistill.teachers import model_key, with_float32_head
+from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
+from permdistill.teachers import CausalTeacher, model_key, with_float32_head
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,38 @@ def test_folder_whose_weights_cannot_be_told_apart_is_refused(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"no \*.safetensors: save the model there with save_pretrained"):
         model_key(str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+TURN = "{{ messages[0]['content'] }}"
+CHATS = {
+    "plain": (f"<user>{TURN}<assistant>", 2),
+    "trimmed": ("<user>{{ messages[0]['content'] | trim }}<assistant>", 6),
+    "changed": ("<user>{{ messages[0]['content'] | replace('stone', 'rock') }}<assistant>", 6),
+    "twice": (f"<user>{TURN}<again>{TURN}<assistant>", 6),
+    "nothing": ("<user><assistant>", 6),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_template_is_rendered_once_a_question_where_that_gives_every_prompt(name):
+    chat, rendered_at_most = CHATS[name]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    tokenizer.chat_template = chat
+    teacher = CausalTeacher("t", None, tokenizer, "")
+    calls, render = [], tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *args, **rest: calls.append(1) or render(*args, **rest)
+    orders = all_orders(3)
+    for question in (
+        Question("q", "Passage.", "Which {one}?", ("a stone", "b", "c ")),
+        Question("r", "", "?", ("d", "e", "f")),
+    ):
+        for template in TEMPLATES.values():
+            calls.clear()
+            found = teacher.prompts(question, orders, template)
+            assert len(calls) <= rendered_at_most + 2
+            if name == "plain" and "_around" in vars(teacher) and question.id == "r":
+                assert len(calls) == 1
+            assert found == [teacher.prompt(question, order, template) for order in orders]

@@ -46,11 +46,27 @@ def positions_change_at(model: PreTrainedModel, kinds: Sequence[str] = ("dynamic
     return min(found, default=None)
 
 
-@torch.inference_mode()
+def tokens_a_pass(model: PreTrainedModel) -> int:
+    """Tokens of a forward pass, padding included, that suit the model's machine."""
+    return MAX_TOKENS if model.device.type == "cpu" else MAX_TOKENS_GPU
+
+
 def next_token_log_probs(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int | None = None
 ) -> tuple[np.ndarray, int]:
     """As :func:`permdistill.engine.trie.next_token_log_probs`; the number of tokens includes padding."""
+    result, forwarded = np.empty((len(prompts), len(tokens)), dtype=np.float32), 0
+    for places, log_probs, n in forward(model, prompts, tokens, max_tokens or tokens_a_pass(model)):
+        result[places] = log_probs
+        forwarded += n
+    return result, forwarded
+
+
+@torch.inference_mode()
+def forward(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """:func:`next_token_log_probs` pass by pass: (places of its prompts, their log-probabilities, tokens that it took)."""
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt has no last token to read label logits from")
     lengths = np.array([len(p) for p in prompts], dtype=np.int64)
@@ -60,20 +76,14 @@ def next_token_log_probs(
             f"a prompt has {max(lengths)} tokens; beyond {limit}, {model.config.model_type}'s rope type dynamic lets a pass "
             "depend on the passes before it: shorten the context, or use another rope type"
         )
-    if max_tokens is None:
-        max_tokens = MAX_TOKENS if model.device.type == "cpu" else MAX_TOKENS_GPU
-    result = np.empty((len(prompts), len(tokens)), dtype=np.float32)
-    forwarded = 0
     for batch in by_length(lengths, max_tokens, equal=positions_change_at(model) is not None):
         own = torch.from_numpy(lengths[batch])
         mask = (torch.arange(int(own.max())) < own[:, None]).long()  # (prompt, token)
         ids = torch.zeros_like(mask)
         ids[mask.bool()] = torch.tensor([t for i in batch for t in prompts[i]])
-        forwarded += ids.numel()
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         logits = (_first_step if model.config.is_encoder_decoder else _at)(model, inputs, own - 1).float()
-        result[batch] = (logits[:, list(tokens)] - logits.logsumexp(-1, keepdim=True)).cpu().numpy()
-    return result, forwarded
+        yield batch, (logits[:, list(tokens)] - logits.logsumexp(-1, keepdim=True)).cpu().numpy(), ids.numel()
 
 
 def _at(model: PreTrainedModel, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:

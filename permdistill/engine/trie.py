@@ -17,8 +17,12 @@ Models for which this would not be exact are named by :func:`obstacle`; :mod:`pe
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,14 +30,24 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from permdistill.engine.attention import fast_attention
+from permdistill.engine.attention import (
+    BLOCKS,
+    FLEX_FROM,
+    PAST_FROM,
+    PRODUCTS,
+    block_mask,
+    dense_mask,
+    fast_attention,
+    flexible,
+    rounded,
+)
 from permdistill.engine.batches import next_token_log_probs as next_token_in_batches
 from permdistill.engine.batches import positions_change_at
 
 # Tokens a forward pass. On a CPU a matrix product of 256 rows is as fast as a larger one, and attention wastes less on
 # nodes that are no ancestors (measured on an AMD CPU: 13% faster than 512 on summaries, 6% on short questions). Intel's
 # matrix units (AMX) are three times as fast, so that fewer passes over the weights pay (up to 7%). A GPU wants more.
-MAX_TOKENS, MAX_TOKENS_AMX, MAX_TOKENS_GPU = 256, 512, 4096
+MAX_TOKENS, MAX_TOKENS_AMX, MAX_TOKENS_GPU = 256, 512, 8192
 
 
 @dataclass(frozen=True)
@@ -67,34 +81,34 @@ class Trie:
 
 def build(prompts: Sequence[Sequence[int]]) -> Trie:
     """Token ids of all prompts -> their trie. Raises ValueError on an empty prompt."""
-    if any(len(p) == 0 for p in prompts):
+    n, lengths = len(prompts), np.fromiter(map(len, prompts), np.int64, len(prompts))
+    if (lengths == 0).any():
         raise ValueError("an empty prompt has no last token to read label logits from")
-    # Prompts in lexicographic order are the trie's leaves in depth-first order.
-    tokens: list[int] = []
-    parent: list[int] = []
-    depth: list[int] = []
-    leaf = np.empty(len(prompts), dtype=np.int64)
-    path: list[int] = []  # nodes of the previous prompt
-    previous: Sequence[int] = ()
-    for index in sorted(range(len(prompts)), key=lambda i: list(prompts[i])):
-        prompt = prompts[index]
-        shared = 0
-        while shared < min(len(prompt), len(previous)) and prompt[shared] == previous[shared]:
-            shared += 1
-        del path[shared:]
-        for position in range(shared, len(prompt)):
-            parent.append(path[-1] if path else -1)
-            depth.append(position)
-            path.append(len(tokens))
-            tokens.append(prompt[position])
-        leaf[index], previous = path[-1], prompt
-    end = np.arange(1, len(tokens) + 1)
-    for node in range(len(tokens) - 1, -1, -1):
-        if parent[node] >= 0:
-            end[parent[node]] = max(end[parent[node]], end[node])
-    return Trie(
-        np.array(tokens, dtype=np.int64), np.array(parent, dtype=np.int64), np.array(depth, dtype=np.int64), end, leaf
-    )
+    column = np.arange(lengths.max(initial=0))
+    # A row is a prompt, 0 where it has ended. Big-endian bytes sort as the numbers do, and prompts in lexicographic order
+    # are the trie's leaves in depth-first order.
+    ids = np.zeros((n, len(column)), dtype=">u4")
+    ids[column < lengths[:, None]] = np.fromiter(chain.from_iterable(prompts), np.int64, lengths.sum()) + 1
+    rows = [row.tobytes() for row in ids]
+    order = np.array(sorted(range(n), key=rows.__getitem__), dtype=np.int64)
+    ids, lengths = ids[order].astype(np.int32), lengths[order]
+    # A prompt shares with the one before it what it shares with any of those before; a duplicate shares everything.
+    differs = ids[1:] != ids[:-1]
+    shared = np.zeros(n, dtype=np.int64)
+    shared[1:] = np.where(differs.any(1), differs.argmax(1) if len(column) else 0, len(column))
+    new = (column >= shared[:, None]) & (column < lengths[:, None])  # (prompt, depth): a node that it is the first to have
+    first = np.concatenate([[0], new.sum(1).cumsum()])  # of its new nodes
+    size, first = int(first[-1]), first[:-1]
+    node = np.maximum.accumulate(np.where(new, first[:, None] + column - shared[:, None], -1), axis=0)
+    parent, branches = np.arange(size) - 1, np.flatnonzero(new.any(1))
+    parent[first[branches]] = np.where(shared[branches] > 0, node[branches, shared[branches] - 1], -1)
+    # A subtree ends where a later prompt shares less than the node's depth.
+    stop = np.full((n + 1, len(column)), size)
+    stop[:-1] = np.where(shared[:, None] <= column, first[:, None], size)
+    end = np.minimum.accumulate(stop[::-1], axis=0)[-2::-1][new]
+    leaf = np.empty(n, dtype=np.int64)
+    leaf[order] = node[np.arange(n), lengths - 1]
+    return Trie((ids[new] - 1).astype(np.int64), parent, np.nonzero(new)[1], end, leaf)
 
 
 @dataclass(frozen=True)
@@ -111,11 +125,12 @@ class Step:
         return np.concatenate([self.past, np.arange(self.start, self.stop)])
 
 
-def plan(trie: Trie, max_tokens: int = MAX_TOKENS) -> Iterator[Step]:
-    """Cut the trie's depth-first sequence into as few even slices of at most ``max_tokens`` tokens as possible."""
+def plan(trie: Trie, max_tokens: int = MAX_TOKENS, even: bool = True) -> Iterator[Step]:
+    """Cut the trie's depth-first sequence into as few slices of at most ``max_tokens`` tokens as possible: even ones, or all
+    of ``max_tokens`` but the last."""
     n = -(-len(trie) // max_tokens)
     for i in range(n):
-        start, stop = len(trie) * i // n, len(trie) * (i + 1) // n
+        start, stop = (len(trie) * j // n if even else min(len(trie), max_tokens * j) for j in (i, i + 1))
         yield Step(start, stop, trie.above(start))
 
 
@@ -124,23 +139,40 @@ def attended(trie: Trie) -> int:
     return int((trie.depth + 1).sum())
 
 
-def _mask(trie: Trie, step: Step, model: PreTrainedModel) -> torch.Tensor:
-    """Additive attention mask (1, 1, query, key), keys in the order of ``step.held``: 0 for ancestors, else -inf."""
-    key = torch.from_numpy(step.held)[None, :]
-    end = torch.from_numpy(trie.end[step.held])[None, :]
-    query = torch.arange(step.start, step.stop)[:, None]
-    visible = (key <= query) & (query < end)
-    mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, -torch.inf)
-    return mask[None, None].to(model.device)
+def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on the device; a GPU goes on computing meanwhile."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _hold(cache: DynamicCache, places: np.ndarray) -> None:
+def _hold(cache: DynamicCache, places: torch.Tensor) -> None:
     """Keep these places of the cache, drop the others."""
     layer: Any  # a DynamicLayer, since the cache was made without a config
     for layer in cache.layers:
         if layer.is_initialized:
-            index = torch.from_numpy(places).to(layer.keys.device)
+            index = places.to(layer.keys.device)
             layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
+
+
+def _laid_out(step: Step, cache: DynamicCache, held: np.ndarray, size: int, blocks: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Drop from the cache what ``step`` does not need. ``held`` are the nodes of its places before. Returns those after the
+    pass, and the pass's own; for attention by blocks both are filled up with ``size``, which stands for no node."""
+    past, own = step.past, np.arange(step.start, step.stop)
+    if blocks:
+        past = np.append(past, np.full(rounded(len(past), PAST_FROM, 4) - len(past), size))
+        own = np.append(own, np.full(rounded(len(own), FLEX_FROM, 2) - len(own), size))
+    if len(held):
+        place = np.zeros(size + 1, dtype=np.int64)
+        place[held] = np.arange(len(held))
+        _hold(cache, torch.from_numpy(place[past]))
+    return np.concatenate([past, own]), own
+
+
+def tokens_a_pass(model: PreTrainedModel) -> int:
+    """Tokens of a forward pass that suit the model's machine."""
+    if model.device.type != "cpu":
+        return MAX_TOKENS_GPU
+    return MAX_TOKENS_AMX if torch.cpu._is_amx_tile_supported() else MAX_TOKENS
 
 
 @torch.inference_mode()
@@ -151,47 +183,71 @@ def next_token_log_probs(
 
     prompts     token ids, any lengths; the more they share, the cheaper
     tokens      ids of the label tokens
-    max_tokens  a forward pass, bounds the memory; None: what suits the machine (MAX_TOKENS and its siblings)
+    max_tokens  a forward pass, bounds the memory; None: what suits the machine (:func:`tokens_a_pass`)
     Returns ``log_probs`` (prompt, label), over the whole vocabulary, float32, and
     the number of tokens that went through the model. Raises ValueError for a model or prompt that :func:`obstacle` names.
     """
     if problem := obstacle(model, max(map(len, prompts), default=0)):
         raise ValueError(f"{problem}: use permdistill.engine.batches instead")
-    if max_tokens is None:
-        on_cpu = MAX_TOKENS_AMX if torch.cpu._is_amx_tile_supported() else MAX_TOKENS
-        max_tokens = on_cpu if model.device.type == "cpu" else MAX_TOKENS_GPU
-    with fast_attention(model):
-        return _forward(model, build(prompts), tokens, max_tokens)
+    return through(model, build(prompts), tokens, max_tokens or tokens_a_pass(model))
 
 
-def _forward(model: PreTrainedModel, trie: Trie, tokens: Sequence[int], max_tokens: int) -> tuple[np.ndarray, int]:
-    """:func:`next_token_log_probs` of a trie's leaves."""
-    prompts_of_leaf: dict[int, list[int]] = {}
-    for prompt, node in enumerate(trie.leaf):
-        prompts_of_leaf.setdefault(int(node), []).append(prompt)
-    leaves = np.array(sorted(prompts_of_leaf), dtype=np.int64)
-    result = np.empty((len(trie.leaf), len(tokens)), dtype=np.float32)
+def _read(places: np.ndarray, log_probs: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray, int]:
+    return places, log_probs.cpu().numpy(), n
+
+
+def through(
+    model: PreTrainedModel, trie: Trie, tokens: Sequence[int], max_tokens: int, blocks: bool | None = None
+) -> tuple[np.ndarray, int]:
+    """:func:`next_token_log_probs` of a trie that is built, and a model that has no :func:`obstacle`."""
+    result, forwarded = np.empty((len(trie.leaf), len(tokens)), dtype=np.float32), 0
+    for places, log_probs, n in forward(model, trie, tokens, max_tokens, blocks):
+        result[places] = log_probs
+        forwarded += n
+    return result, forwarded
+
+
+@torch.inference_mode()
+def forward(
+    model: PreTrainedModel, trie: Trie, tokens: Sequence[int], max_tokens: int, blocks: bool | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """:func:`next_token_log_probs` pass by pass: (places of the prompts that end in it, their log-probabilities, tokens
+    that it took). ``blocks``: attention by blocks (FlexAttention) or not; None: where it is known to be faster."""
+    if blocks is None:
+        blocks = max_tokens >= FLEX_FROM and flexible(model) and _BY_BLOCKS.get(model, False)
+    order = np.argsort(trie.leaf, kind="stable")  # prompts by the node at which they end
+    leaves, size = trie.leaf[order], len(trie)
+    ids, depth, end = (_sent(np.append(a, 0), model.device) for a in (trie.tokens, trie.depth, trie.end))
     # Without the model's config: no layer forgets what lies outside a window, the mask alone decides (see obstacle).
-    cache = DynamicCache()
-    held = np.empty(0, dtype=np.int64)
-    for step in plan(trie, max_tokens):
-        if len(held):
-            _hold(cache, np.searchsorted(held, step.past))  # held nodes are in ascending order
-        ends = leaves[(leaves >= step.start) & (leaves < step.stop)]
-        logits = model(
-            input_ids=torch.from_numpy(trie.tokens[None, step.start : step.stop]).to(model.device),
-            position_ids=torch.from_numpy(trie.depth[None, step.start : step.stop]).to(model.device),
-            attention_mask=_mask(trie, step, model),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=torch.from_numpy(ends - step.start) if len(ends) else 1,  # on the CPU: see machine.placed
-        ).logits[0]
-        held = step.held
-        if len(ends):
-            log_probs = (logits.float()[:, list(tokens)] - logits.float().logsumexp(-1, keepdim=True)).cpu().numpy()
-            for row, node in enumerate(ends):
-                result[prompts_of_leaf[int(node)]] = log_probs[row]
-    return result, len(trie)
+    cache, held = DynamicCache(), np.empty(0, dtype=np.int64)
+    wanted, waiting = torch.tensor(list(tokens), device=model.device), deque[tuple[np.ndarray, torch.Tensor, int]]()
+    for step in plan(trie, max_tokens, even=not blocks):
+        held, query = _laid_out(step, cache, held, size, blocks)
+        key, nodes, asking = (_sent(a, model.device) for a in (held, query, np.minimum(query, step.stop - 1)))
+        lowest, highest = np.searchsorted(leaves, [step.start, step.stop])
+        ends, row = np.unique(leaves[lowest:highest], return_inverse=True)
+        places = torch.from_numpy(ends - step.start) if len(ends) else 1  # on the CPU: see placement.spread
+        with fast_attention(model, blocks):
+            logits = (
+                model(
+                    input_ids=ids[nodes][None],
+                    position_ids=depth[nodes][None],
+                    attention_mask=block_mask(key, end[key], asking)
+                    if blocks
+                    else dense_mask(key, end[key], asking, model.dtype),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=places,
+                )
+                .logits[0]
+                .float()
+            )
+        log_probs = logits[:, wanted.to(logits.device)] - logits.logsumexp(-1, keepdim=True)
+        waiting.append((order[lowest:highest], log_probs[torch.from_numpy(row)], step.stop - step.start))
+        if model.device.type == "cpu" or len(waiting) > 1:  # a GPU gets its next pass before the last one is read
+            yield _read(*waiting.popleft())
+    for last in waiting:
+        yield _read(*last)
 
 
 def obstacle(model: PreTrainedModel, longest: int = 0) -> str | None:
@@ -204,7 +260,7 @@ def obstacle(model: PreTrainedModel, longest: int = 0) -> str | None:
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         return f"{model.config.model_type} is an encoder-decoder: its encoder sees what follows"
-    if (implementation := config._attn_implementation) not in ("sdpa", "eager"):
+    if (implementation := config._attn_implementation) not in ("sdpa", "eager", PRODUCTS, BLOCKS):  # ours while a pass runs
         return f"attention is {implementation!r}, which takes no mask of our own: load with attn_implementation='sdpa'"
     if "local" in getattr(config, "attention_layers", ()):
         return f"{config.model_type} has local attention by places in the cache"
@@ -222,6 +278,17 @@ def obstacle(model: PreTrainedModel, longest: int = 0) -> str | None:
 
 
 _TRIED: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+_BY_BLOCKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # whether that is exact, too
+
+
+@contextmanager
+def without_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Attention with whole masks inside a ``with`` block, for measurements."""
+    before = _BY_BLOCKS.pop(model, False)
+    try:
+        yield
+    finally:
+        _BY_BLOCKS[model] = before
 
 
 @torch.inference_mode()
@@ -243,12 +310,21 @@ def _tried(model: PreTrainedModel, longest: int) -> str | None:
     every = range(vocabulary)
     alone, batched = (p(next_token_in_batches(model, prompts, every, n)[0]) for n in (1, 10**6))
     try:
-        with fast_attention(model):
-            packed = p(_forward(model, build(prompts), every, max_tokens=64)[0])
+        packed = p(through(model, build(prompts), every, max_tokens=64, blocks=False)[0])
     except Exception as error:  # whatever foreign code raises at a mask or a cache that it does not know
         return f"{name} does not take positions, mask and cache of our own ({type(error).__name__}: {error})"
     # Rounding depends on the shape of a batch; that is how much two right answers may differ.
     rounding, apart = (float(np.abs(q - alone).sum(-1).max()) / 2 for q in (batched, packed))
     if not apart <= 4 * rounding + 1e-3:
         return f"{name} gives other probabilities in a trie than alone (total variation {apart:.3g} on a trial)"
+    if flexible(model):
+        try:
+            apart = (
+                float(np.abs(p(through(model, build(prompts), every, max_tokens=64, blocks=True)[0]) - alone).sum(-1).max())
+                / 2
+            )
+        except Exception as error:  # whatever a compiler or a kernel raises
+            warnings.warn(f"attention by blocks does not work here, masks are whole ({error})", stacklevel=2)
+            apart = np.inf
+        _BY_BLOCKS[model] = apart <= 4 * rounding + 1e-3
     return None

@@ -1,21 +1,25 @@
-"""What sharing prefixes is worth: four ways to score all orders, the same questions and probabilities, one after the other.
+"""What sharing prefixes is worth: ways to score all orders, the same questions and probabilities, one after the other.
 
     python -m permdistill.paper.bench --output figures/bench.json          (`make bench`)
+    python -m permdistill.paper.bench --quick                              two minutes of a GPU, once weights are loaded
 
-Arms, each given the same groups of prompts:
+Arms (:mod:`permdistill.paper.arms`), each given the same groups of prompts:
 
     padded         one padded batch for each question
     sorted         the prompts of all questions sorted by length, in batches, as evaluation harnesses do
     cached prefix  what all prompts of a group begin with is computed once; padded batches of the rest use its keys, values
-    trie           :mod:`permdistill.engine.trie`
+    trie           a trie for each group (:mod:`permdistill.engine.trie`)
+    forest         many groups a pass (:mod:`permdistill.engine.forest`), what scoring does
     one order      not a rival: each question in one order, nothing shared, to say what *all* orders cost more
 
-Serving engines with a radix cache share more than the third arm; they need a GPU and are not compared here.
+On a GPU also the forest without attention by blocks. Serving engines with a radix cache share more than the third arm:
+`vllm serve MODEL --enable-prefix-caching` and `python -m sglang.launch_server --model-path MODEL` answer `permdistill ask`;
+no figures of them are shown here.
 
 All arms use the same packed weights and compute logits of last tokens only. Workloads are groups of questions with real
 texts: short questions, the same behind a passage of 350-400 tokens, all pairs of a SummEval document's summaries on four
-attributes. On the last the rivals would take hours: they get a sample of the questions, evenly spaced by length, and what
-they pay once for the whole document counts in proportion.
+attributes, and 16 questions (64 on a GPU) at a time of some sets. Where rivals would take hours, they get a sample of the
+questions, evenly spaced by length, and what they pay once for the whole document counts in proportion.
 """
 
 from __future__ import annotations
@@ -24,11 +28,10 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,13 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from permdistill.engine import batches, trie
+from permdistill.engine import attention, batches, trie
 from permdistill.engine.placement import PackedLinear, PeakMemory, matmul_peak, synchronise
-from permdistill.files import replacing
-from permdistill.orders import all_orders
+from permdistill.orders import all_orders, to_options
+from permdistill.paper import hub
+from permdistill.paper.arms import ARMS, GPU_ARMS, Groups, Work, counted, flops, layers_speed, one_order, sample, shared_trie
 from permdistill.paper.paths import committed
 from permdistill.paper.readers import ATTRIBUTES, summary_pairs, summeval_file
 from permdistill.paper.tasks import SEED, load_task
@@ -50,12 +53,19 @@ from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question, unlabelled
 from permdistill.teachers import CausalTeacher, load_teacher
 
+__all__ = ["ARMS", "Groups", "Work", "flops", "one_order", "shared_trie"]  # of arms, for who counts costs
+
 MODELS = (("qwen2.5-coder-1.5b", torch.bfloat16), ("smollm2-135m", torch.float32))
 WORKLOADS = ("short questions", "passages", "summaries")
 RIVALS = ("padded", "sorted", "cached prefix")
 PASSAGE_TOKENS = (350, 400)
 QUESTIONS_A_ROUND = {"short questions": 3, "passages": 2}
-SAMPLE = {"padded": 6, "sorted": 6, "cached prefix": 24, "one order": 6}  # questions of a document; the trie gets all
+SETS = {"PIQA": "piqa", "SocialIQA": "socialiqa", "ARC-Easy": "arc_easy", "OpenBookQA": "openbookqa", "RACE": "race_middle"}
+QUESTIONS_OF_A_SET, QUESTIONS_OF_A_SET_GPU = 16, 64
+SAMPLE = {"padded": 6, "sorted": 6, "cached prefix": 24, "one order": 6}  # questions of a round; trie and forest get all
+QUICK_ARMS = ("sorted", "trie", "forest", *GPU_ARMS)
+SECONDS = 80.0  # after which --quick begins nothing else
+QUICK = ("ARC-Easy", "RACE", "PIQA", "SocialIQA", "summaries")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -64,7 +74,9 @@ SAMPLE = {"padded": 6, "sorted": 6, "cached prefix": 24, "one order": 6}  # ques
 
 def rounds(name: str, teacher: CausalTeacher, n: int) -> list[list[list[Question]]]:
     """``n`` rounds of groups of questions that belong together: three short questions each a group of its own, two
-    questions behind a passage, or all pairs and attributes of one document."""
+    questions behind a passage, all pairs and attributes of one document, or a set's questions by their context."""
+    if name in SETS:
+        return _rounds_of_a_set(SETS[name], n, QUESTIONS_OF_A_SET if on_cpu(teacher) else QUESTIONS_OF_A_SET_GPU)
     if name == "summaries":
         documents = summary_pairs(summeval_file(), 16, SEED, ATTRIBUTES)
         return [[unlabelled(questions)] for questions in list(documents.values())[:n]]
@@ -75,6 +87,26 @@ def rounds(name: str, teacher: CausalTeacher, n: int) -> list[list[list[Question
         passages = [p for p in (_passage(article, teacher) for article in articles) if p]
         questions = [Question(q.id, p, q.question, q.options) for q, p in zip(questions, passages, strict=False)]
     return [[[q] for q in questions[i : i + each]] for i in range(0, len(questions), each)]
+
+
+def _rounds_of_a_set(task: str, n: int, each: int) -> list[list[list[Question]]]:
+    questions = unlabelled(load_task(task, "test").questions[: n * each])
+    result = []
+    for start in range(0, len(questions), each):
+        groups: dict[str, list[Question]] = {}
+        for question in questions[start : start + each]:
+            groups.setdefault(question.context or question.id, []).append(question)
+        result.append(list(groups.values()))
+    return result
+
+
+def on_cpu(teacher: CausalTeacher) -> bool:
+    return teacher.model.device.type == "cpu"
+
+
+def available(workload: str) -> bool:
+    """Whether a workload's questions are here: RACE is not packaged, and comes from a folder that stands for the hub."""
+    return workload != "RACE" or hub.LOCAL in os.environ
 
 
 def _passage(article: str, teacher: CausalTeacher) -> str | None:
@@ -89,157 +121,14 @@ def _passage(article: str, teacher: CausalTeacher) -> str | None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Arms
-
-Groups = Sequence[Sequence[Sequence[list[int]]]]  # token ids of prompts: (group, question, order)
-
-
-@dataclass
-class Work:
-    """What an arm did: log-probabilities (prompt, label), and how much went through the model.
-
-    tokens  that went through the model, padding included
-    pairs   (token, token it attends to)
-    rows    places that went through the output layer
-    once    (seconds, tokens, pairs) of it that the groups take once, however many of their questions are scored
-    """
-
-    log_probs: np.ndarray
-    tokens: int
-    pairs: int
-    rows: int
-    once: tuple[float, int, int] = (0.0, 0, 0)
-
-    def __add__(self, other: Work) -> Work:
-        once = (self.once[0] + other.once[0], self.once[1] + other.once[1], self.once[2] + other.once[2])
-        log_probs = np.concatenate([self.log_probs, other.log_probs])
-        return Work(log_probs, self.tokens + other.tokens, self.pairs + other.pairs, self.rows + other.rows, once)
-
-
-def _causal(lengths: np.ndarray) -> int:
-    """Pairs (token, token it attends to) of sequences of these lengths."""
-    return int((lengths * (lengths + 1) // 2).sum())
-
-
-def _in_batches(model: PreTrainedModel, prompts: Sequence[list[int]], labels: Sequence[int], max_tokens: int) -> Work:
-    log_probs, tokens = batches.next_token_log_probs(model, prompts, labels, max_tokens)
-    lengths = np.array([len(p) for p in prompts])
-    passed = [np.full(len(b), lengths[b[0]]) for b in batches.by_length(lengths, max_tokens)]
-    return Work(log_probs, tokens, _causal(np.concatenate(passed)), len(prompts))
-
-
-def padded(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
-    """One batch for each question."""
-    return reduce(add, [_in_batches(model, own, labels, 10**9) for group in groups for own in group])
-
-
-def length_sorted(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
-    """Batches of all prompts by length."""
-    return _in_batches(model, [p for group in groups for own in group for p in own], labels, batches.MAX_TOKENS)
-
-
-def cached_prefix(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
-    """The common beginning of each group's prompts once, the rest in padded batches by length."""
-    return reduce(add, [_cached_prefix(model, [p for own in group for p in own], labels) for group in groups])
-
-
-@torch.inference_mode()
-def _cached_prefix(model: PreTrainedModel, prompts: Sequence[list[int]], labels: Sequence[int]) -> Work:
-    first, last = min(prompts), max(prompts)
-    same = [a == b for a, b in zip(first, last, strict=False)]
-    shared = min(same.index(False) if False in same else len(same), min(map(len, prompts)) - 1)
-    started, prefix, device = time.perf_counter(), DynamicCache(), model.device
-    model(torch.tensor([first[:shared]], device=device), past_key_values=prefix, use_cache=True, logits_to_keep=1)
-    synchronise(device)
-    once = (time.perf_counter() - started, shared, _causal(np.array([shared])))
-    lengths = np.array([len(p) - shared for p in prompts])
-    result = np.empty((len(prompts), len(labels)), dtype=np.float32)
-    tokens, pairs = once[1:]
-    for batch in batches.by_length(lengths, batches.MAX_TOKENS):
-        own = torch.from_numpy(lengths[batch])
-        inside = torch.arange(int(own.max())) < own[:, None]
-        ids = torch.zeros(inside.shape, dtype=torch.long)
-        ids[inside] = torch.tensor([t for i in batch for t in prompts[i][shared:]])
-        cache = DynamicCache()
-        layer: Any
-        for number, layer in enumerate(prefix.layers):
-            cache.update(layer.keys.expand(len(batch), -1, -1, -1), layer.values.expand(len(batch), -1, -1, -1), number)
-        mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), inside], dim=1).long()
-        last_places = (own - 1)[:, None].to(device)
-        output = model(
-            ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, logits_to_keep=last_places
-        )
-        logits = output.logits[:, 0].float()
-        result[batch] = (logits[:, list(labels)] - logits.logsumexp(-1, keepdim=True)).cpu().numpy()
-        tokens += ids.numel()
-        pairs += ids.numel() * shared + _causal(np.full(len(batch), ids.shape[1]))
-    return Work(result, tokens, pairs, len(prompts), once)
-
-
-def shared_trie(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
-    """Each group's trie."""
-    parts = []
-    for group in groups:
-        prompts = [p for own in group for p in own]
-        log_probs, tokens = trie.next_token_log_probs(model, prompts, labels)
-        built = trie.build(prompts)  # a second time, to count
-        parts.append(Work(log_probs, tokens, trie.attended(built), len(set(built.leaf.tolist()))))
-    return reduce(add, parts)
-
-
-def one_order(model: PreTrainedModel, groups: Groups, labels: Sequence[int]) -> Work:
-    """The first order of each question, one at a time."""
-    return reduce(add, [_in_batches(model, own[:1], labels, 1) for group in groups for own in group])
-
-
-ARMS: dict[str, Callable[[PreTrainedModel, Groups, Sequence[int]], Work]] = {
-    "padded": padded,
-    "sorted": length_sorted,
-    "cached prefix": cached_prefix,
-    "trie": shared_trie,
-    "one order": one_order,
-}
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Measurement
-
-
-def flops(model: PreTrainedModel, work: Work) -> int:
-    """Floating-point operations by formula: 2 per weight and token in linear layers, 4 x heads x head size per layer and
-    attended pair (scores, and values weighted by them), 2 per weight of the output layer and row that it computes."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    kinds = (torch.nn.Linear, PackedLinear, Conv1D)
-    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, kinds) and m is not head)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * size
-    return 2 * linears * work.tokens + attention * work.pairs + 2 * head.weight.numel() * work.rows
-
-
-@torch.inference_mode()
-def layers_speed(model: PreTrainedModel, rows: int = 512, passes: int = 3) -> float:
-    """FLOP/s of the model's linear layers alone, one after the other, on ``rows`` tokens: the most that any engine built
-    of these products can reach. Below the machine's peak where layers are narrow or their weights come from memory."""
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, (torch.nn.Linear, PackedLinear)) and m is not model.get_output_embeddings()
-    ]
-    inputs = {m.weight.shape[1]: torch.randn(1, rows, m.weight.shape[1]).to(m.weight.device, model.dtype) for m in layers}
-    seconds = []
-    for _ in range(passes):
-        started = time.perf_counter()
-        for layer in layers:
-            layer(inputs[layer.weight.shape[1]])
-        synchronise(model.device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * rows * sum(m.weight.numel() for m in layers) / min(seconds)
 
 
 @dataclass(frozen=True)
 class Row:
     """One arm in one round of one workload. ``apart``: total variation from the trie's probabilities. Of a sample of a
-    group, what the group takes once counts in proportion, in seconds, tokens and flops."""
+    group, what the group takes once counts in proportion, in seconds, tokens and flops. ``host_seconds``: of prompts, token
+    ids and tries of all questions, on one thread; while an arm of forests runs, another thread does that."""
 
     model: str
     dtype: str
@@ -254,59 +143,72 @@ class Row:
     peak_bytes: int
     apart_mean: float
     apart_max: float
+    host_seconds: float = float("nan")
 
 
-def measure(teacher: CausalTeacher, workload: str, n: int, peak: float) -> list[Row]:
+def measure(
+    teacher: CausalTeacher, workload: str, n: int, peak: float, chosen_arms: Sequence[str] = (*ARMS, *GPU_ARMS)
+) -> list[Row]:
     """Every arm in every one of ``n`` rounds of a workload; the arms take turns, in each round another one first."""
     template = TEMPLATES["summaries" if workload == "summaries" else "letters"]
+    ways = {name: run for name, run in ARMS.items() if name in chosen_arms}
+    ways |= {name: run for name, run in GPU_ARMS.items() if name in chosen_arms and attention.flexible(teacher.model)}
     rows: list[Row] = []
     for number, chosen in enumerate(tqdm(rounds(workload, teacher, n), desc=f"{teacher.name}, {workload}", unit="round")):
         orders = all_orders(len(chosen[0][0].options))
         labels = teacher.label_tokens(orders.shape[1], template)
-        # Outside the clock: the same for all arms.
+        started = time.perf_counter()
         prompts = [[teacher.tokenize([q], orders, template) for q in group] for group in chosen]
+        trie.build([p for group in prompts for own in group for p in own])
+        host = time.perf_counter() - started  # outside the arms' clock: much the same for all of them
         if number == 0:  # what is done once in a process belongs to no arm
-            for warm_up in ARMS.values():
-                warm_up(teacher.model, [prompts[0][:1]], labels)
+            for warm_up in ways.values():
+                warm_up(teacher.model, [prompts[0][:1]] if on_cpu(teacher) else prompts, labels)
         found: dict[str, np.ndarray] = {}  # probabilities (question, order, label)
         done: list[Row] = []
-        arms = list(ARMS)
+        arms = list(ways)
         for arm in arms[number % len(arms) :] + arms[: number % len(arms)]:
-            places = [_sample(group, SAMPLE.get(arm)) for group in prompts]
-            part = sum(map(len, places)) / sum(map(len, prompts))
-            given = [[group[i] for i in own] for group, own in zip(prompts, places, strict=True)]
-            with PeakMemory(teacher.model.device) as memory:
-                started = time.perf_counter()
-                work = ARMS[arm](teacher.model, given, labels)
-                synchronise(teacher.model.device)
-                seconds = time.perf_counter() - started
-            values = np.exp(work.log_probs.astype(np.float64)).reshape(sum(map(len, places)), -1, len(labels))
-            found[arm] = np.full((sum(map(len, prompts)), len(orders), len(labels)), np.nan)
-            starts = np.cumsum([0, *map(len, prompts[:-1])])
-            flat = np.concatenate([start + np.array(own) for start, own in zip(starts, places, strict=True)])
-            found[arm][flat, : values.shape[1]] = values / values.sum(-1, keepdims=True)
-            seconds, tokens, pairs = (
-                whole - (1 - part) * once for whole, once in zip((seconds, work.tokens, work.pairs), work.once, strict=True)
-            )
-            operations = flops(teacher.model, replace(work, tokens=round(tokens), pairs=round(pairs)))
-            done.append(
-                Row(
-                    teacher.name, str(teacher.model.dtype).removeprefix("torch."), workload, number, arm, len(flat), seconds,
-                    round(tokens), operations, operations / seconds / peak, memory.bytes, 0.0, 0.0,
-                )
-            )  # fmt: skip
+            row, found[arm] = _one(teacher, ways[arm], prompts, sample(prompts, SAMPLE.get(arm)), labels, peak)
+            done.append(replace(row, workload=workload, round=number, arm=arm, host_seconds=host))
         for row in done:
             apart = np.abs(found[row.arm] - found["trie"]).sum(-1) / 2
             rows.append(replace(row, apart_mean=float(np.nanmean(apart)), apart_max=float(np.nanmax(apart))))
     return rows
 
 
-def _sample(group: Sequence[Sequence[list[int]]], n: int | None) -> list[int]:
-    """Places of ``n`` questions of a group, evenly spaced by length; None: of all."""
-    if n is None or n >= len(group):
-        return list(range(len(group)))
-    by_length = np.argsort([len(own[0]) for own in group], kind="stable")
-    return by_length[((np.arange(n) + 0.5) * len(group) / n).astype(int)].tolist()
+def _one(
+    teacher: CausalTeacher,
+    run: Callable[[PreTrainedModel, Groups, Sequence[int]], Work],
+    prompts: Groups,
+    places: Sequence[Sequence[int]],
+    labels: Sequence[int],
+    peak: float,
+) -> tuple[Row, np.ndarray]:
+    """One arm once, on the questions at ``places`` of each group: what it took, and probabilities (question, order, label),
+    nan for what it did not get."""
+    used = [(group, own) for group, own in zip(prompts, places, strict=True) if own]
+    part = sum(len(own) for _, own in used) / sum(len(group) for group, _ in used)
+    given = [[group[i] for i in own] for group, own in used]
+    with PeakMemory(teacher.model.device) as memory:
+        started = time.perf_counter()
+        work = run(teacher.model, given, labels)
+        synchronise(teacher.model.device)
+        seconds = time.perf_counter() - started
+    work = counted(work, given)
+    starts = np.cumsum([0, *map(len, prompts[:-1])])
+    flat = np.concatenate([start + np.array(own, dtype=int) for start, own in zip(starts, places, strict=True)])
+    values = np.exp(work.log_probs.astype(np.float64)).reshape(len(flat), -1, len(labels))
+    found = np.full((sum(map(len, prompts)), len(prompts[0][0]), len(labels)), np.nan)
+    found[flat, : values.shape[1]] = values / values.sum(-1, keepdims=True)
+    seconds, tokens, pairs = (
+        whole - (1 - part) * once for whole, once in zip((seconds, work.tokens, work.pairs), work.once, strict=True)
+    )
+    operations = flops(teacher.model, replace(work, tokens=round(tokens), pairs=round(pairs)))
+    row = Row(
+        teacher.name, str(teacher.model.dtype).removeprefix("torch."), "", 0, "", len(flat), seconds,
+        round(tokens), operations, operations / seconds / peak, memory.bytes, 0.0, 0.0,
+    )  # fmt: skip
+    return row, found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -314,22 +216,27 @@ def _sample(group: Sequence[Sequence[list[int]]], n: int | None) -> list[int]:
 
 
 def exactness(teacher: CausalTeacher, n: int, orders_each: int = 2) -> dict[str, Any]:
-    """The trie over all orders against one prompt at a time, on a sample of orders of ``n`` short questions.
+    """All orders in forests against one prompt at a time, on a sample of orders of ``n`` short questions of several K.
 
     Differences of the probabilities of options, and the share of decisions that change.
     """
     rng = np.random.default_rng(SEED)
-    apart, changed = [], []
-    names = ("arc_easy", "arc_challenge", "openbookqa")
+    names, template = ("arc_easy", "piqa", "openbookqa", "socialiqa", "arc_challenge"), TEMPLATES["letters"]
     questions = [q for name in names for q in unlabelled(load_task(name, "test").questions[: -(-n // len(names))])][:n]
-    for question in tqdm(questions, desc=f"{teacher.name}, exactness", unit="question"):
-        prompts = teacher.tokenize([question], all_orders(len(question.options)), TEMPLATES["letters"])
-        labels = teacher.label_tokens(len(question.options), TEMPLATES["letters"])
-        packed, _ = trie.next_token_log_probs(teacher.model, prompts, labels)
-        for place in rng.choice(len(prompts), size=orders_each, replace=False):
-            alone, _ = batches.next_token_log_probs(teacher.model, [prompts[place]], labels)
-            a, b = (np.exp(x.astype(np.float64)) for x in (alone[0], packed[place]))
-            apart.append(np.abs(a / a.sum() - b / b.sum()))
+    questions = [questions[i] for i in rng.permutation(n)]  # of several K in a pass
+    packed = dict(pair for done in teacher.stream([[question] for question in questions], template) for pair in done)
+    apart, changed = [], []
+    for number, question in enumerate(tqdm(questions, desc=f"{teacher.name}, exactness", unit="question")):
+        orders = all_orders(len(question.options))
+        labels = teacher.label_tokens(len(question.options), template)
+        for place in rng.choice(len(orders), size=min(orders_each, len(orders)), replace=False):
+            [prompt] = teacher.tokenize([question], orders[[place]], template)
+            alone, _ = batches.next_token_log_probs(teacher.model, [prompt], labels)
+            a, b = (
+                np.exp(to_options(alone, orders[[place]])[0].astype(np.float64)),
+                np.exp(packed[number][place].astype(np.float64)),
+            )
+            apart.append(np.abs(a / a.sum() - b / b.sum()).max())
             changed.append(a.argmax() != b.argmax())
     return {
         "model": teacher.name,
@@ -369,8 +276,13 @@ def breakdown(teacher: CausalTeacher, workload: str) -> dict[str, float]:
     return {kind: value / sum(seconds.values()) for kind, value in seconds.items()}
 
 
-def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: int, path: Path) -> dict[str, Any]:
+def run(
+    models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: int, path: Path, quick: float | None = None
+) -> dict[str, Any]:
     """The whole benchmark. Returns what the JSON file ``path`` holds: machine, peaks, times by kind, exactness, rows.
+
+    n      rounds of each workload
+    quick  seconds after which no other workload is begun; then there are few arms, and no times by kind
 
     What is finished is on disk before the next part starts, and is not measured again on the same machine: a killed run
     goes on where it was. To measure anew, delete the file.
@@ -380,31 +292,51 @@ def run(models: Sequence[tuple[str, torch.dtype]], n: dict[str, int], n_exact: i
         result = earlier
     for name in ("peak_flops", "layers_flops", "time", "exactness", "rows"):
         result.setdefault(name, {} if name in ("peak_flops", "layers_flops", "time") else [])
-
-    def save() -> None:
-        with replacing(path) as part:
-            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
     for name, dtype in models:
-        key = f"{name} {str(dtype).removeprefix('torch.')}"
         teacher = load_teacher(name, dtype)
-        measured = {row["workload"] for row in result["rows"] if f"{row['model']} {row['dtype']}" == key}
-        for workload in WORKLOADS:
-            if workload not in measured:
-                peak = matmul_peak(teacher.model.device, dtype)
-                result["rows"] += [asdict(row) for row in measure(teacher, workload, n[workload], peak)]
-                # The machine's clock may move during the run: the peak before and after it.
-                result["peak_flops"].setdefault(key, []).extend([peak, matmul_peak(teacher.model.device, dtype)])
-                save()
-        if key not in result["time"]:
-            result["layers_flops"][key] = layers_speed(teacher.model)
-            result["time"][key] = {workload: breakdown(teacher, workload) for workload in WORKLOADS}
-            save()
-        if key not in {f"{row['model']} {row['dtype']}" for row in result["exactness"]}:
-            result["exactness"].append(exactness(teacher, n_exact))
-            save()
+        _measure_all(teacher, dtype, n, result, path, quick)
+        if quick is None:
+            _look_closer(teacher, f"{name} {str(dtype).removeprefix('torch.')}", n, n_exact, result, path)
         del teacher
     return result
+
+
+def _save(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _measure_all(
+    teacher: CausalTeacher, dtype: torch.dtype, n: dict[str, int], result: dict[str, Any], path: Path, quick: float | None
+) -> None:
+    key = f"{teacher.name} {str(dtype).removeprefix('torch.')}"
+    measured = {row["workload"] for row in result["rows"] if f"{row['model']} {row['dtype']}" == key}
+    started = time.perf_counter()
+    for workload in n:
+        late = quick is not None and time.perf_counter() - started > quick
+        if workload in measured or not n[workload] or not available(workload) or late:
+            continue
+        peak = matmul_peak(teacher.model.device, dtype)
+        arms = {} if quick is None else {"chosen_arms": QUICK_ARMS}
+        result["rows"] += [asdict(row) for row in measure(teacher, workload, n[workload], peak, **arms)]
+        # The machine's clock may move during the run: the peak before and after it.
+        result["peak_flops"].setdefault(key, []).extend([peak, matmul_peak(teacher.model.device, dtype)])
+        _save(result, path)
+
+
+def _look_closer(
+    teacher: CausalTeacher, key: str, n: dict[str, int], n_exact: int, result: dict[str, Any], path: Path
+) -> None:
+    """Times by kind and exactness."""
+    if key not in result["time"]:
+        result["layers_flops"][key] = layers_speed(teacher.model)
+        result["time"][key] = {workload: breakdown(teacher, workload) for workload in WORKLOADS if workload in n}
+        _save(result, path)
+    if key not in {f"{row['model']} {row['dtype']}" for row in result["exactness"]}:
+        result["exactness"].append(exactness(teacher, n_exact))
+        _save(result, path)
 
 
 def machine() -> dict[str, Any]:
@@ -437,13 +369,15 @@ def table(result: dict[str, Any]) -> pd.DataFrame:
     frame["each"] = frame.seconds / frame.questions
     rows = []
     for (model, dtype, workload), part in frame.groupby(["model", "dtype", "workload"], sort=False):
+        whole = part.questions.max()  # what the host prepares is that of all questions of a round
         each = part.pivot(index="round", columns="arm", values="each")
-        for arm in ARMS:
+        for arm in [arm for arm in (*ARMS, *GPU_ARMS) if arm in each]:
             own, ratio = part[part.arm == arm], each[arm] / each["trie"]
             row = {"model": model, "dtype": dtype, "workload": workload, "arm": arm, "rounds": len(own)}
             row |= {"questions_per_s": 1 / own.each.median(), "tokens": (own.tokens / own.questions).median()}
             row |= {"gflop": (own.flops / own.questions).median() / 1e9, "share": own.share_of_peak.median()}
             row |= {"peak_mb": own.peak_bytes.max() / 1e6, "tv_max": own.apart_max.max()}
+            row |= {"host_ms": 1000 * (own.host_seconds / whole).median()} if "host_seconds" in own else {}
             row |= {"ratio": ratio.median(), "ratio_low": ratio.min(), "ratio_high": ratio.max()}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -452,7 +386,7 @@ def table(result: dict[str, Any]) -> pd.DataFrame:
 def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     """:func:`table` for people."""
     span = [f"{r:.2f} [{a:.2f}, {b:.2f}]" for r, a, b in zip(frame.ratio, frame.ratio_low, frame.ratio_high, strict=True)]
-    return pd.DataFrame(
+    result = pd.DataFrame(
         {
             "model": [f"{m}, {d}" for m, d in zip(frame.model, frame["dtype"], strict=True)],
             "workload": frame.workload,
@@ -465,6 +399,8 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
             "time / the trie's": span,
         }
     )
+    # Figures of before have none of it.
+    return result.assign(**{"host, ms a question": frame.host_ms.round(2)}) if "host_ms" in frame else result
 
 
 def limits(result: dict[str, Any]) -> pd.DataFrame:
@@ -504,14 +440,23 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=3, help="rounds of three short questions")
     parser.add_argument("--passages", type=int, default=3, help="rounds of two questions behind a passage")
     parser.add_argument("--documents", type=int, default=3, help="rounds of a document, 16 systems x 4 attributes")
+    parser.add_argument("--sets", type=int, default=2, help=f"rounds of questions of {', '.join(SETS)}")
     parser.add_argument("--exact", type=int, default=40, help="questions compared with one prompt at a time")
+    parser.add_argument(
+        "--quick", action="store_true", help="few arms, two minutes of a GPU; of --models the first one only"
+    )
     args = parser.parse_args()
-    n = dict(zip(WORKLOADS, (args.short, args.passages, args.documents), strict=True))
+    n = dict(zip(WORKLOADS, (args.short, args.passages, args.documents), strict=True)) | dict.fromkeys(SETS, args.sets)
     known = dict(MODELS)
     models = [(name, known.get(name, torch.bfloat16)) for name in args.models]
-    result = run(models, n, args.exact, args.output)
+    if args.quick:
+        models, n = models[:1], {name: 1 if name == "summaries" else args.sets for name in QUICK}
+    result = run(models, n, args.exact, args.output, SECONDS if args.quick else None)
+    if not result["rows"]:
+        sys.exit("nothing was measured: there was no time for it")
     print(pretty(table(result)).to_string(index=False))
-    print(agreement(result).to_string(index=False, float_format="%.2g"))
+    if result["exactness"]:
+        print(agreement(result).to_string(index=False, float_format="%.2g"))
 
 
 if __name__ == "__main__":
