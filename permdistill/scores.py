@@ -95,8 +95,11 @@ class Store:
                             raise
 
     def _list(self) -> list[tuple]:
-        names = (name for name in os.listdir(self.folder) if _OWN.fullmatch(name)) if self.folder.exists() else ()
-        return [mark for name in sorted(names) if (mark := _mark(self.folder / name))]
+        try:
+            with os.scandir(self.folder) as entries:
+                return sorted(filter(None, (_mark(entry) for entry in entries if _OWN.fullmatch(entry.name))))
+        except FileNotFoundError:
+            return []
 
     def _enter(self, mark: tuple, rows: Iterable[tuple[str, Row]]) -> None:
         keys = []
@@ -177,7 +180,7 @@ def _shard() -> str:
     return f"part-{time.time_ns()}-{uuid.uuid4().hex[:8]}.parquet"
 
 
-def _mark(path: Path) -> tuple:
+def _mark(path: Path | os.DirEntry) -> tuple:
     """What tells a file from another one of the same name; () when it is gone."""
     try:
         found = path.stat()

@@ -88,7 +88,8 @@ def test_revision_that_is_a_name_is_resolved_once_and_recorded(online, tmp_path)
     assert recorded["ehovy/race"] == tiny_hub.REPOS["ehovy/race"].revision
     (tmp_path / "build").mkdir()
     assert json.loads(manifest.write(tmp_path / "build").read_text())["revisions"] == recorded
-    assert sources.find("somebody/else").arguments == {"pretrained_model_name_or_path": "somebody/else"}
+    theirs = {"pretrained_model_name_or_path": "somebody/else", "trust_remote_code": False}
+    assert sources.find("somebody/else").arguments == theirs
 
 
 def test_hub_that_does_not_answer_is_an_error_with_its_fix(online):
