@@ -89,7 +89,8 @@ def _forests(
         if units and (size + sum(lengths) > limit or own != packed):
             yield units, _tree(units, packed)
             units, size = [], 0
-        units, size, packed = [*units, *group], size + sum(lengths), own
+        units.extend(group)
+        size, packed = size + sum(lengths), own
     if units:
         yield units, _tree(units, packed)
 

@@ -192,8 +192,8 @@ def next_token_log_probs(
     return through(model, build(prompts), tokens, max_tokens or tokens_a_pass(model))
 
 
-def _read(places: np.ndarray, log_probs: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray, int]:
-    return places, log_probs.cpu().numpy(), n
+def _read(places: np.ndarray, row: np.ndarray, log_probs: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray, int]:
+    return places, log_probs.cpu().numpy()[row], n
 
 
 def through(
@@ -220,30 +220,28 @@ def forward(
     ids, depth, end = (_sent(np.append(a, 0), model.device) for a in (trie.tokens, trie.depth, trie.end))
     # Without the model's config: no layer forgets what lies outside a window, the mask alone decides (see obstacle).
     cache, held = DynamicCache(), np.empty(0, dtype=np.int64)
-    wanted, waiting = torch.tensor(list(tokens), device=model.device), deque[tuple[np.ndarray, torch.Tensor, int]]()
+    wanted = torch.tensor(list(tokens), device=model.device)
+    waiting: deque[tuple[np.ndarray, np.ndarray, torch.Tensor, int]] = deque()
+    at = torch.device("cpu") if hasattr(model, "hf_device_map") else model.device  # see placement.spread
     for step in plan(trie, max_tokens, even=not blocks):
         held, query = _laid_out(step, cache, held, size, blocks)
         key, nodes, asking = (_sent(a, model.device) for a in (held, query, np.minimum(query, step.stop - 1)))
         lowest, highest = np.searchsorted(leaves, [step.start, step.stop])
         ends, row = np.unique(leaves[lowest:highest], return_inverse=True)
-        places = torch.from_numpy(ends - step.start) if len(ends) else 1  # on the CPU: see placement.spread
+        places = _sent(ends - step.start, at) if len(ends) else 1
+        mask = block_mask(key, end[key], asking) if blocks else dense_mask(key, end[key], asking, model.dtype)
         with fast_attention(model, blocks):
-            logits = (
-                model(
-                    input_ids=ids[nodes][None],
-                    position_ids=depth[nodes][None],
-                    attention_mask=block_mask(key, end[key], asking)
-                    if blocks
-                    else dense_mask(key, end[key], asking, model.dtype),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=places,
-                )
-                .logits[0]
-                .float()
+            output = model(
+                input_ids=ids[nodes][None],
+                position_ids=depth[nodes][None],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=places,
             )
+        logits = output.logits[0].float()
         log_probs = logits[:, wanted.to(logits.device)] - logits.logsumexp(-1, keepdim=True)
-        waiting.append((order[lowest:highest], log_probs[torch.from_numpy(row)], step.stop - step.start))
+        waiting.append((order[lowest:highest], row, log_probs, step.stop - step.start))
         if model.device.type == "cpu" or len(waiting) > 1:  # a GPU gets its next pass before the last one is read
             yield _read(*waiting.popleft())
     for last in waiting:

@@ -36,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from permdistill.engine import trie
+from permdistill.engine import forest, trie
 from permdistill.heads import HEADS
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import bench, hub, models
@@ -189,16 +189,25 @@ def _lists(name: str, questions: Sequence[Question], orders: np.ndarray, templat
 
 
 def count(name: str, groups: Iterable[Sequence[Question]], template: Template) -> Tokens:
-    """Tokens of all orders of groups of questions; those of a group share a context and are scored together."""
-    total = Tokens()
+    """Tokens of all orders of groups of questions; those of a forest (:mod:`permdistill.engine.forest`) share."""
+    total, together = Tokens(), list[list[int]]()
     for group in groups:
         prompts = _lists(name, group, all_orders(len(group[0].options)), template)
-        lengths, packed = np.array([len(p) for p in prompts], dtype=np.float64), trie.build(prompts)
+        lengths = np.array([len(p) for p in prompts], dtype=np.float64)
         square = (lengths**2).sum() if architecture(name).config.is_encoder_decoder else (lengths * (lengths + 1) / 2).sum()
         total.alone = (total.alone[0] + lengths.sum(), total.alone[1] + square)
-        total.shared = (total.shared[0] + len(packed), total.shared[1] + trie.attended(packed))
         total.rows += len(prompts)
+        if together and sum(map(len, together)) + lengths.sum() > forest.PROMPT_TOKENS:
+            total.shared = _more(total.shared, together)
+            together = []
+        together += prompts
+    total.shared = _more(total.shared, together)
     return total
+
+
+def _more(shared: tuple[float, float], prompts: list[list[int]]) -> tuple[float, float]:
+    packed = trie.build(prompts)
+    return shared[0] + len(packed), shared[1] + trie.attended(packed)
 
 
 def grouped(questions: Iterable[Question]) -> list[list[Question]]:
