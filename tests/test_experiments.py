@@ -292,7 +292,8 @@ def test_every_debiaser_on_what_is_there():
     assert len(whole) == len(catalogue.debiasers(3))
     row = whole.set_index("debiaser").loc[debias.DEBIASED]
     assert row.accuracy == 1 and row.ps == 0 and row.calls == 6 and row.gain == pytest.approx(2 / 3)
-    assert set(whole.family) == set(figures.FAMILIES)  # each has a marker
+    families = {method.family or method.name for k in (3, 4) for method in catalogue.debiasers(k)}
+    assert set(whole.family) < families == set(figures.FAMILIES)  # each has a marker
     assert {"rstd", "ckld", "cramers_v", "circular", "adversarial", "flip", "ppa", "pbm"} <= set(whole)
     # A harness that did the rotations only: no method that needs all orders, no calibration.
     cyclic = [s.orders.tolist().index(order) for order in cyclic_orders(3).tolist()]

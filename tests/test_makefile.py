@@ -81,7 +81,7 @@ def test_a_folder_with_a_space_in_its_name_will_do(tmp_path):
     (folder / ".venv" / ".installed").touch()
     planned = subprocess.run(["make", "-n", "test", "scores", "plan"], cwd=folder, capture_output=True, text=True).stdout
     commands = [line for line in planned.splitlines() if "bin/python" in line]
-    assert len(commands) == 3 and all(f'"{folder}/.venv/bin/python" -m ' in line for line in commands)
+    assert len(commands) == 4 and all(f'"{folder}/.venv/bin/python" -m ' in line for line in commands)
 
 
 def test_environment_yml_names_the_packages_that_the_project_stands_on():
