@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from permdistill.heads import HEADS
 from permdistill.paper import tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.models import MODELS
 from permdistill.paper.profiles import Run
-from permdistill.paper.systems import described
+from permdistill.paper.systems import described, head_title
 from permdistill.paper.tasks import TASKS
 from permdistill.students import CONFIG_FILE
 from permdistill.training import read_log
@@ -39,53 +40,33 @@ def card(folder: str | Path, measured: pd.DataFrame, teacher: str, train_tasks: 
                  compared with
     train_tasks  what its training questions come from
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     log = read_log(folder)
-    student, training = log["student"], log["training"]
-    invariant = student["head"] != "joint" and student["inputs"] == "plain"
-    order = (
-        "do not depend on the order of the options" if invariant else "may still depend on the order of the options, see ps"
+    student = log["student"]
+    invariant = HEADS[student["head"]].equivariant and student["inputs"] == "plain"
+    encoder, unknown = Path(student["encoder"]).name, "licence not known here"
+    tags = ["multiple-choice", "permutation-debiasing", "knowledge-distillation"]
+    made = ModelCard.from_template(
+        ModelCardData(library_name="transformers", tags=tags),
+        template_path=str(Path(__file__).with_name("card.md")),
+        **{name: student[name] for name in ("inputs", "k", "max_length")},
+        encoder=encoder,
+        encoder_licence=_licence(encoder) or unknown,
+        head=head_title(student["head"]),
+        teacher=teacher,
+        teacher_licence=_licence(teacher) or unknown,
+        questions=log["questions"],
+        data=", ".join(f"{task} ({_licence(task) or unknown})" for task in dict.fromkeys(train_tasks)),
+        use=_USE[student["inputs"]],
+        measured=tables.markdown(tables.pretty(measured[[c for c in measured if not c.startswith(("ps_kl", "pb"))]])),
+        order="do not depend on the order of the options"
+        if invariant
+        else "may still depend on the order of the options, see ps",
+        settings=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in log["training"].items()),
+        key=log["key"][:16],
     )
-    unknown = "licence not known here"
-    encoder = Path(student["encoder"]).name
-    data = ", ".join(f"{task} ({_licence(task) or unknown})" for task in dict.fromkeys(train_tasks))
-    shown = tables.pretty(measured[[c for c in measured if not c.startswith(("ps_kl", "pb"))]])
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.items())
-    return f"""---
-library_name: transformers
-tags: [multiple-choice, permutation-debiasing, knowledge-distillation]
----
-
-# {encoder}, {student["head"].replace("_", "-")} head, {student["inputs"]} input: a permdistill student
-
-Answers questions with {student["k"]} options. It was trained to give the answers of **{teacher}**
-({_licence(teacher) or unknown}) averaged over all orders of the options (Liusie, Fathullah and Gales, Findings of ACL
-2024), from {log["questions"]}
-questions without gold answers: {data}. The encoder is {encoder} ({_licence(encoder) or unknown}).
-
-```python
-import permdistill
-
-student = permdistill.Student.from_pretrained("path/to/this/folder")
-{_USE[student["inputs"]]}
-```
-
-## Measured
-
-On test questions that share none with training; points with 95% bootstrap intervals, "gain" paired with the biased
-teacher; ps is permutation sensitivity (total variation).
-
-{tables.markdown(shown)}
-
-## Intended use and limits
-
-A cheap replacement of the teacher for questions like those above; its answers {order}. It knows what its teacher knew,
-biases of another kind included, and is no better than the table says: measure it on your own questions first.
-Sequences are cut at {student["max_length"]} tokens, the context first.
-
-## Training
-
-KL to the averaged teacher; {settings}. Content key `{log["key"][:16]}`.
-"""
+    return str(made)
 
 
 def write(folder: Path, table: pd.DataFrame, runs: Sequence[Run], train_on: Scored) -> list[Path]:
