@@ -173,8 +173,10 @@ performance: $(INSTALLED) ## what `make bench` measured, into notebook 5, figure
 # The rest
 
 .PHONY: test
+# The notebooks come first: they are the longest, and whoever is done with one goes on with the tests.
 test: $(INSTALLED) ## all tests, and the notebooks' small profile against their stored outputs
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not long and not timing" --nbval-lax --nbval-current-env tests $(NOTEBOOKS)
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not timing" \
+	    --nbval-lax --nbval-current-env $(NOTEBOOKS) tests
 	TQDM_DISABLE=1 $(PY) -m pytest -q -m "timing and not long" tests
 
 .PHONY: long

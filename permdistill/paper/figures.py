@@ -178,7 +178,7 @@ def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> F
                 if points:
                     x, y, half = 100 * np.array(points).T
                     style = {"fmt": marker, "ms": 5, "lw": 0.8, "capsize": 1.5, "alpha": 0.85, "label": family}
-                    aside = 1.04 ** (number - len(FAMILIES) // 2)  # what costs the same stands side by side
+                    aside = 1.02 ** (number - len(FAMILIES) // 2)  # what costs the same stands side by side
                     ax.errorbar(aside * x / 100, y, yerr=half, color=palette[family], **style)
         above.set(title=kind, xscale="log")
         below.set(xlabel="teacher calls a question", ylim=(-1, None))
