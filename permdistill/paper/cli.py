@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from permdistill import commands
-from permdistill.paper import hub, profiles
-from permdistill.paper.assets import fetch
+from permdistill.paper import hub, models, profiles
+from permdistill.paper.assets import fetch, verify
 from permdistill.paper.models import MODELS
 from permdistill.paper.paths import ROOT, output_folder
 from permdistill.paper.tasks import TASKS, load_task
@@ -16,9 +17,15 @@ from permdistill.questions import Question, content_free, unlabelled
 
 
 def _fetch(args: argparse.Namespace) -> None:
+    wrong = []
     for name in args.names:
-        for asset in {**MODELS, **TASKS}[name].assets:
+        assets = {**MODELS, **TASKS}[name].assets
+        if args.verify:
+            wrong += models.verify(name) if name in MODELS else verify(assets)
+        for asset in assets:
             print(fetch(asset))
+    if wrong:  # it has been fetched anew; that it was wrong must not pass without a word
+        sys.exit("\n".join(["permdistill: the cache held wrong bytes", *wrong]))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -115,8 +122,6 @@ def _results(args: argparse.Namespace) -> None:
 
 
 def _manifest(args: argparse.Namespace) -> None:
-    import sys
-
     from permdistill.paper import manifest
 
     if status := manifest.main(args.words):
@@ -155,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--measure", metavar="TEACHER", help=text)
 
     command = commands.add(found, "fetch", _fetch, "download assets into the cache", f"{program} fetch smollm2-135m")
+    command.add_argument("--verify", action="store_true", help="hash what the cache holds; what is wrong is fetched anew")
     known = [name for name, holder in {**MODELS, **TASKS}.items() if holder.assets]
     command.add_argument("names", nargs="+", choices=known, metavar="NAME", help=", ".join(known))
 
