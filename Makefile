@@ -14,6 +14,12 @@ PROFILE ?= full
 BUILD ?= build
 NOTEBOOKS ?= notebooks
 
+one_word = $(if $(filter 1,$(words $($(1)))),,$(error $(1) is '$($(1))': give one word, without spaces))
+$(foreach name,PYTHON VENV TEACHER PROFILE BUILD NOTEBOOKS,$(call one_word,$(name)))
+# What is made and deleted under these names must be ours: not the checkout, nor a folder that somebody else filled.
+ifneq ($(shell [ ! -e '$(VENV)' ] || [ -z "$$(ls -A '$(VENV)')" ] || [ -e '$(VENV)/pyvenv.cfg' ] || echo filled),)
+$(error VENV is '$(VENV)', which holds something else than a virtual environment: give a new folder)
+endif
 ifeq ($(filter committed live,$(TEACHER)),)
 $(error TEACHER is '$(TEACHER)': give committed or live)
 endif
@@ -194,6 +200,8 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab
 
 .PHONY: clean
 clean: ## delete what `make paper` built (live scores too), keep environment and downloads
+	@[ ! -e "$(BUILD)" ] || [ "$(BUILD)" = build ] || [ -e "$(BUILD)/settings" ] || \
+	    { echo "BUILD is '$(BUILD)', which make paper has not made: delete it yourself" >&2; exit 1; }
 	rm -rf "$(BUILD)"
 
 .PHONY: distclean

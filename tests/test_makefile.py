@@ -44,6 +44,39 @@ def test_unknown_values_are_refused_with_the_known_ones(setting, known):
     assert known in result.stderr and setting.split("=")[1] in result.stderr
 
 
+@pytest.mark.parametrize(
+    "setting", ["BUILD=my build", "TEACHER=live junk", "PROFILE=smoke full", "BUILD=", "VENV=", "VENV=a b"]
+)
+def test_a_setting_is_one_word(setting):
+    result = make("-n", "paper", setting)
+    assert result.returncode != 0 and setting.replace("=", " is '") + "': give one word" in result.stderr
+
+
+@pytest.mark.parametrize("target", ["venv", "test", "distclean"])
+def test_a_folder_that_is_no_environment_is_left_alone(target, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years", encoding="utf-8")
+    for folder in (".", str(tmp_path / "mine")):
+        result = make(target, f"VENV={folder}")
+        assert result.returncode != 0 and f"VENV is '{folder}', which holds something else" in result.stderr
+    assert (tmp_path / "mine" / "thesis.txt").read_text(encoding="utf-8") == "years" and (ROOT / "Makefile").exists()
+    for folder in ("new", "empty", "old"):  # not there, empty, or an environment
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old" / "pyvenv.cfg").touch()
+        assert make("-n", "venv", f"VENV={tmp_path / folder}").returncode == 0
+
+
+def test_clean_deletes_only_what_make_paper_made(tmp_path):
+    build = tmp_path / "mine"
+    build.mkdir()
+    (build / "thesis.txt").touch()
+    result = make("clean", f"BUILD={build}")
+    assert result.returncode != 0 and "which make paper has not made" in result.stderr and (build / "thesis.txt").exists()
+    (build / "settings").touch()
+    assert make("clean", f"BUILD={build}").returncode == 0 and not build.exists()
+
+
 def test_notebooks_run_one_after_the_other_in_the_order_of_their_numbers(tmp_path):
     planned = make("-n", "-j4", "paper", f"BUILD={tmp_path}/build").stdout
     ran = re.findall(r"^echo \"== (\S+) \(full\)\"", planned, re.M)
