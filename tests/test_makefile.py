@@ -111,7 +111,8 @@ def test_a_folder_with_a_space_in_its_name_will_do(tmp_path):
     (folder / "requirements.lock").touch()
     (folder / "pyproject.toml").touch()
     (folder / ".venv").mkdir()
-    (folder / ".venv" / ".installed").touch()
+    for file in ("pyvenv.cfg", ".installed"):
+        (folder / ".venv" / file).touch()
     planned = subprocess.run(["make", "-n", "test", "scores", "plan"], cwd=folder, capture_output=True, text=True).stdout
     commands = [line for line in planned.splitlines() if "bin/python" in line]
     assert len(commands) == 4 and all(f'"{folder}/.venv/bin/python" -m ' in line for line in commands)
