@@ -22,8 +22,8 @@ NOTEBOOKS = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
 RUNS = NOTEBOOKS - {"02_students"} | {f"02_students_{pool}" for pool in POOLS}
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_help_lists_every_target_and_setting():
@@ -54,17 +54,20 @@ def test_a_setting_is_one_word(setting):
 
 @pytest.mark.parametrize("target", ["venv", "test", "distclean"])
 def test_a_folder_that_is_no_environment_is_left_alone(target, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years", encoding="utf-8")
-    for folder in (".", str(tmp_path / "mine")):
-        result = make(target, f"VENV={folder}")
+    home = tmp_path / "checkout"  # a stand-in: were the guard broken, it would be the one to go
+    (home / "mine").mkdir(parents=True)
+    (home / "mine" / "thesis.txt").write_text("years", encoding="utf-8")
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        (home / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for folder in (".", "mine"):
+        result = make(target, f"VENV={folder}", folder=home)
         assert result.returncode != 0 and f"VENV is '{folder}', which holds something else" in result.stderr
-    assert (tmp_path / "mine" / "thesis.txt").read_text(encoding="utf-8") == "years" and (ROOT / "Makefile").exists()
-    for folder in ("new", "empty", "old"):  # not there, empty, or an environment
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        (tmp_path / "old").mkdir(exist_ok=True)
-        (tmp_path / "old" / "pyvenv.cfg").touch()
-        assert make("-n", "venv", f"VENV={tmp_path / folder}").returncode == 0
+    assert (home / "mine" / "thesis.txt").read_text(encoding="utf-8") == "years" and (home / "Makefile").exists()
+    for name in ("new", "empty", "old"):  # not there, empty, or an environment
+        (home / "empty").mkdir(exist_ok=True)
+        (home / "old").mkdir(exist_ok=True)
+        (home / "old" / "pyvenv.cfg").touch()
+        assert make("-n", "venv", f"VENV={name}", folder=home).returncode == 0
 
 
 def test_clean_deletes_only_what_make_paper_made(tmp_path):
