@@ -56,7 +56,8 @@ def batches(groups: Sequence[Hashable], lengths: np.ndarray, batch_size: int, rn
     members: dict[Hashable, list[int]] = {}
     for i in rng.permutation(len(groups)):
         members.setdefault(groups[i], []).append(int(i))
-    units = [list(members.values())[u] for u in rng.permutation(len(members))]
+    together = list(members.values())
+    units = [together[u] for u in rng.permutation(len(together))]
     before = np.cumsum([0] + [len(unit) for unit in units[:-1]])
     by_length = np.lexsort(([max(lengths[i] for i in unit) for unit in units], before // (_MEGA * batch_size)))
     flat = np.concatenate([units[u] for u in by_length])
