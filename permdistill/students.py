@@ -309,17 +309,43 @@ class Student:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Student:
-        """A student that :meth:`save` wrote. Raises FileNotFoundError when ``path`` is none, or only half written."""
+        """A student that :meth:`save` wrote. Raises FileNotFoundError when ``path`` is none, or only half written, and
+        ValueError that names file and field where something in it is missing or makes no sense."""
         file = Path(path) / CONFIG_FILE
         if not file.exists():
             raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: give a folder that Student.save finished")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        correction, scale = settings.pop("correction", None), settings.pop("scale", 1.0)
-        student = _load(StudentConfig(**settings), sources.Source(lambda: str(path)))
-        student.scale = scale
-        if correction:
-            student.correction = Correction(correction["scale"], tuple(correction["position"]))
+        config, correction, scale = _settings(file)
+        student = _load(config, sources.Source(lambda: str(path)), whole=True)
+        student.scale, student.correction = scale, correction
         return student
+
+
+def _settings(file: Path) -> tuple[StudentConfig, Correction | None, float]:
+    """What ``permdistill.json`` says. Every field has to be there: a default would make it another student."""
+    kinds = {"encoder": str, "head": str, "inputs": str, "k": int, "max_length": int}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name, kind in kinds.items():
+            if type(found.get(name)) is not kind:
+                raise ValueError(f"field {name!r} is {found.get(name)!r}")
+        config, correction, scale = StudentConfig(**{name: found[name] for name in kinds}), None, 1.0
+        if HEADS[config.head].scaled:
+            scale = _number("scale", found.get("scale"))
+        if config.inputs == "distribution":
+            own = found["correction"]
+            position = tuple(_number("correction", value) for value in own["position"])
+            if len(position) != config.k:
+                raise ValueError(f"field 'correction' has {len(position)} positions, k is {config.k}")
+            correction = Correction(_number("correction", own["scale"]), position)
+        return config, correction, scale
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): restore it, or save the student again") from error
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise ValueError(f"field {name!r} is {value!r}: no finite number")
+    return float(value)
 
 
 def build(config: StudentConfig, seed: int) -> Student:
@@ -340,7 +366,8 @@ def encoder_key(name: str) -> str:
     return f"sha256:{','.join(sha256_of(w) for w in weights)}" if weights else f"hub:{name}"
 
 
-def _load(config: StudentConfig, source: sources.Source, seed: int = 0) -> Student:
+def _load(config: StudentConfig, source: sources.Source, seed: int = 0, whole: bool = False) -> Student:
+    """``whole``: the checkpoint has to hold every weight, since what it lacks would be random."""
     at = source.arguments
     tokenizer = AutoTokenizer.from_pretrained(**at)
     settings: dict[str, Any] = {**at, "dtype": torch.float32}
@@ -349,7 +376,10 @@ def _load(config: StudentConfig, source: sources.Source, seed: int = 0) -> Stude
         settings["attention_probs_dropout_prob"] = 0.0
     with _quiet():
         torch.manual_seed(seed)  # what a checkpoint lacks, here the head, is drawn inside from_pretrained
-        model = HEADS[config.head].model.from_pretrained(**settings, **HEADS[config.head].settings(config.k))
+        settings |= HEADS[config.head].settings(config.k)
+        model, about = HEADS[config.head].model.from_pretrained(**settings, output_loading_info=True)
+    if whole and (lacking := sorted({*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])})):
+        raise ValueError(f"{source.location()}: its weights lack {lacking[0]} ({len(lacking)} in all): restore the file")
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
     if model.config.model_type in _OFFSET_POSITIONS:
         positions -= model.config.pad_token_id + 1

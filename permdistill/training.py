@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -104,9 +106,8 @@ def train(
     """
     lesson.check(config)
     checkpoint = Checkpoint(Path(folder), content_key(config, training, lesson, autocast))
-    log = checkpoint.folder / LOG
     with locked(checkpoint.folder / ".lock"):  # a killed make may have left a process that is still at it: wait for it
-        if log.exists() and read_log(folder)["key"] == checkpoint.key:
+        if checkpoint.finished():
             checkpoint.discard()
             return Student.from_pretrained(folder)
         job = partial(_train, config, training, lesson, checkpoint, autocast)
@@ -145,9 +146,32 @@ class Checkpoint:
         if ranks.rank() == 0:
             for left in self.folder.glob(".*.part"):  # by a kill: whoever is alive holds the folder's lock
                 left.unlink()
-            if (self.folder / CHECKPOINT).exists():
-                state = torch.load(self.folder / CHECKPOINT, map_location="cpu", weights_only=True)
-        return ranks.share(state if state and state["key"] == self.key else None)
+            state = self._read(CHECKPOINT)
+            if state and state.get("kls") and self._read(BEST) is None:  # without the best weights there is no way on
+                state = None
+        return ranks.share(state)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """What one of this training's files holds; None for one that is not there or, with a warning, damaged."""
+        if not (self.folder / name).exists():
+            return None
+        try:
+            state = torch.load(self.folder / name, map_location="cpu", weights_only=True)
+            return state if state["key"] == self.key else None
+        except (RuntimeError, EOFError, ValueError, TypeError, LookupError, UnpicklingError) as error:
+            what = f"{self.folder / name} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            warnings.warn(f"{what}: training starts from its beginning", stacklevel=2)
+            return None
+
+    def finished(self) -> bool:
+        """Whether the folder holds the finished student of this training."""
+        if not (self.folder / LOG).exists():
+            return False
+        try:
+            return bool(read_log(self.folder)["key"] == self.key)
+        except (ValueError, TypeError, LookupError) as error:
+            warnings.warn(f"{self.folder / LOG} is damaged ({error}): the student is trained anew", stacklevel=2)
+            return False
 
     def save(self, state: dict[str, Any], name: str = CHECKPOINT) -> None:
         """Keep a state, or under the name BEST that of the best epoch."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -257,6 +260,43 @@ def test_the_seed_decides_the_new_head_alone(encoder):
     assert not torch.equal(a.classifier.weight, c.classifier.weight)
     assert torch.equal(a.bert.embeddings.word_embeddings.weight, c.bert.embeddings.word_embeddings.weight)
     assert a.dtype == torch.float32 and a.config.id2label == {0: "A", 1: "B", 2: "C"}
+
+
+@pytest.mark.parametrize(
+    "spoil, field",
+    [
+        (lambda s: s.pop("head"), "field 'head' is None"),
+        (lambda s: s.pop("scale"), "field 'scale' is None"),
+        (lambda s: s.update(scale=float("nan")), "field 'scale' is nan"),
+        (lambda s: s.update(k="3"), "field 'k' is '3'"),
+        (lambda s: s.update(k=True), "field 'k' is True"),
+        (lambda s: s.update(inputs="guess"), "inputs 'guess'"),
+        (lambda s: s.update(inputs="distribution"), "correction"),
+    ],
+)
+def test_a_damaged_description_is_refused_by_its_field(encoder, tmp_path, spoil, field):
+    build(StudentConfig(encoder, "bi_encoder", "plain", 3, 64), 0).save(tmp_path)
+    file = tmp_path / "permdistill.json"
+    settings = json.loads(file.read_text())
+    spoil(settings)
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"permdistill.json is damaged .*{re.escape(field)}"):
+        Student.from_pretrained(tmp_path)
+    for junk in ("", "[]", "[" * 5000, "\x00"):
+        file.write_text(junk)
+        with pytest.raises(ValueError, match="permdistill.json is damaged"):
+            Student.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["classifier.weight", "bert.encoder.layer.1.output.dense.weight"])
+def test_a_student_that_lacks_weights_is_refused(encoder, tmp_path, lost):
+    """They would be random."""
+    build(StudentConfig(encoder, "per_option", "plain", 3, 64), 0).save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if name != lost}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"its weights lack {lost}"):
+        Student.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("head", ["joint", "per_option"])

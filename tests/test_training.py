@@ -430,6 +430,25 @@ def test_a_checkpoint_of_another_run_is_not_resumed(encoder, tmp_path):
     assert as_good_as_same(resumed, fresh)
 
 
+@pytest.mark.parametrize("file", ["checkpoint.pt", "best.pt", "train.json"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"{", b"[]", b"\x80\x02N."])
+def test_a_damaged_file_of_a_training_is_said_and_trained_anew(encoder, tmp_path, file, content):
+    questions, right = toy(24, 0)
+    config, lesson = StudentConfig(encoder, k=K), Lesson(questions, soft(right))
+    held = replace(FAST, epochs=3, held_out=0.25, patience=10)
+    whole = train(config, held, lesson, tmp_path / "whole")
+    if file == "train.json":
+        train(config, held, lesson, tmp_path / "cut")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, held, lesson, tmp_path / "cut", on_step=killer(len(read_log(tmp_path / "whole")["losses"]) - 1))
+    assert (tmp_path / "cut" / file).exists()
+    (tmp_path / "cut" / file).write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{file} is damaged"):
+        again = train(config, held, lesson, tmp_path / "cut")
+    assert as_good_as_same(again, whole)
+
+
 @HEADS
 def test_one_step_in_pieces_is_the_same_step(encoder, tmp_path, head):
     """A batch of 16 at once and in pieces (the accumulation that trainers got wrong upstream): equal up to rounding."""
