@@ -34,7 +34,8 @@ from permdistill.questions import Question
 from permdistill.students import Student, build, encoder_key, fit_correction, fit_scale, mixed_precision
 
 RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
-SAVE_SECONDS = 30.0  # at most so much training is lost to a kill, see TrainingConfig.save_every
+SAVE_SECONDS = 30.0  # at most so much training is lost to a kill (see TrainingConfig.save_every), or SAVE_SHARE allows more
+SAVE_SHARE = 0.02  # of the time, at most, goes into checkpoints
 CHECKPOINT, BEST, LOG = "checkpoint.pt", "best.pt", "train.json"
 _MEGA = 16  # batches within which questions are sorted by length: little padding, still random company
 
@@ -256,7 +257,7 @@ class _Trainer:
             self._restore(state)
         elif student.head.scaled:
             student.scale = ranks.share(self._first_scale())
-        saved = time.monotonic()
+        saved, pause = time.monotonic(), 0.0
         student.model.train()
         what = f"train {student.config.head} {student.config.inputs}"
         hidden = {"disable": True} if ranks.rank() else {}
@@ -278,10 +279,13 @@ class _Trainer:
                     bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                     if on_step is not None:
                         on_step(len(losses), losses[-1])
-                    due = len(losses) % self.training.save_every == 0 or time.monotonic() - saved > SAVE_SECONDS
-                    if len(losses) < self.total and (due or len(losses) % self.per_epoch == 0):
+                    since = time.monotonic() - saved
+                    due = len(losses) % self.training.save_every == 0 or since > SAVE_SECONDS
+                    if len(losses) < self.total and (due and since > pause or len(losses) % self.per_epoch == 0):
+                        started = time.monotonic()
                         checkpoint.save(self._state())
                         saved = time.monotonic()
+                        pause = (saved - started) / SAVE_SHARE
 
     def log(self) -> dict[str, Any]:
         """What :func:`read_log` tells of the steps."""

@@ -44,7 +44,7 @@ from permdistill.paper.experiments import (
     together,
 )
 from permdistill.paper.paths import ROOT
-from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Run, pool_of
+from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Run, n_test
 from permdistill.paper.systems import COPY, TWO_ORDERS, Description, described_rows, title
 from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
@@ -60,7 +60,7 @@ class MissingPredictions(LookupError):
 @lru_cache(maxsize=16)
 def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
     """What students of ``teacher`` learn from (all training questions) and are tested on (the full profile's), pooled."""
-    n = PROFILES["full"].pools[pool_of(tasks)].n_test
+    n = n_test(PROFILES["full"], tasks)
     train_on = together([read_scores(teacher, task, "train") for task in tasks])
     return train_on, together([read_scores(teacher, task, "test", n=n) for task in tasks])
 

@@ -353,9 +353,9 @@ def repositories(settings: Profile) -> list[Repo]:
     return [repo for repo in dict.fromkeys([*models, *data]) if repo is not None]
 
 
-def pool_of(tasks: Sequence[str]) -> str:
-    """The name of the pool that tests as many questions as students of these tasks are asked."""
-    return "summeval" if TASKS[tasks[0]].family == SUMMARIES else "multiple_choice"
+def n_test(settings: Profile, tasks: Sequence[str]) -> int:
+    """How many test questions of each task students of these tasks are asked: a pool's number, or else all."""
+    return next((pool.n_test for pool in settings.pools.values() if pool.tasks == tuple(tasks)), 10**9)
 
 
 @dataclass(frozen=True)
@@ -412,6 +412,13 @@ def _piqa_cell(encoder: str = _MINILM, head: str = "bi_encoder", inputs: str = "
     return Cell(TEACHERS[0], ("piqa",), replace(like, student=replace(like.student, k=2, max_length=length)))
 
 
+def _scale_cell(task: str, encoder: str = _MPNET, head: str = "per_option", n_train: int = 0, **training: Any) -> Cell:
+    # One look at as many questions as there are; rates by held-out KL.
+    usual = {"epochs": 1, "learning_rate": 5e-5 if encoder == _MPNET else 1e-4, "batch_size": 32, "micro_tokens": 4096}
+    student = StudentConfig(encoder, head, "plain", TASKS[task].k, 128)
+    return Cell(TEACHERS[0], (task,), Run(student, TrainingConfig(**usual | {"held_out": 0.04} | training), n_train=n_train))
+
+
 USUAL = _cell()  # what the ablations vary
 SIZES = {  # the same student, small and large
     "multiple choice": (USUAL, _cell(encoder=_MPNET)),
@@ -463,6 +470,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         *(_piqa_cell(encoder, epochs=0) for encoder in (_MINILM, _MPNET)),
         *(_piqa_cell(_MPNET, inputs=inputs) for inputs in ("plain", "distribution")),
     ),
+    # Whole training sets, whole test sets.
+    "scale": (_scale_cell("socialiqa"),),
     "rates": tuple(_pairs_cell(SUMMEVAL, learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4)),
 }
 
@@ -472,7 +481,7 @@ def all_needs(settings: Profile) -> list[Need]:
     found = needs(settings)
     cells = [cell for part in MATRIX.values() for cell in part] if settings.matrix else []
     for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
-        sizes = {"train": settings.n_train, "test": settings.pools[pool_of(tasks)].n_test}
+        sizes = {"train": settings.n_train, "test": n_test(settings, tasks)}
         for need in (Need("matrix", teacher, task, split, n) for split, n in sizes.items() for task in tasks):
             own = (need.teacher, need.task, need.split, need.template_name)
             if not any((f.teacher, f.task, f.split, f.template_name) == own and f.n >= need.n for f in found):

@@ -74,7 +74,8 @@ class Task:
               which share no context with a test question
     sizes     {split: number of questions drawn}; all of a split that is not there
     stratum   question -> what the sample shall have in equal shares
-    held_out  tasks whose validation and test questions may not stand among the training questions
+    held_out  tasks whose ``evaluated`` questions may not stand among the training questions
+    evaluated the publishers' splits that are not for training
     template  the usual one
     papers    which of the paper's groups of tasks it is in, "" if in none
     words     about how many, on average, in context, question and one option: for planning before anything is downloaded
@@ -88,6 +89,7 @@ class Task:
     sizes: Mapping[str, int] = field(default_factory=dict)
     stratum: Callable[[Question], str] | None = None
     held_out: Sequence[str] = ()
+    evaluated: Sequence[str] = ("val", "test")
     template: str = "letters"
     papers: str = ""
     words: tuple[int, int, int] = (0, 0, 0)
@@ -152,7 +154,7 @@ def _clean(name: str, split: str, place: tuple[str, str | None] | None) -> Clean
     held_out: list[Question] = []
     if split == "train":
         others = [other for name in task.held_out if isinstance(other := TASKS[name], Task)]
-        held_out = [q for other in others for s in ("val", "test") for q in other.reader(s).questions]
+        held_out = [q for other in others for s in other.evaluated for q in other.reader(s).questions]
     cleaned = clean(read.questions, held_out, task.k, _unsafe_when_drawn)
     counts = Counter(read.left_out)
     counts.update(cleaned.left_out)
@@ -268,11 +270,16 @@ _LAPTOP: dict[str, Task] = {
         OlmoFiles(
             "socialiqa",
             "not declared",
-            {"val": "ac5bd8ae2e42922dfbd37517fdafa7a225f25527f874b702f2ea1a0c7e257270"},
+            {
+                "train": "45654b8664409fb9d99ca0a97af23d42057956a0edae6d06a53c8c8980ecdd57",
+                "val": "ac5bd8ae2e42922dfbd37517fdafa7a225f25527f874b702f2ea1a0c7e257270",
+            },
             lambda doc: (doc["context"], doc["question"]),
         ),
-        {"test": "val"},
-        {"test": 300},
+        {"test": "val", "train": "train"},
+        {"test": 1923, "train": 33177},
+        held_out=("socialiqa",),
+        evaluated=("val",),
     ),
     # PIQA's students learn from others of its validation questions, about other goals than those of the test.
     "piqa": Task(
