@@ -38,12 +38,11 @@ from permdistill.debias import EPSILON
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
 from permdistill.files import sha256_of
-from permdistill.heads import HEADS, Head, Row, Text
+from permdistill.heads import HEADS, OFFSET_POSITIONS, Head, Row, Text
 from permdistill.orders import to_options, to_positions
 from permdistill.questions import Question
 
 CONFIG_FILE = "permdistill.json"
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,10 @@ class Student:
             names = [name for name in encoded if name != "attention_mask"]
             for i, text in enumerate(part):
                 cut = self._cut(encoded[i], text, ids[start + i])
-                rows.append({name: np.delete(np.array(encoded[name][i], dtype=np.int32), cut) for name in names})
+                own = {name: encoded[name][i] for name in names}
+                if self.head.packs:
+                    own["option"] = np.maximum.accumulate([part == 1 for part in encoded[i].sequence_ids])
+                rows.append({name: np.delete(np.array(values, dtype=np.int32), cut) for name, values in own.items()})
         return rows
 
     def _cut(self, encoding: Encoding, text: Text, id_: str) -> list[int]:
@@ -381,7 +383,7 @@ def _load(config: StudentConfig, source: sources.Source, seed: int = 0, whole: b
     if whole and (lacking := sorted({*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])})):
         raise ValueError(f"{source.location()}: its weights lack {lacking[0]} ({len(lacking)} in all): restore the file")
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
-    if model.config.model_type in _OFFSET_POSITIONS:
+    if model.config.model_type in OFFSET_POSITIONS:
         positions -= model.config.pad_token_id + 1
     if config.max_length > positions:
         raise ValueError(

@@ -17,10 +17,12 @@ from transformers import (
     AutoModel,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
     MPNetConfig,
+    MPNetForTokenClassification,
     MPNetModel,
     PreTrainedTokenizerFast,
 )
@@ -142,6 +144,10 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
                 cosines = torch.stack([torch.cosine_similarity(embedded[0], option, dim=0) for option in embedded[1:]])
                 assert np.abs(p[i, j] - (3 * cosines).softmax(-1).numpy()).max() < 1e-6
                 continue
+            if head == "shared_prefix":
+                scores = torch.stack([score_alone(student, *pair) for pair in pairs])
+                assert np.abs(p[i, j] - scores.softmax(-1).numpy()).max() < 1e-6
+                continue
             inputs = student.tokenizer(*map(list, zip(*pairs, strict=True)), return_tensors="pt", padding=True)
             if head == "per_option":
                 inputs = {name: value[None] for name, value in inputs.items()}  # the model's own (1, K, token)
@@ -150,6 +156,62 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
             naive = naive if head == "per_option" else to_options(naive, order)
             assert np.abs(p[i, j] - naive).max() < 1e-6
     assert p.std(axis=(0, 1)).min() > 1e-4  # the random student does tell the inputs apart
+
+
+def score_alone(student: Student, first: str, second: str) -> torch.Tensor:
+    """What the shared-prefix head says of one option: a plain pair, of which the first text does not see the second."""
+    inputs = student.tokenizer(first, second, return_tensors="pt")
+    option = inputs["token_type_ids"][0].bool()  # of BERT's pairs, with the last separator
+    hidden = option[None, :] & ~option[:, None]  # (query, key)
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9)[None, None]
+    with torch.no_grad():
+        scores = student.model(**{**inputs, "attention_mask": mask}).logits[0, :, 0].double()
+    return scores[option].mean()
+
+
+def test_the_shared_prefix_is_read_once():
+    rows = [
+        {"input_ids": np.array(ids), "token_type_ids": np.array(part), "option": np.array(part)}
+        for ids, part in (([7, 8, 9, 1], [0, 0, 0, 1]), ([5, 2], [0, 1]), ([7, 8, 9, 3, 4], [0, 0, 0, 1, 1]))
+    ]
+    packed, places = heads.pack(rows)
+    assert [row["input_ids"].tolist() for row in packed] == [[7, 8, 9, 1, 3, 4], [5, 2]]
+    assert packed[0]["option"].tolist() == [0, 0, 0, 1, 2, 2] and packed[0]["place"].tolist() == [0, 1, 2, 3, 3, 4]
+    assert packed[0]["token_type_ids"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert places.tolist() == [[0, 1], [1, 1], [0, 2]]
+
+
+def test_the_shared_prefix_head_reads_mpnet_as_it_reads_itself(tmp_path):
+    """MPNet adds a bias by distance: of a plain sequence it has to be its own; options packed together get the scores that
+    they have alone."""
+    config = MPNetConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    model = MPNetForTokenClassification(MPNetConfig(**{**config.to_dict(), "num_labels": 1})).eval()
+    states, encoder = torch.zeros(1, 9, 16), model.base_model.encoder
+    plain = encoder.compute_position_bias(states)
+    with heads._relative_to(model, torch.arange(9)[None]):
+        assert torch.equal(encoder.compute_position_bias(states), plain)
+    assert torch.equal(encoder.compute_position_bias(states), plain)
+    rng = np.random.default_rng(0)
+    start = rng.integers(3, 40, 6)
+    rows = [
+        {"input_ids": np.r_[start, rng.integers(3, 40, n)], "option": np.r_[np.zeros(6, int), np.ones(n, int)]}
+        for n in (1, 4, 2)
+    ]
+
+    def once(packed):
+        ids, place, option = (
+            torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[name]).long() for row in packed], batch_first=True)
+            for name in ("input_ids", "place", "option")
+        )
+        there = (torch.arange(ids.shape[1]) < torch.tensor([[len(row["input_ids"])] for row in packed])).long()
+        inputs = {"input_ids": ids, "place": place, "option": option, "attention_mask": there}
+        return heads.HEADS["shared_prefix"].outputs(model, inputs)
+
+    with torch.no_grad():
+        together = heads.HEADS["shared_prefix"].forward(once, rows)
+        alone = torch.cat([heads.HEADS["shared_prefix"].forward(once, [row]) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-6) and together.std() > 1e-3
 
 
 def test_different_sequences_are_scored_once(encoder):
@@ -178,7 +240,7 @@ def test_all_heads_but_joint_are_exactly_order_equivariant(encoder):
 
     same, order = np.full((6, 24), 2), [2, 0, 3, 1]
     shown = [Question(q.id, q.context, q.question, tuple(q.options[o] for o in order)) for q in questions]
-    for head in ("per_option", "bi_encoder"):
+    for head in ("per_option", "shared_prefix", "bi_encoder"):
         student = build(StudentConfig(encoder, head), 0)
         assert spread(student) == 0.0
         # The same decision in all orders leaves nothing that depends on the order.
@@ -215,6 +277,7 @@ def test_decisions_must_fit_the_inputs(encoder, head):
     [
         ("joint", AutoModelForSequenceClassification),
         ("per_option", AutoModelForMultipleChoice),
+        ("shared_prefix", AutoModelForTokenClassification),
         ("bi_encoder", AutoModel),
     ],
 )
