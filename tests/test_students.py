@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from itertools import permutations
 from pathlib import Path
 
@@ -374,12 +375,35 @@ def test_truncation_cuts_the_context_and_never_the_options(encoder, head):
         assert second.replace(" ", "").removesuffix("[SEP]") == text.second.replace(" ", "")
         assert first.replace(" ", "").endswith("whichisold?[SEP]")  # the question stays, after the beginning of the context
         assert first.count("story") == 40 - 3 - 4 - len(student.tokenizer.tokenize(text.second)) and "river" not in first
-    # No context left to cut: the question loses its beginning; then it is an error, by id, with the fix.
+    # No context left to cut: the question loses its beginning.
     rows, _ = student.encode([Question("q", "", "it " * 50 + "old ?", options)], np.array([[[2, 0, 1]]]), np.array([[1]]))
     assert all("old ? [SEP]" in student.tokenizer.decode(row["input_ids"]) and len(row["input_ids"]) == 40 for row in rows)
-    with pytest.raises(ValueError, match="question 'long'.*max_length is 40: give a larger one"):
-        long = Question("long", context, "which ?", tuple(" ".join([w] * 50) for w in ("cat", "dog", "bird")))
-        student.encode([long], np.array([[[0, 1, 2]]]), np.array([[0]]))
+
+
+@pytest.mark.parametrize("inputs", ["plain", "prediction"])
+@pytest.mark.parametrize("head", HEADS)
+def test_options_too_long_by_themselves_lose_their_ends_and_are_named(encoder, head, inputs):
+    """PIQA has an option of 550 tokens: what no max_length has room for must not stop the other questions."""
+    student = build(StudentConfig(encoder, head, inputs, 3, max_length=40), 0)
+    long = Question("long", "story", "which ?", (" ".join(["cat"] * 200), "dog", "bird bird"))
+    short = Question("short", "story", "which ?", ("cat", "dog", "bird"))
+    decisions = np.array([[0], [0]]) if inputs == "prediction" else None
+    orders = np.broadcast_to(np.arange(3), (2, 1, 3))
+    with pytest.warns(UserWarning, match=r"1 of 2 questions have options that max_length 40 cuts off: 'long'"):
+        rows, index = student.encode([short, long], orders, decisions)
+    decoded = [student.tokenizer.decode(row["input_ids"]) for row in rows]
+    whole = decoded[index[1, 0]] if head == "joint" else decoded[index[1, 0, 1 if head == "bi_encoder" else 0]]
+    # Room is left for "(not chosen)", a token more than "(chosen)".
+    assert 39 <= max(len(row["input_ids"]) for row in rows) <= 40 and whole.count("cat") > (10 if head == "joint" else 15)
+    if head == "joint":
+        assert "dog" in whole and "bird bird" in whole
+    if inputs == "prediction":
+        assert "Prediction : A" in whole if head == "joint" else "( chosen )" in whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone, at = student.encode([short], orders[:1], None if decisions is None else decisions[:1])
+    for row, place in zip(alone, dict.fromkeys(index[0].ravel()), strict=True):
+        assert row["input_ids"].tolist() == rows[place]["input_ids"].tolist()
 
 
 def test_max_length_beyond_the_encoders_positions_is_refused(encoder):

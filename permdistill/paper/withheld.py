@@ -22,9 +22,8 @@ import pandas as pd
 
 from permdistill import scores
 from permdistill.files import replacing
-from permdistill.measure.evaluate import correct
 from permdistill.orders import all_orders
-from permdistill.paper import systems, tables
+from permdistill.paper import tables
 from permdistill.paper.ablations import rivals
 from permdistill.paper.experiments import COMMITTED, Scored
 from permdistill.paper.models import TEACHERS
