@@ -184,7 +184,7 @@ def _scored(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Te
 @contextmanager
 def _relative_to(model: PreTrainedModel, place: torch.Tensor) -> Iterator[None]:
     """MPNet's bias by distance, with the distances of these places (sequence, token); it takes those of a plain sequence."""
-    encoder = getattr(model.base_model, "encoder", None)
+    encoder: Any = getattr(model.base_model, "encoder", None)
     if not hasattr(encoder, "relative_attention_bias"):
         yield
         return
