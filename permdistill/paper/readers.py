@@ -314,3 +314,32 @@ def summary_pairs(documents: Documents, n_systems: int, seed: int, attributes: I
                 records.append(record | {"options": [a.text, b.text], "answer": None if x == y else int(y > x)})
         result[document] = validate(records, "summeval")
     return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The fields of a row, where they are not columns of the same names
+
+_ABOVE = re.compile(r"^\s*(none) of the above( choices)?\b", re.IGNORECASE)
+
+
+def plain(doc: Row) -> tuple[str, str]:
+    """A question alone, between the harness's own words."""
+    return "", doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+
+
+def passage(doc: Row) -> tuple[str, str]:
+    """A passage, and a question about it in its last line."""
+    text, question = doc["query"].removesuffix("\nAnswer:").rsplit("\nQuestion:", 1)
+    return text.strip(), question.strip()
+
+
+def race(row: Row) -> Fields:
+    """RACE names the right option by its letter."""
+    return row["article"], row["question"], row["options"], "ABCD".find(str(row["answer"])[:1] or "?")
+
+
+def cosmos(row: Row) -> Fields:
+    """Most of its questions have an option "None of the above choices .", which says where the others stand and so has no
+    meaning in another order. It becomes one that has: the same, without the place."""
+    options = [_ABOVE.sub(r"\1 of the other choices", row[f"answer{i}"]) for i in range(4)]
+    return row["context"], row["question"], options, int(row["label"])

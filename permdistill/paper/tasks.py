@@ -19,7 +19,7 @@ import numpy as np
 from permdistill.paper import hub, readers
 from permdistill.paper.assets import Asset
 from permdistill.paper.hub import Repo
-from permdistill.paper.readers import ATTRIBUTES, HubFiles, MmluFiles, OlmoFiles, Reader, Row
+from permdistill.paper.readers import ATTRIBUTES, HubFiles, MmluFiles, OlmoFiles, Reader
 from permdistill.prompts import TEMPLATES, Template
 from permdistill.questions import Cleaned, Question, clean, sample, stratified
 
@@ -203,17 +203,8 @@ _TRAINED = ("arc_easy", "arc_challenge", "openbookqa")
 _SAMPLE = {"test": 350, "train": 350}
 
 
-def _plain(doc: Row) -> tuple[str, str]:
-    return "", doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-
-
-def _passage(doc: Row) -> tuple[str, str]:
-    passage, question = doc["query"].removesuffix("\nAnswer:").rsplit("\nQuestion:", 1)
-    return passage.strip(), question.strip()
-
-
 def _trained(title: str, licence: str, name: str, train: str, val: str, test: str, papers: str = "") -> Task:
-    reader = OlmoFiles(name, licence, {"train": train, "val": val, "test": test}, _plain)
+    reader = OlmoFiles(name, licence, {"train": train, "val": val, "test": test}, readers.plain)
     return Task(title, 4, reader, {"test": "test", "train": "train"}, _SAMPLE, held_out=_TRAINED, papers=papers)
 
 
@@ -248,7 +239,7 @@ _LAPTOP: dict[str, Task] = {
     "csqa": Task(
         "CommonsenseQA",
         5,
-        OlmoFiles("csqa", "MIT", {"val": "90f6dcf77edbe60275031dedfb0310e472bed9f2b4cd4393c4dc515810d1ba3f"}, _plain),
+        OlmoFiles("csqa", "MIT", {"val": "90f6dcf77edbe60275031dedfb0310e472bed9f2b4cd4393c4dc515810d1ba3f"}, readers.plain),
         {"test": "val"},
         {"test": 300},
     ),
@@ -296,7 +287,7 @@ _LAPTOP: dict[str, Task] = {
                 "train": "999f85f66f66663af1d01892102682632809e10a46b4def4b6008087dc705d60",
                 "val": "d5ed2e5115f49d24c37ec17fb7b4a6ec6bc58c65ce15410bed2b40342f08fbc9",
             },
-            _passage,
+            readers.passage,
             id_column="doc_id",
             alphabetical=True,
         ),
@@ -357,25 +348,13 @@ _ALL = {"train": "train", "val": "validation", "test": "test"}
 _BOTH, _TEST = {"test": "test", "train": "train"}, {"test": "test"}
 
 
-def _race(row: Row) -> readers.Fields:
-    return row["article"], row["question"], row["options"], "ABCD".find(str(row["answer"])[:1] or "?")
-
-
-def _cosmos(row: Row) -> readers.Fields:
-    """Most of its questions have an option "None of the above choices .", which says where the others stand and so has no
-    meaning in another order. It becomes one that has: the same, without the place."""
-    options = [_ABOVE.sub(r"\1 of the other choices", row[f"answer{i}"]) for i in range(4)]
-    return row["context"], row["question"], options, int(row["label"])
-
-
-_ABOVE = re.compile(r"^\s*(none) of the above( choices)?\b", re.IGNORECASE)
 _COSMOS_COLUMNS = ("context", "question", "answer0", "answer1", "answer2", "answer3", "label")
 _MED_COLUMNS = ("question", "opa", "opb", "opc", "opd", "cop")
 
 
 def _of_race(level: str, title: str, words: tuple[int, int, int], published: Mapping[str, int]) -> Task:
     name, columns = f"race_{level}", ("article", "question", "options", "answer")
-    reader = HubFiles(name, _RACE_REPO, level, _ALL, columns, _race)
+    reader = HubFiles(name, _RACE_REPO, level, _ALL, columns, readers.race)
     more = {"held_out": RACE, "template": "brief", "papers": CHOICE, "words": words, "published": published}
     return Task(title, 4, reader, _BOTH, **more)  # type: ignore[arg-type]
 
@@ -412,7 +391,7 @@ _HUB: dict[str, Task] = {
             None,
             {"test": "validation"},
             _COSMOS_COLUMNS,
-            _cosmos,
+            readers.cosmos,
         ),
         _TEST,
         template="brief",
