@@ -16,6 +16,14 @@ NOTEBOOKS ?= notebooks
 
 one_word = $(if $(filter 1,$(words $($(1)))),,$(error $(1) is '$($(1))': give one word, without spaces))
 $(foreach name,PYTHON VENV TEACHER PROFILE BUILD NOTEBOOKS,$(call one_word,$(name)))
+# The shell reads recipes: no setting may hold what it takes for its own, and no quoted path what it reads inside quotes.
+# Python makes no environment in a path with a colon.
+open := (
+close := )
+hash := \#
+odd = $(foreach c,$(2),$(if $(findstring $(c),$(1)),$(error $(3) is '$(1)': make cannot work with $(c) in it, choose another name)))
+$(foreach name,VENV BUILD NOTEBOOKS,$(call odd,$($(name)),' " ` $$ \ : ; & | * ? < > % $(hash) $(open) $(close),$(name)))
+$(call odd,$(CURDIR)," ` $$ \ :,this folder)
 # What is made and deleted under these names must be ours: not the checkout, nor a folder that somebody else filled.
 ifneq ($(shell [ ! -e '$(VENV)' ] || [ -z "$$(ls -A '$(VENV)')" ] || [ -e '$(VENV)/pyvenv.cfg' ] || echo filled),)
 $(error VENV is '$(VENV)', which holds something else than a virtual environment: give a new folder)

@@ -109,8 +109,13 @@ def train(
     checkpoint = Checkpoint(Path(folder), content_key(config, training, lesson, autocast))
     with locked(checkpoint.folder / ".lock"):  # a killed make may have left a process that is still at it: wait for it
         if checkpoint.finished():
-            checkpoint.discard()
-            return Student.from_pretrained(folder)
+            try:
+                student = Student.from_pretrained(folder)
+            except ValueError as error:
+                warnings.warn(f"{error}: it is trained anew", stacklevel=2)
+            else:
+                checkpoint.discard()
+                return student
         job = partial(_train, config, training, lesson, checkpoint, autocast)
         ranks.share(job)
         return job(on_step)
@@ -177,8 +182,8 @@ class Checkpoint:
     def save(self, state: dict[str, Any], name: str = CHECKPOINT) -> None:
         """Keep a state, or under the name BEST that of the best epoch."""
         if ranks.rank() == 0:
-            with replacing(self.folder / name) as part:
-                torch.save({"key": self.key, **state}, part)
+            with replacing(self.folder / name) as part, part.open("wb") as file:
+                torch.save({"key": self.key, **state}, file)
 
     def best(self) -> dict[str, torch.Tensor]:
         """The weights of the best epoch."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from test_scores import Store, row_of
+from test_students import make_encoder
 
+from permdistill.api.replies import Replies
+from permdistill.configs import StudentConfig
 from permdistill.files import STAMPS, intact, locked, replacing, sha256_of, stamp, stamps
+from permdistill.students import build
+from permdistill.training import Checkpoint
 
 
 @pytest.fixture
@@ -70,6 +80,63 @@ def test_bytes_are_on_disk_before_a_file_takes_its_place(tmp_path, monkeypatch):
     with replacing(tmp_path / "new") as part:
         part.write_text("made")
     assert done == ["fsync", "replace"]
+
+
+@pytest.fixture
+def full() -> Iterator[None]:
+    """A disk on which no file may have more than 400 bytes: the system's own error, in the middle of writing."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_store(folder: Path) -> Path:
+    store = Store(folder)
+    store.append([row_of(i) for i in range(40)])
+    return store.compact()
+
+
+def write_replies(folder: Path) -> Path:
+    store = Replies(folder)
+    for i in range(20):
+        store.append({"attempt": f"a{i}", "bound": [200, 1]})
+    return store.path
+
+
+def write_checkpoint(folder: Path) -> Path:
+    Checkpoint(folder, "key").save({"model": torch.zeros(1000)})
+    return folder / "checkpoint.pt"
+
+
+def write_student(folder: Path) -> Path:
+    build(StudentConfig(str(folder.parent / "encoder"), k=3), 0).save(folder)
+    return folder
+
+
+def write_weights(folder: Path) -> Path:
+    with replacing(folder / "weights") as part:
+        save_file({"a": torch.zeros(1000)}, part)
+    return folder / "weights"
+
+
+@pytest.mark.parametrize("write", [write_store, write_replies, write_checkpoint, write_student, write_weights])
+def test_a_full_disk_is_named_with_what_is_safe(tmp_path, request, write):
+    make_encoder(tmp_path / "encoder")
+    (tmp_path / "old").mkdir()
+    write(tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir() if path.stat().st_size}
+    request.getfixturevalue("full")
+    for folder in ("old", "new"):
+        safe = "the replies before are kept" if write is write_replies else "what was there before is as it was"
+        with pytest.raises(OSError, match=rf"{folder}.* cannot be written \(File too large\): {safe}; make room") as error:
+            write(tmp_path / folder)
+        assert error.value.errno == errno.EFBIG
+        left = {path.name for path in (tmp_path / folder).rglob("*") if path.stat().st_size and path.is_file()}
+        assert left <= {*before} if folder == "old" else left <= {"replies.jsonl"}
+    assert {name: (tmp_path / "old" / name).read_bytes()[: len(bytes_)] for name, bytes_ in before.items()} == before
+    if write is write_replies:
+        assert Replies(tmp_path / "new").spent.calls > 3  # whole lines are read, the broken one is none
 
 
 def test_where_nothing_can_be_written_a_lock_is_not_needed(tmp_path, read_only):

@@ -121,6 +121,38 @@ def test_a_folder_with_a_space_in_its_name_will_do(tmp_path):
     assert len(commands) == 4 and all(f'"{folder}/.venv/bin/python" -m ' in line for line in commands)
 
 
+ODD = ["a b", "a;b", "a'b", 'a"b', "a$b", "a#b", "a%b", "a(b", "a)b", "a:b", "a\\b", "a&b", "a*b", "aéb"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_checkout_under_an_odd_name_works_or_is_refused_in_one_line(tmp_path, name):
+    home = tmp_path / name
+    (home / ".venv" / "bin").mkdir(parents=True)
+    (home / "Makefile").write_text(MAKEFILE, encoding="utf-8")
+    for file in ("requirements.lock", "pyproject.toml", ".venv/pyvenv.cfg", ".venv/.installed"):
+        (home / file).touch()
+    python = home / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf \'%s\\n\' "$0" "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    before = sorted(tmp_path.rglob("*"))
+    done = make("scores", folder=home)
+    if set(name) & set('"$:\\'):
+        assert done.returncode and f"this folder is '{home}': make cannot work with" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout
+    else:
+        ran = [str(python), "-m", "permdistill.paper", "score", "--profile", "full", "--scores", str(home / "scores")]
+        assert done.returncode == 0 and done.stdout.splitlines()[1:] == ran
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", sorted({*ODD} - {"a b", "aéb", "a$b"}) + ["a$$b"])
+def test_a_setting_under_an_odd_name_is_refused_in_one_line(name):
+    for setting in ("VENV", "BUILD"):
+        done = make("-n", "paper", f"{setting}={name}")
+        assert done.returncode and f"{setting} is '{name.replace('$$', '$')}': make cannot work with" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
 def test_environment_yml_names_the_packages_that_the_project_stands_on():
     """Beside the lock, which pins them: what is named must be in both."""
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock, Timeout
 
 from permdistill import scores
 from permdistill.orders import all_orders
@@ -219,6 +221,32 @@ def test_kill_9_loses_the_group_in_flight_only(tmp_path):
     scores.score(Store(tmp_path), teacher, questions, LETTERS)
     assert teacher.calls == 200 - kept
     assert np.allclose(scores.load(Store(tmp_path), questions, LETTERS, teacher.model_key), np.log(1 / 3))
+
+
+def test_a_second_process_that_scores_waits_and_does_nothing_twice(tmp_path, monkeypatch):
+    """What another one did while this one waited is known when it starts, and it keeps others out while it scores."""
+    questions = make_questions(6)
+    mine, theirs = make_teacher(questions), make_teacher(questions)
+    store, real, held = Store(tmp_path), scores.locked, []
+
+    @contextmanager
+    def locked(path: Path):
+        if path.name == ".scoring.lock" and not held:
+            held.append(path)
+            scores.score(Store(tmp_path), theirs, questions[:4], LETTERS)
+        with real(path):
+            yield
+
+    class Alone(PlantedTeacher):
+        def log_probs(self, *asked):
+            with pytest.raises(Timeout):
+                FileLock(tmp_path / ".scoring.lock").acquire(timeout=0)
+            return super().log_probs(*asked)
+
+    monkeypatch.setattr(scores, "locked", locked)
+    alone = Alone(mine.preferences, BIAS)
+    assert scores.score(store, alone, questions, LETTERS) == 2 and held
+    assert (theirs.calls, alone.calls) == (4, 2)
 
 
 def test_missing_scores_are_counted_and_named(tmp_path):

@@ -449,6 +449,17 @@ def test_a_damaged_file_of_a_training_is_said_and_trained_anew(encoder, tmp_path
     assert as_good_as_same(again, whole)
 
 
+def test_a_damaged_student_is_said_and_trained_anew(encoder, tmp_path):
+    questions, right = toy(16, 0)
+    args = (StudentConfig(encoder, k=K), replace(FAST, epochs=1), Lesson(questions, soft(right)), tmp_path)
+    student = train(*args)
+    weights_file = tmp_path / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"\x01")
+    with pytest.warns(UserWarning, match="model.safetensors is not what was saved.*: it is trained anew"):
+        again = train(*args)
+    assert as_good_as_same(student, again) and same(again, train(*args, on_step=never))
+
+
 @HEADS
 def test_one_step_in_pieces_is_the_same_step(encoder, tmp_path, head):
     """A batch of 16 at once and in pieces (the accumulation that trainers got wrong upstream): equal up to rounding."""
