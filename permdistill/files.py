@@ -87,6 +87,32 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+_SEAL = b"\nsha256 "
+
+
+def seal(path: Path) -> None:
+    """Write the hash of what a file holds at its end, for formats that let something follow and check nothing."""
+    sha256 = sha256_of(path)
+    with open(path, "ab") as file:
+        file.write(_SEAL + sha256.encode())
+
+
+def sealed(path: Path) -> bool:
+    """Whether a file holds what it did when it was sealed. One that never was is taken as it is."""
+    with open(path, "rb") as file:
+        length = max(0, file.seek(0, os.SEEK_END) - len(_SEAL) - 64)
+        file.seek(length)
+        end = file.read()
+        if not end.startswith(_SEAL):
+            return True
+        found, left = hashlib.sha256(), length
+        file.seek(0)
+        while left and (block := file.read(min(left, 1 << 20))):
+            found.update(block)
+            left -= len(block)
+    return end == _SEAL + found.hexdigest().encode()
+
+
 @contextmanager
 def disk_errors(path: Path, safe: str = "what was there before is as it was") -> Iterator[None]:
     """Errors of the disk, raised in the block while ``path`` is written, become an OSError that names it and what is

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.engine import ranks
-from permdistill.files import locked, replacing
+from permdistill.files import locked, replacing, seal, sealed
 from permdistill.heads import Row
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import to_positions
@@ -162,9 +161,11 @@ class Checkpoint:
         if not (self.folder / name).exists():
             return None
         try:
+            if not sealed(self.folder / name):  # torch.load compares no checksums
+                raise ValueError("other bytes than were saved")
             state = torch.load(self.folder / name, map_location="cpu", weights_only=True)
             return state if state["key"] == self.key else None
-        except (RuntimeError, EOFError, ValueError, TypeError, LookupError, UnpicklingError) as error:
+        except Exception as error:  # of pickle or torch, by what is damaged
             what = f"{self.folder / name} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             warnings.warn(f"{what}: training starts from its beginning", stacklevel=2)
             return None
@@ -175,19 +176,23 @@ class Checkpoint:
             return False
         try:
             return bool(read_log(self.folder)["key"] == self.key)
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             warnings.warn(f"{self.folder / LOG} is damaged ({error}): the student is trained anew", stacklevel=2)
             return False
 
     def save(self, state: dict[str, Any], name: str = CHECKPOINT) -> None:
         """Keep a state, or under the name BEST that of the best epoch."""
         if ranks.rank() == 0:
-            with replacing(self.folder / name) as part, part.open("wb") as file:
-                torch.save({"key": self.key, **state}, file)
+            with replacing(self.folder / name) as part:
+                with part.open("wb") as file:
+                    torch.save({"key": self.key, **state}, file)
+                seal(part)
 
     def best(self) -> dict[str, torch.Tensor]:
-        """The weights of the best epoch."""
-        return torch.load(self.folder / BEST, weights_only=True)["model"]
+        """The weights of the best epoch. Raises ValueError where they are damaged."""
+        if (state := self._read(BEST)) is None:
+            raise ValueError(f"{self.folder / BEST} is damaged: run the same again")
+        return state["model"]
 
     def discard(self) -> None:
         """Delete the files: the training is finished."""
