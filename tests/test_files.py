@@ -21,7 +21,7 @@ from test_students import make_encoder
 
 from permdistill.api.replies import Replies
 from permdistill.configs import StudentConfig
-from permdistill.files import STAMPS, intact, locked, replacing, sha256_of, stamp, stamps
+from permdistill.files import STAMPS, intact, locked, replacing, seal, sealed, sha256_of, stamp, stamps
 from permdistill.students import build
 from permdistill.training import Checkpoint
 
@@ -172,6 +172,33 @@ def test_a_stamp_holds_as_long_as_size_time_and_inode_do(tmp_path, monkeypatch):
     assert not intact(path, right, thorough=True)
     path.unlink()
     assert not intact(path, right)
+
+
+def test_a_seal_tells_whether_anything_has_changed(tmp_path):
+    path = tmp_path / "checkpoint"
+    path.write_bytes(b"weights")
+    assert sealed(path)  # never sealed: nothing is known
+    seal(path)
+    good = path.read_bytes()
+    assert sealed(path) and good.startswith(b"weights")
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert sealed(path) == (7 <= place < 15)  # a seal that is none any more says nothing
+    path.write_bytes(b"")
+    assert sealed(path)
+
+
+def test_a_checkpoint_with_other_bytes_is_not_gone_on_with(tmp_path):
+    """torch.load compares no checksums: it gave other weights, or what lay in memory."""
+    checkpoint = Checkpoint(tmp_path, "key")
+    checkpoint.save({"model": {"w": torch.arange(100.0)}})
+    path = tmp_path / "checkpoint.pt"
+    good = path.read_bytes()
+    place = good.index(torch.arange(90.0, 100.0).numpy().tobytes())
+    assert torch.equal(checkpoint.load()["model"]["w"], torch.arange(100.0))
+    path.write_bytes(good[:place] + b"\x01" + good[place + 1 :])
+    with pytest.warns(UserWarning, match="checkpoint.pt is damaged .other bytes than were saved"):
+        assert checkpoint.load() is None
 
 
 def test_one_file_found_right_does_not_vouch_for_its_neighbour(tmp_path):
