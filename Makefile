@@ -70,11 +70,13 @@ help: ## list the targets and the settings
 .PHONY: venv
 venv: $(INSTALLED) ## the virtual environment, from requirements.lock
 
+# First whatever has hashes, then torch in this platform's build, and what that needs.
 # pip writes a package's RECORD last. A dist-info without one is what a killed pip left; pip would take it for installed.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock requirements.sha256 pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d, 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." % v[:2])'
 	@"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear "$(VENV)"
 	@for d in "$(VENV)"/lib/python*/site-packages/*.dist-info; do [ ! -d "$$d" ] || [ -e "$$d/RECORD" ] || rm -rf "$$d"; done
+	"$(VENV)/bin/python" -m pip install --require-hashes --no-deps -r requirements.sha256
 	"$(VENV)/bin/python" -m pip install -r requirements.lock
 	"$(VENV)/bin/python" -m pip install --no-deps --no-build-isolation -e .
 	@touch $@

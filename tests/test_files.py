@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_scores import Store, row_of
+from test_scores import Store, forked, row_of
 from test_students import make_encoder
 
 from permdistill.api.replies import Replies
 from permdistill.configs import StudentConfig
 from permdistill.files import STAMPS, intact, locked, replacing, seal, sealed, sha256_of, stamp, stamps
 from permdistill.students import build
+from permdistill.teachers import load_teacher
 from permdistill.training import Checkpoint
 
 
@@ -236,13 +236,20 @@ def test_code_that_lies_in_a_models_folder_is_never_run(tmp_path):
     config = {"model_type": "evil", "auto_map": {n: "evil.Evil" for n in ("AutoConfig", "AutoModelForCausalLM")}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").touch()
-    script = (
-        "import sys\nfrom permdistill.configs import StudentConfig\n"
-        "from permdistill.students import build\nfrom permdistill.teachers import load_teacher\n"
-        "for load in (load_teacher, lambda f: build(StudentConfig(f, 'joint', 'plain', 2), 0)):\n"
-        "    try: load(sys.argv[1])\n"
-        "    except (ValueError, OSError) as error: print(type(error).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], input="y\n" * 9, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.split()) == 2, done.stderr
-    assert "[y/N]" not in done.stdout and not (tmp_path / "ran").exists()
+    (tmp_path / "yes").write_text("y\n" * 9)
+
+    def load() -> None:
+        for number, file in enumerate((open(tmp_path / "yes"), open(tmp_path / "said", "a"), open(tmp_path / "err", "a"))):
+            os.dup2(file.fileno(), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+        for load in (load_teacher, lambda f: build(StudentConfig(f, "joint", "plain", 2), 0)):
+            try:
+                load(str(tmp_path))
+            except (ValueError, OSError) as error:
+                print(type(error).__name__, flush=True)
+
+    with forked(load) as process:
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    said = (tmp_path / "said").read_text()
+    assert status == 0 and len(said.split()) == 2, (tmp_path / "err").read_text()
+    assert "[y/N]" not in said + (tmp_path / "err").read_text() and not (tmp_path / "ran").exists()

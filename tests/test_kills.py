@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from test_scaleout import make_causal
-from test_scores import Store, row_of
+from test_scores import Store, forked, row_of
 from test_students import make_encoder
 from test_training import FAST, K, as_good_as_same, read_log, same, soft, toy
 
@@ -44,41 +44,35 @@ def questions(n: int) -> list[Question]:
     return [Question(f"q{i}", "", f"Question {i} ?", ("a", "b", str(i))) for i in range(n)]
 
 
-def forked(work: Callable[[], object]) -> int:
-    """The id of a process that does the work and ends."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
+def ended(work: Callable[[], object]) -> bool:
+    """Whether a process that does the work comes to its end."""
+    with forked(work) as child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def kills(work: Callable[[], object], whole: Callable[[], None], start: Callable[[], None], seed: int) -> Iterator[int]:
     """Kill ``work`` KILLS times, each time within what it takes at most; after each, a caller may look. ``whole`` looks at
     what a run that came to its end left, ``start`` begins anew."""
     began = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == 0
-    longest, rng, done, ended = time.monotonic() - began, np.random.default_rng(seed), 0, 0
+    assert ended(work)
+    longest, rng, done, finished = time.monotonic() - began, np.random.default_rng(seed), 0, 0
     start()
     while done < KILLS:
-        child = forked(work)
-        time.sleep(rng.uniform(0, longest / 2))
-        os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with forked(work) as child:
+            time.sleep(rng.uniform(0, longest / 2))
+            os.kill(child, signal.SIGKILL)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL)
         if status:
             done += 1
             yield done
         else:  # the end was quicker than the kill
-            ended += 1
+            finished += 1
             whole()
             start()
-    assert os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == 0
+    assert ended(work)
     whole()
-    print(f"{done} kills, {ended + 1} runs came to their end; one takes {longest:.1f} s")
+    print(f"{done} kills, {finished + 1} runs came to their end; one takes {longest:.1f} s")
 
 
 class Folders:
@@ -152,8 +146,7 @@ def test_asking(tmp_path):
         url = server.stdout.readline().strip()
         job = Job(Endpoint(url, "local"), LETTERS, calls_in_orders(questions(25)), "logprobs")
         folders = Folders(tmp_path / "replies")
-        once = forked(lambda: ask(job, Replies(folders.now)))
-        assert os.waitstatus_to_exitcode(os.waitpid(once, 0)[1]) == 0
+        assert ended(lambda: ask(job, Replies(folders.now)))
         expected = [job.record(Replies(folders.now), call) for call in job.calls]
         folders.start()
 
