@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from filelock import FileLock, Timeout
 
 from permdistill import scores
@@ -48,6 +49,7 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
     child = os.fork()
     if not child:
         try:
+            torch.set_num_threads(1)  # the threads that OpenMP made before are not in this process: it would wait for them
             work()
             os._exit(0)
         finally:
