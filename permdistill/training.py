@@ -197,7 +197,8 @@ class Checkpoint:
     def discard(self) -> None:
         """Delete the files: the training is finished."""
         for name in (CHECKPOINT, BEST):
-            (self.folder / name).unlink(missing_ok=True)
+            if (self.folder / name).exists():  # where nothing can be written, not even what is not there can be deleted
+                (self.folder / name).unlink()
 
 
 def _train(

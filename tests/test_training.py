@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -437,6 +438,22 @@ def test_a_damaged_student_is_said_and_trained_anew(encoder, tmp_path):
     with pytest.warns(UserWarning, match="model.safetensors is not what was saved.*: it is trained anew"):
         again = train(*args)
     assert as_good_as_same(student, again) and same(again, train(*args, on_step=never))
+
+
+def test_a_finished_student_is_loaded_where_nothing_can_be_written(encoder, tmp_path, monkeypatch):
+    questions, right = toy(16, 0)
+    args = (StudentConfig(encoder, k=K), replace(FAST, epochs=1), Lesson(questions, soft(right)), tmp_path)
+    student = train(*args)
+    (tmp_path / ".lock").unlink()
+
+    def read_only(*names, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("unlink", "replace", "rename", "mkdir"):
+        monkeypatch.setattr(os, name, read_only)
+    monkeypatch.setattr("permdistill.files.FileLock.acquire", read_only)
+    monkeypatch.setattr("permdistill.files._writable", lambda folder: False)
+    assert same(student, train(*args, on_step=never))
 
 
 @HEADS
