@@ -16,6 +16,14 @@ NOTEBOOKS ?= notebooks
 
 one_word = $(if $(filter 1,$(words $($(1)))),,$(error $(1) is '$($(1))': give one word, without spaces))
 $(foreach name,PYTHON VENV TEACHER PROFILE BUILD NOTEBOOKS,$(call one_word,$(name)))
+# The shell reads recipes: no setting may hold what it takes for its own, and no quoted path what it reads inside quotes.
+# Python makes no environment in a path with a colon.
+open := (
+close := )
+hash := \#
+odd = $(foreach c,$(2),$(if $(findstring $(c),$(1)),$(error $(3) is '$(1)': make cannot work with $(c) in it, choose another name)))
+$(foreach name,VENV BUILD NOTEBOOKS,$(call odd,$($(name)),' " ` $$ \ : ; & | * ? < > % $(hash) $(open) $(close),$(name)))
+$(call odd,$(CURDIR)," ` $$ \ :,this folder)
 # What is made and deleted under these names must be ours: not the checkout, nor a folder that somebody else filled.
 ifneq ($(shell [ ! -e '$(VENV)' ] || [ -z "$$(ls -A '$(VENV)')" ] || [ -e '$(VENV)/pyvenv.cfg' ] || echo filled),)
 $(error VENV is '$(VENV)', which holds something else than a virtual environment: give a new folder)
@@ -62,11 +70,13 @@ help: ## list the targets and the settings
 .PHONY: venv
 venv: $(INSTALLED) ## the virtual environment, from requirements.lock
 
+# First whatever has hashes, then torch in this platform's build, and what that needs.
 # pip writes a package's RECORD last. A dist-info without one is what a killed pip left; pip would take it for installed.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock requirements.sha256 pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d, 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." % v[:2])'
 	@"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear "$(VENV)"
 	@for d in "$(VENV)"/lib/python*/site-packages/*.dist-info; do [ ! -d "$$d" ] || [ -e "$$d/RECORD" ] || rm -rf "$$d"; done
+	"$(VENV)/bin/python" -m pip install --require-hashes --no-deps -r requirements.sha256
 	"$(VENV)/bin/python" -m pip install -r requirements.lock
 	"$(VENV)/bin/python" -m pip install --no-deps --no-build-isolation -e .
 	@touch $@

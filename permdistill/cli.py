@@ -104,7 +104,7 @@ def _add_questions(command: argparse.ArgumentParser, required: bool = False) -> 
     text = "of --tasks (default: all that each of them has)"
     command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"), help=text)
     command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
-    command.add_argument("--limit", type=int, help="only the first so many questions of each task and split")
+    command.add_argument("--limit", type=commands.whole(1), help="only the first so many questions of each task and split")
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:

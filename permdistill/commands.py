@@ -39,6 +39,17 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
         sys.exit(f"permdistill: {error}")
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: give at least {least}")
+        return int(text)
+
+    return number
+
+
 def led(run: Callable[[argparse.Namespace], object]) -> Callable[[argparse.Namespace], None]:
     """A command that trains, for all processes that torchrun or accelerate launch started."""
 
@@ -56,13 +67,13 @@ def add_scoring(command: argparse.ArgumentParser, scores: str, workers: bool) ->
     command.add_argument("--scores", default=scores, help="folder of the stores (%(default)s)")
     if workers:
         text = "Ray actors that hold the teacher; RAY_ADDRESS names the cluster (default: this process, without Ray)"
-        command.add_argument("--workers", type=int, default=0, help=text)
+        command.add_argument("--workers", type=whole(0), default=0, help=text)
         command.add_argument("--worker-cpus", type=float, default=1, help="of each worker: its threads (%(default)s)")
         command.add_argument("--worker-gpus", type=float, help="of each worker (default: 1 where the cluster has some)")
     else:
-        command.add_argument("--n", type=int, default=8, help="questions per template (%(default)s)")
+        command.add_argument("--n", type=whole(1), default=8, help="questions per template (%(default)s)")
         text = "of the sample (default: another one each time)"
-        command.add_argument("--seed", type=int, default=randbelow(2**32), help=text)
+        command.add_argument("--seed", type=whole(0), default=randbelow(2**32), help=text)
 
 
 def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:

@@ -6,13 +6,19 @@ import errno
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+# What a disk may say in the middle of writing: full, over a quota, over a file's longest, broken.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_SAID = "cannot be written ("
 STAMPS = ".stamps.json"
+QUIET = 5.0  # seconds that a lock is waited for without a word
 
 
 def cache_dir() -> Path:
@@ -36,7 +42,11 @@ def locked(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=QUIET)
+        except Timeout:
+            print(f"waiting for another process, which holds {path}", file=sys.stderr)
+            lock.acquire()
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(f"{path} is a symbolic link, and should be an empty file (a lock): remove it") from None
@@ -56,18 +66,67 @@ def _writable(folder: Path) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` when the block ends without an error, its bytes on disk.
 
-    Its name is hidden and this process's own, so that two writers of one file do not meet. Folders are made.
+    Its name is hidden and this process's own, so that two writers of one file do not meet. Folders are made. Raises OSError
+    that names ``path`` where the disk is full or broken.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)  # of a killed process with this number, or a link to who knows what
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)  # of a killed process with this number, or a link to who knows what
+        try:
+            yield part
+            sync(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes are on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+_SEAL = b"\nsha256 "
+
+
+def seal(path: Path) -> None:
+    """Write the hash of what a file holds at its end, for formats that let something follow and check nothing."""
+    sha256 = sha256_of(path)
+    with open(path, "ab") as file:
+        file.write(_SEAL + sha256.encode())
+
+
+def sealed(path: Path) -> bool:
+    """Whether a file holds what it did when it was sealed. One that never was is taken as it is."""
+    with open(path, "rb") as file:
+        length = max(0, file.seek(0, os.SEEK_END) - len(_SEAL) - 64)
+        file.seek(length)
+        end = file.read()
+        if not end.startswith(_SEAL):
+            return True
+        found, left = hashlib.sha256(), length
+        file.seek(0)
+        while left and (block := file.read(min(left, 1 << 20))):
+            found.update(block)
+            left -= len(block)
+    return end == _SEAL + found.hexdigest().encode()
+
+
+@contextmanager
+def disk_errors(path: Path, safe: str = "what was there before is as it was") -> Iterator[None]:
+    """Errors of the disk, raised in the block while ``path`` is written, become an OSError that names it and what is
+    ``safe``."""
     try:
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except Exception as error:  # torch hides the system's error in a RuntimeError, safetensors in the text of its own
+        told = re.search(r"os error (\d+)", str(error))
+        numbers = {int(told[1]) if told else 0, *(getattr(e, "errno", 0) for e in (error, error.__context__))} & _DISK
+        if not numbers or _SAID in str(error):
+            raise
+        number = numbers.pop()
+        text = f"{path} {_SAID}{os.strerror(number)}): {safe}; make room, then run the same again"
+        raise OSError(number, text) from error
 
 
 # --------------------------------------------------------------------------------------------------------------------

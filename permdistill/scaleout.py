@@ -31,7 +31,7 @@ from tqdm import tqdm
 from permdistill.orders import all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
-from permdistill.scores import Store, keep, lacking
+from permdistill.scores import Store, alone, keep, lacking
 from permdistill.teachers import Teacher, in_groups
 
 # Questions that a worker is given at a time, on average, or one group: its forest, and the work that is lost with it.
@@ -67,17 +67,18 @@ def score(store: Store, workers: Workers, questions: Sequence[Question], templat
     The same store up to rounding, which depends on the questions of a forest, on threads and on processors. Raises
     ValueError before any compute when a question does not suit template or teacher, MissingRay without Ray.
     """
-    groups = lacking(store, questions, template, workers.model_key)
-    missing = sum(map(len, groups))
-    if not groups:
-        return 0
-    paid = len(questions) - missing
-    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score, {workers.n} workers") as bar:
-        # Closed here, so that Ray ends with this function also when a score is refused.
-        with closing(_scored(groups, workers, template)) as scored:
-            for group, log_probs in scored:
-                keep(store, group, log_probs, template, workers.model_key)
-                bar.update(len(group))
+    with alone(store):
+        groups = lacking(store, questions, template, workers.model_key)
+        missing = sum(map(len, groups))
+        if not groups:
+            return 0
+        paid = len(questions) - missing
+        with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score, {workers.n} workers") as bar:
+            # Closed here, so that Ray ends with this function also when a score is refused.
+            with closing(_scored(groups, workers, template)) as scored:
+                for group, log_probs in scored:
+                    keep(store, group, log_probs, template, workers.model_key)
+                    bar.update(len(group))
     return missing
 
 

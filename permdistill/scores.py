@@ -23,6 +23,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -248,21 +249,30 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[str, Row]]:
 def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
     """Score what the store lacks, all K! orders of each question. Returns the number of questions scored now.
 
-    What a forward pass, or a group (:func:`lacking`), cost is on disk before the next one starts. Raises ValueError before
-    any compute when a question does not fit the template. :func:`permdistill.scaleout.score` does the same with several
-    workers.
+    What a forward pass, or a group (:func:`lacking`), cost is on disk before the next one starts. A second process that
+    scores into this store waits for the first, then scores what is left. Raises ValueError before any compute when a
+    question does not fit the template. :func:`permdistill.scaleout.score` does the same with several workers.
     """
-    groups = lacking(store, questions, template, teacher.model_key)
-    missing = [question for group in groups for question in group]
-    teacher.check(missing, template)
-    paid = len(questions) - len(missing)
-    with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score {teacher.name}") as bar:
-        for done in in_groups(teacher, groups, template):
-            places, log_probs = zip(*done, strict=True)
-            keep(store, [missing[place] for place in places], log_probs, template, teacher.model_key)
-            bar.set_postfix_str(getattr(teacher, "plan", ""), refresh=False)
-            bar.update(len(places))
+    with alone(store):
+        groups = lacking(store, questions, template, teacher.model_key)
+        missing = [question for group in groups for question in group]
+        teacher.check(missing, template)
+        paid = len(questions) - len(missing)
+        with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score {teacher.name}") as bar:
+            for done in in_groups(teacher, groups, template):
+                places, log_probs = zip(*done, strict=True)
+                keep(store, [missing[place] for place in places], log_probs, template, teacher.model_key)
+                bar.set_postfix_str(getattr(teacher, "plan", ""), refresh=False)
+                bar.update(len(places))
     return len(missing)
+
+
+@contextmanager
+def alone(store: Store) -> Iterator[None]:
+    """Be the only one who scores into a store, and know what others have added: no work is done twice."""
+    with locked(store.folder / ".scoring.lock"):
+        store.refresh()
+        yield
 
 
 def lacking(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> list[list[Question]]:

@@ -13,6 +13,7 @@ Saved students are ordinary transformers checkpoints plus ``permdistill.json``, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ from permdistill.configs import StudentConfig
 from permdistill.debias import EPSILON
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
-from permdistill.files import sha256_of
+from permdistill.files import disk_errors, sha256_of, sync
 from permdistill.heads import HEADS, OFFSET_POSITIONS, Head, Row, Text
 from permdistill.orders import to_options, to_positions
 from permdistill.questions import Question
@@ -336,33 +337,57 @@ class Student:
         path = Path(path)
         part = path / ".part"
         shutil.rmtree(part, ignore_errors=True)
+        try:
+            with disk_errors(path):
+                self._write(part)
+        except OSError:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        (path / CONFIG_FILE).unlink(missing_ok=True)  # without it the folder is no student; it comes back last
+        for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG_FILE):
+            os.replace(file, path / file.name)
+        part.rmdir()
+
+    def _write(self, part: Path) -> None:
         part.mkdir(parents=True)
         with _quiet():
             self.model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
         settings = asdict(self.config) | ({"correction": asdict(self.correction)} if self.correction else {})
         settings |= {"scale": self.scale} if self.head.scaled else {}
-        (part / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (path / CONFIG_FILE).unlink(missing_ok=True)  # without it the folder is no student; it comes back last
-        for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG_FILE):
-            os.replace(file, path / file.name)
-        part.rmdir()
+        hashes = {file.name: sha256_of(file) for file in sorted(part.iterdir())} | {CONFIG_FILE: _sha256(settings)}
+        (part / CONFIG_FILE).write_text(json.dumps(settings | {"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+        for file in part.iterdir():
+            sync(file)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Student:
         """A student that :meth:`save` wrote. Raises FileNotFoundError when ``path`` is none, or only half written, and
-        ValueError that names file and field where something in it is missing or makes no sense."""
+        ValueError that names file and field where something in it is missing, makes no sense, or is not what was saved
+        (students of version 0.1 have no hashes: of these only what is missing or impossible is seen)."""
         file = Path(path) / CONFIG_FILE
         if not file.exists():
             raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: give a folder that Student.save finished")
-        config, correction, scale = _settings(file)
-        student = _load(config, sources.Source(lambda: str(path)), whole=True)
+        config, correction, scale, hashes = _settings(file)
+        for name, sha256 in hashes.items():
+            if not (file.parent / name).is_file() or sha256_of(file.parent / name) != sha256:
+                raise ValueError(f"{file.parent / name} is not what was saved: restore it, or save the student again")
+        try:
+            student = _load(config, sources.Source(lambda: str(path)), whole=True)
+        except Exception as error:  # of whichever library reads a file that is damaged
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path} cannot be loaded ({why}): restore its files, or save the student again") from error
         student.scale, student.correction = scale, correction
         return student
 
 
-def _settings(file: Path) -> tuple[StudentConfig, Correction | None, float]:
-    """What ``permdistill.json`` says. Every field has to be there: a default would make it another student."""
+def _sha256(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _settings(file: Path) -> tuple[StudentConfig, Correction | None, float, dict[str, str]]:
+    """What ``permdistill.json`` says, and the hashes of the other files. Every field has to be there: a default would make
+    it another student."""
     kinds = {"encoder": str, "head": str, "inputs": str, "k": int, "max_length": int}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -378,7 +403,12 @@ def _settings(file: Path) -> tuple[StudentConfig, Correction | None, float]:
             if len(position) != config.k:
                 raise ValueError(f"field 'correction' has {len(position)} positions, k is {config.k}")
             correction = Correction(_number("correction", own["scale"]), position)
-        return config, correction, scale
+        if unknown := found.keys() - {*kinds, "scale", "correction", "sha256"}:
+            raise ValueError(f"field {min(unknown)!r} is not known")
+        hashes = dict(found.pop("sha256", {}))
+        if hashes and hashes.pop(CONFIG_FILE) != _sha256(found):
+            raise ValueError("it is not what was saved")
+        return config, correction, scale, hashes
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): restore it, or save the student again") from error
 

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.engine import ranks
-from permdistill.files import locked, replacing
+from permdistill.files import locked, replacing, seal, sealed
 from permdistill.heads import Row
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import to_positions
@@ -109,8 +108,13 @@ def train(
     checkpoint = Checkpoint(Path(folder), content_key(config, training, lesson, autocast))
     with locked(checkpoint.folder / ".lock"):  # a killed make may have left a process that is still at it: wait for it
         if checkpoint.finished():
-            checkpoint.discard()
-            return Student.from_pretrained(folder)
+            try:
+                student = Student.from_pretrained(folder)
+            except ValueError as error:
+                warnings.warn(f"{error}: it is trained anew", stacklevel=2)
+            else:
+                checkpoint.discard()
+                return student
         job = partial(_train, config, training, lesson, checkpoint, autocast)
         ranks.share(job)
         return job(on_step)
@@ -157,9 +161,11 @@ class Checkpoint:
         if not (self.folder / name).exists():
             return None
         try:
+            if not sealed(self.folder / name):  # torch.load compares no checksums
+                raise ValueError("other bytes than were saved")
             state = torch.load(self.folder / name, map_location="cpu", weights_only=True)
             return state if state["key"] == self.key else None
-        except (RuntimeError, EOFError, ValueError, TypeError, LookupError, UnpicklingError) as error:
+        except Exception as error:  # of pickle or torch, by what is damaged
             what = f"{self.folder / name} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             warnings.warn(f"{what}: training starts from its beginning", stacklevel=2)
             return None
@@ -170,7 +176,7 @@ class Checkpoint:
             return False
         try:
             return bool(read_log(self.folder)["key"] == self.key)
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             warnings.warn(f"{self.folder / LOG} is damaged ({error}): the student is trained anew", stacklevel=2)
             return False
 
@@ -178,16 +184,21 @@ class Checkpoint:
         """Keep a state, or under the name BEST that of the best epoch."""
         if ranks.rank() == 0:
             with replacing(self.folder / name) as part:
-                torch.save({"key": self.key, **state}, part)
+                with part.open("wb") as file:
+                    torch.save({"key": self.key, **state}, file)
+                seal(part)
 
     def best(self) -> dict[str, torch.Tensor]:
-        """The weights of the best epoch."""
-        return torch.load(self.folder / BEST, weights_only=True)["model"]
+        """The weights of the best epoch. Raises ValueError where they are damaged."""
+        if (state := self._read(BEST)) is None:
+            raise ValueError(f"{self.folder / BEST} is damaged: run the same again")
+        return state["model"]
 
     def discard(self) -> None:
         """Delete the files: the training is finished."""
         for name in (CHECKPOINT, BEST):
-            (self.folder / name).unlink(missing_ok=True)
+            if (self.folder / name).exists():  # where nothing can be written, not even what is not there can be deleted
+                (self.folder / name).unlink()
 
 
 def _train(

@@ -86,6 +86,16 @@ def test_errors_are_one_message_before_any_scoring(planted, questions, tmp_path)
         cli.main(["audit", "--questions", questions, "--scores", str(tmp_path / "empty"), "--n", "1"])
 
 
+@pytest.mark.parametrize(
+    "words", [["--limit", "-1"], ["--limit", "0"], ["--limit", "1.5"], ["--workers", "-1"]], ids=" ".join
+)
+def test_numbers_that_make_no_sense_are_refused(planted, questions, tmp_path, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["score", "--questions", questions, "--scores", str(tmp_path / "scores"), *words])
+    assert stopped.value.code == 2 and f"argument {words[0]}: " in capsys.readouterr().err.splitlines()[-1]
+    assert planted.calls == 0 and not (tmp_path / "scores").exists()
+
+
 CORE = ("score", "audit", "measure", "ask", "sweep")
 PAPER = ("plan", "fetch", "score", "audit", "students", "manifest")
 
@@ -233,6 +243,24 @@ def test_measure_scores_from_elsewhere(tmp_path, questions, capsys):
     (tmp_path / "few.jsonl").write_text('{"id": "q1", "question": "?", "options": ["a", "b"]}\n', encoding="utf-8")
     with pytest.raises(SystemExit, match="id 'q0' has 3 options, .*few.jsonl has no such question"):
         cli.main(["measure", str(path), "--questions", str(tmp_path / "few.jsonl")])
+
+
+def test_a_table_takes_its_files_place_when_it_is_whole(tmp_path, monkeypatch):
+    record = {"id": "a", "order": [0, 1], "probabilities": [0.6, 0.4]}
+    lines = [json.dumps(record), json.dumps(record | {"order": [1, 0]})]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    words = ["measure", str(tmp_path / "records.jsonl"), "--csv", str(tmp_path / "table.csv")]
+    cli.main(words)
+    before = (tmp_path / "table.csv").read_text()
+
+    def killed(self, path, **options):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(words)
+    assert (tmp_path / "table.csv").read_text() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_students_of_a_profile_are_those_that_its_notebooks_look_for(monkeypatch, tmp_path, capsys):

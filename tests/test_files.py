@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from test_scores import Store, forked, row_of
+from test_students import make_encoder
 
-from permdistill.files import STAMPS, intact, locked, replacing, sha256_of, stamp, stamps
+from permdistill.api.replies import Replies
+from permdistill.configs import StudentConfig
+from permdistill.files import STAMPS, intact, locked, replacing, seal, sealed, sha256_of, stamp, stamps
+from permdistill.students import build
+from permdistill.teachers import load_teacher
+from permdistill.training import Checkpoint
 
 
 @pytest.fixture
@@ -72,6 +82,63 @@ def test_bytes_are_on_disk_before_a_file_takes_its_place(tmp_path, monkeypatch):
     assert done == ["fsync", "replace"]
 
 
+@pytest.fixture
+def full() -> Iterator[None]:
+    """A disk on which no file may have more than 400 bytes: the system's own error, in the middle of writing."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_store(folder: Path) -> Path:
+    store = Store(folder)
+    store.append([row_of(i) for i in range(40)])
+    return store.compact()
+
+
+def write_replies(folder: Path) -> Path:
+    store = Replies(folder)
+    for i in range(20):
+        store.append({"attempt": f"a{i}", "bound": [200, 1]})
+    return store.path
+
+
+def write_checkpoint(folder: Path) -> Path:
+    Checkpoint(folder, "key").save({"model": torch.zeros(1000)})
+    return folder / "checkpoint.pt"
+
+
+def write_student(folder: Path) -> Path:
+    build(StudentConfig(str(folder.parent / "encoder"), k=3), 0).save(folder)
+    return folder
+
+
+def write_weights(folder: Path) -> Path:
+    with replacing(folder / "weights") as part:
+        save_file({"a": torch.zeros(1000)}, part)
+    return folder / "weights"
+
+
+@pytest.mark.parametrize("write", [write_store, write_replies, write_checkpoint, write_student, write_weights])
+def test_a_full_disk_is_named_with_what_is_safe(tmp_path, request, write):
+    make_encoder(tmp_path / "encoder")
+    (tmp_path / "old").mkdir()
+    write(tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir() if path.stat().st_size}
+    request.getfixturevalue("full")
+    for folder in ("old", "new"):
+        safe = "the replies before are kept" if write is write_replies else "what was there before is as it was"
+        with pytest.raises(OSError, match=rf"{folder}.* cannot be written \(File too large\): {safe}; make room") as error:
+            write(tmp_path / folder)
+        assert error.value.errno == errno.EFBIG
+        left = {path.name for path in (tmp_path / folder).rglob("*") if path.stat().st_size and path.is_file()}
+        assert left <= {*before} if folder == "old" else left <= {"replies.jsonl"}
+    assert {name: (tmp_path / "old" / name).read_bytes()[: len(bytes_)] for name, bytes_ in before.items()} == before
+    if write is write_replies:
+        assert Replies(tmp_path / "new").spent.calls > 3  # whole lines are read, the broken one is none
+
+
 def test_where_nothing_can_be_written_a_lock_is_not_needed(tmp_path, read_only):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / ".lock").touch()
@@ -105,6 +172,33 @@ def test_a_stamp_holds_as_long_as_size_time_and_inode_do(tmp_path, monkeypatch):
     assert not intact(path, right, thorough=True)
     path.unlink()
     assert not intact(path, right)
+
+
+def test_a_seal_tells_whether_anything_has_changed(tmp_path):
+    path = tmp_path / "checkpoint"
+    path.write_bytes(b"weights")
+    assert sealed(path)  # never sealed: nothing is known
+    seal(path)
+    good = path.read_bytes()
+    assert sealed(path) and good.startswith(b"weights")
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert sealed(path) == (7 <= place < 15)  # a seal that is none any more says nothing
+    path.write_bytes(b"")
+    assert sealed(path)
+
+
+def test_a_checkpoint_with_other_bytes_is_not_gone_on_with(tmp_path):
+    """torch.load compares no checksums: it gave other weights, or what lay in memory."""
+    checkpoint = Checkpoint(tmp_path, "key")
+    checkpoint.save({"model": {"w": torch.arange(100.0)}})
+    path = tmp_path / "checkpoint.pt"
+    good = path.read_bytes()
+    place = good.index(torch.arange(90.0, 100.0).numpy().tobytes())
+    assert torch.equal(checkpoint.load()["model"]["w"], torch.arange(100.0))
+    path.write_bytes(good[:place] + b"\x01" + good[place + 1 :])
+    with pytest.warns(UserWarning, match="checkpoint.pt is damaged .other bytes than were saved"):
+        assert checkpoint.load() is None
 
 
 def test_one_file_found_right_does_not_vouch_for_its_neighbour(tmp_path):
@@ -142,13 +236,20 @@ def test_code_that_lies_in_a_models_folder_is_never_run(tmp_path):
     config = {"model_type": "evil", "auto_map": {n: "evil.Evil" for n in ("AutoConfig", "AutoModelForCausalLM")}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").touch()
-    script = (
-        "import sys\nfrom permdistill.configs import StudentConfig\n"
-        "from permdistill.students import build\nfrom permdistill.teachers import load_teacher\n"
-        "for load in (load_teacher, lambda f: build(StudentConfig(f, 'joint', 'plain', 2), 0)):\n"
-        "    try: load(sys.argv[1])\n"
-        "    except (ValueError, OSError) as error: print(type(error).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], input="y\n" * 9, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.split()) == 2, done.stderr
-    assert "[y/N]" not in done.stdout and not (tmp_path / "ran").exists()
+    (tmp_path / "yes").write_text("y\n" * 9)
+
+    def load() -> None:
+        for number, file in enumerate((open(tmp_path / "yes"), open(tmp_path / "said", "a"), open(tmp_path / "err", "a"))):
+            os.dup2(file.fileno(), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+        for load in (load_teacher, lambda f: build(StudentConfig(f, "joint", "plain", 2), 0)):
+            try:
+                load(str(tmp_path))
+            except (ValueError, OSError) as error:
+                print(type(error).__name__, flush=True)
+
+    with forked(load) as process:
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    said = (tmp_path / "said").read_text()
+    assert status == 0 and len(said.split()) == 2, (tmp_path / "err").read_text()
+    assert "[y/N]" not in said + (tmp_path / "err").read_text() and not (tmp_path / "ran").exists()

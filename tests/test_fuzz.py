@@ -1,31 +1,43 @@
 """Mutations of what users, disks and servers hand us: each is refused in our own words, or means what it meant.
 
-Nothing is drawn anew at each run (the seed is fixed), so a failure is found again; PERMDISTILL_FUZZ is another seed.
+Nothing is drawn anew at each run (the seed is fixed), so a failure is found again; PERMDISTILL_FUZZ is another seed,
+PERMDISTILL_FUZZ_N another number of mutations.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from test_endpoint import QUESTION, answered, reply  # noqa: F401 (a fixture)
+from test_formats import inspect_sample, lm_eval
 from test_scores import Store, small_store
+from test_students import make_encoder
 
 from permdistill.api.endpoint import Budget, CallFailed, Endpoint, EndpointError, Limits, Prices, Stopped
 from permdistill.api.jobs import Job, calls_in_orders, drawn_calls, read_decision, read_logprobs
 from permdistill.api.replies import Replies
+from permdistill.configs import StudentConfig
+from permdistill.measure.report import measure
 from permdistill.prompts import TEMPLATES
-from permdistill.questions import BadRecords, from_jsonl
+from permdistill.questions import BadRecords, from_dataset, from_jsonl
+from permdistill.students import Correction, Student, build
+from permdistill.training import Checkpoint
 
-N = 10_000
+N = int(os.environ.get("PERMDISTILL_FUZZ_N", "10000"))
 LETTERS = TEMPLATES["letters"]
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.*is not read")]
 
@@ -122,6 +134,155 @@ def test_questions(tmp_path, rng):
             LETTERS.user_message(question, range(len(question.options))).encode()
             assert question.answer is None or type(question.answer) is int and 0 <= question.answer < len(question.options)
         return "read"
+
+    run(change)
+
+
+def test_columns_of_datasets(rng):
+    from datasets import Dataset
+
+    names = ["id", "context", "question", "options", "answer"]
+    columns: dict[str, Any] = {"id": ["a", "b", "c"], "context": ["", "Passage.", None], "question": ["Which?"] * 3}
+    columns |= {"options": [["x", "y"], ["x", "y", "z"], ["é", "y"]], "answer": [0, None, 1]}
+
+    def change() -> str:
+        spoilt = mutated(columns, rng)
+        try:
+            rows: Any = Dataset.from_dict(spoilt)
+        except Exception:  # the library's own: such columns are no data set; a list of rows may still have them
+            listed = {name: c for name, c in spoilt.items() if isinstance(c, list)} if isinstance(spoilt, dict) else {}
+            rows = [{n: c[i] for n, c in listed.items() if i < len(c)} for i in range(3)]
+        try:
+            questions = from_dataset(rows)
+        except BadRecords as error:
+            assert "dataset" in str(error)
+            str(error).encode()
+            return "refused"
+        assert len(questions) == len(rows)
+        for question, row in zip(questions, rows, strict=True):
+            assert [getattr(question, name) or None for name in names[:3]] == [row.get(name) or None for name in names[:3]]
+            assert list(question.options) == list(row["options"]) and question.answer == row.get("answer")
+            LETTERS.user_message(question, range(len(question.options))).encode()
+        return "read"
+
+    run(change)
+
+
+def files_of_records(folder: Path) -> dict[str, bytes]:
+    """{name: bytes} of records in every kind of file that is read, and of gold answers."""
+    own = [{"id": f"q{i // 2}", "order": [i % 2, 1 - i % 2], "probabilities": [0.6, 0.3]} for i in range(6)]
+    own += [{"id": "q4", "order": [2, 0, 1], "log_probs": [-0.5, -2.0, None], "answer": 1, "draw": 1}]
+    own += [{"id": "q5", "order": [1, 0, 2], "decision": 2}, {"id": "q5", "order": [0, 1, 2], "decision": None}]
+    harness = [lm_eval(i, ["ice", "fire", "air"], [-1.0, -2.0, -9.0], "0") for i in range(3)]
+    log = {"version": 2, "status": "success", "eval": {}, "samples": [inspect_sample(["ice", "fire"], "A", "B")] * 2}
+    pd.DataFrame(own[:6]).to_parquet(folder / "r.parquet")
+    lines = {"r.jsonl": own, "lm.jsonl": harness, "gold.jsonl": [{"id": f"q{i}", "answer": 0} for i in range(6)]}
+    found = {name: "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in lines.items()}
+    found |= {"r.json": json.dumps(own).encode(), "log.json": json.dumps(log).encode()}
+    found |= {"r.jsonl.gz": gzip.compress(found["r.jsonl"]), "r.parquet": (folder / "r.parquet").read_bytes()}
+    with zipfile.ZipFile(folder / "log.eval", "w", zipfile.ZIP_DEFLATED) as packed:
+        for i in range(3):
+            packed.writestr(f"samples/{i}.json", json.dumps(log["samples"][0] | {"epoch": i}))
+    found |= {"log.eval": (folder / "log.eval").read_bytes()}
+    return found | {"r.csv": b'id,order,decision\na,0 1,B\na,1 0,0\nb,"[0, 1]",tie\nb,1;0,\n'}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_records(tmp_path, rng):
+    good, n = files_of_records(tmp_path), 0
+    for name, content in good.items():
+        (tmp_path / name).write_bytes(content)
+
+    def change() -> str:
+        nonlocal n
+        n += 1
+        name = list(good)[n % len(good)]
+        content = good[name]
+        if name.endswith(".jsonl"):
+            content = one([json.loads(line) for line in content.splitlines()], rng)
+        elif name.endswith(".json") and rng.random() < 0.5:
+            content = json.dumps(mutated(json.loads(content), rng)).encode()
+        else:
+            content = spoilt(content, rng)
+        (tmp_path / name).write_bytes(content)
+        try:
+            asked = ("r.jsonl", "gold.jsonl") if name == "gold.jsonl" else (name, None)
+            report = measure(tmp_path / asked[0], asked[1] and tmp_path / asked[1])
+        except ValueError as error:
+            assert isinstance(error, BadRecords) or str(error).startswith(("no record has", "one record without"))
+            str(error).encode()
+            return "refused"
+        finally:
+            (tmp_path / name).write_bytes(good[name])
+        found = report.records
+        sums = np.add.reduceat(found.p, found.starts)
+        assert (np.isnan(sums) | (np.abs(sums - 1) < 1e-9)).all() and (found.answers < found.options).all()
+        for start, k in zip(found.starts, found.k, strict=True):
+            assert sorted(found.orders[start : start + k]) == list(range(k))
+        if name == "r.jsonl":
+            assert len(found.k) == sum(bool(line.strip()) for line in content.split(b"\n"))
+        if n % 100 < len(good):
+            str(report).encode()
+        return "read"
+
+    run(change)
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_folders_of_students(tmp_path, rng):
+    student = build(StudentConfig(make_encoder(tmp_path / "encoder"), "bi_encoder", "distribution", 3, 64), 0)
+    student.scale, student.correction = 2.5, Correction(1.5, (0.25, -0.5, 0.25))
+    student.save(tmp_path / "student")
+    good = {path: path.read_bytes() for path in (tmp_path / "student").iterdir()}
+    described = tmp_path / "student" / "permdistill.json"
+    asked = ("which is red ?", ["yes", "no", "tall"], "long story")
+    before = student.predict(*asked, distribution=[0.2, 0.3, 0.5])
+
+    def change() -> str:
+        path = described if rng.random() < 0.5 else list(good)[rng.integers(len(good))]
+        if rng.random() < 0.02:
+            path.unlink()
+        elif path.suffix == ".json" and rng.random() < 0.5:
+            path.write_text(json.dumps(mutated(json.loads(good[path]), rng)))
+        else:
+            path.write_bytes(spoilt(good[path], rng))
+        try:
+            found = Student.from_pretrained(tmp_path / "student")
+        except (ValueError, FileNotFoundError) as error:
+            assert str(tmp_path / "student") in str(error) and ("restore" in str(error) or "give a folder" in str(error))
+            str(error).encode()
+            return "refused"
+        finally:
+            path.write_bytes(good[path])
+        assert found.config == student.config and (found.scale, found.correction) == (2.5, student.correction)
+        assert np.allclose(found.predict(*asked, distribution=[0.2, 0.3, 0.5]), before, atol=1e-6)
+        return "the same"
+
+    run(change)
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_checkpoints(tmp_path, rng):
+    checkpoint = Checkpoint(tmp_path, "key")
+    values = torch.arange(300.0)
+    state = {"losses": [0.5, 0.25], "kls": [0.5], "seconds": 3.0, "scale": 1.5, "model": {"w": values}}
+    checkpoint.save(state | {"optimiser": torch.optim.AdamW([torch.nn.Parameter(values)]).state_dict()})
+    checkpoint.save({"model": {"w": values}}, "best.pt")
+    (tmp_path / "train.json").write_text(json.dumps({"key": "key", "losses": [0.5, 0.25]}))
+    good = {tmp_path / name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "best.pt", "train.json")}
+
+    def change() -> str:
+        path = list(good)[rng.integers(len(good))]
+        path.write_bytes(spoilt(good[path], rng))
+        found, finished = checkpoint.load(), checkpoint.finished()
+        if found is not None and path.name == "best.pt":
+            assert torch.equal(checkpoint.best()["w"], values)
+        path.write_bytes(good[path])
+        if found is None:
+            return "from the start"
+        assert {name: found[name] for name in list(state)[:4]} == {name: state[name] for name in list(state)[:4]}
+        assert torch.equal(found["model"]["w"], values) and found["optimiser"].keys() == {"state", "param_groups"}
+        return "the same" if finished else "trained anew"
 
     run(change)
 

@@ -57,7 +57,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(target, tmp_path):
     home = tmp_path / "checkout"  # a stand-in: were the guard broken, it would be the one to go
     (home / "mine").mkdir(parents=True)
     (home / "mine" / "thesis.txt").write_text("years", encoding="utf-8")
-    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+    for name in ("Makefile", "requirements.lock", "requirements.sha256", "pyproject.toml"):
         (home / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
     for folder in (".", "mine"):
         result = make(target, f"VENV={folder}", folder=home)
@@ -107,11 +107,25 @@ def test_names_no_task_teacher_template_or_number_that_a_profile_knows():
     assert f'permdistill.paper score --profile full --scores "{ROOT}/scores"' in make("-n", "scores").stdout
 
 
+def test_every_locked_version_but_torchs_has_hashes():
+    """torch is a wheel of its own on every platform and accelerator, with other packages beside it."""
+    versions = [line for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines() if "==" in line]
+    entries = re.split(r"\n(?=\w)", re.sub(r"^#.*\n", "", (ROOT / "requirements.sha256").read_text("utf-8"), flags=re.M))
+    hashed = {re.split(r"[ ;\\]", entry)[0]: re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry) for entry in entries}
+    spelt = {re.sub(r"[-_.]+", "-", name).lower() for name in versions if not name.startswith("torch==")}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in hashed} == spelt and all(hashed.values())
+    planned = make("-n", "venv", "VENV=new").stdout
+    assert planned.index("pip install --require-hashes --no-deps -r requirements.sha256") < planned.index(
+        "-r requirements.lock"
+    )
+
+
 def test_a_folder_with_a_space_in_its_name_will_do(tmp_path):
     folder = tmp_path / "a folder"
     folder.mkdir()
     (folder / "Makefile").write_text(MAKEFILE, encoding="utf-8")
     (folder / "requirements.lock").touch()
+    (folder / "requirements.sha256").touch()
     (folder / "pyproject.toml").touch()
     (folder / ".venv").mkdir()
     for file in ("pyvenv.cfg", ".installed"):
@@ -119,6 +133,38 @@ def test_a_folder_with_a_space_in_its_name_will_do(tmp_path):
     planned = subprocess.run(["make", "-n", "test", "scores", "plan"], cwd=folder, capture_output=True, text=True).stdout
     commands = [line for line in planned.splitlines() if "bin/python" in line]
     assert len(commands) == 4 and all(f'"{folder}/.venv/bin/python" -m ' in line for line in commands)
+
+
+ODD = ["a b", "a;b", "a'b", 'a"b', "a$b", "a#b", "a%b", "a(b", "a)b", "a:b", "a\\b", "a&b", "a*b", "aéb"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_checkout_under_an_odd_name_works_or_is_refused_in_one_line(tmp_path, name):
+    home = tmp_path / name
+    (home / ".venv" / "bin").mkdir(parents=True)
+    (home / "Makefile").write_text(MAKEFILE, encoding="utf-8")
+    for file in ("requirements.lock", "requirements.sha256", "pyproject.toml", ".venv/pyvenv.cfg", ".venv/.installed"):
+        (home / file).touch()
+    python = home / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf \'%s\\n\' "$0" "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    before = sorted(tmp_path.rglob("*"))
+    done = make("scores", folder=home)
+    if set(name) & set('"$:\\'):
+        assert done.returncode and f"this folder is '{home}': make cannot work with" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout
+    else:
+        ran = [str(python), "-m", "permdistill.paper", "score", "--profile", "full", "--scores", str(home / "scores")]
+        assert done.returncode == 0 and done.stdout.splitlines()[1:] == ran
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", sorted({*ODD} - {"a b", "aéb", "a$b"}) + ["a$$b"])
+def test_a_setting_under_an_odd_name_is_refused_in_one_line(name):
+    for setting in ("VENV", "BUILD"):
+        done = make("-n", "paper", f"{setting}={name}")
+        assert done.returncode and f"{setting} is '{name.replace('$$', '$')}': make cannot work with" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
 def test_environment_yml_names_the_packages_that_the_project_stands_on():

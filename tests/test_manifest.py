@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -38,6 +43,37 @@ def test_manifest_of_a_run(tmp_path):
 def test_failed_command_hands_on_its_status_and_leaves_no_record(tmp_path):
     assert manifest.main([str(tmp_path), "--measure", "x", "--", sys.executable, "-c", "raise SystemExit(3)"]) == 3
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_what_a_killed_make_left_running_is_waited_for(tmp_path, capfd):
+    """Two kernels would write the same files."""
+    ran: list[int] = []
+    (tmp_path / "resources").mkdir()
+    with open(tmp_path / "resources" / "x.lock", "a") as left:
+        fcntl.flock(left, fcntl.LOCK_EX)
+        again = threading.Thread(target=lambda: ran.append(manifest.main([str(tmp_path), "--measure", "x", "--", "true"])))
+        again.start()
+        said = "waiting for the end of x, which a killed make has left running"
+        while again.is_alive() and said not in capfd.readouterr().err:
+            time.sleep(0.01)
+        assert again.is_alive() and not ran
+    again.join()
+    assert ran == [0]
+
+
+def test_the_lock_outlives_the_process_that_measures(tmp_path):
+    """The command holds it too."""
+    look = "any(os.path.samefile(f'/dev/fd/{n}', sys.argv[1]) for n in range(3, 64) if os.path.exists(f'/dev/fd/{n}'))"
+    code, lock = f"import os, sys; sys.exit(not {look})", str(tmp_path / "resources" / "x.lock")
+    assert manifest.main([str(tmp_path), "--measure", "x", "--", sys.executable, "-c", code, lock]) == 0
+
+
+def test_a_command_ends_with_the_make_that_started_it(tmp_path, monkeypatch):
+    parents = iter([7, 7])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
+    started = time.monotonic()
+    assert manifest.main([str(tmp_path), "--measure", "x", "--", "sleep", "60"]) == -signal.SIGTERM
+    assert time.monotonic() - started < 30 and not list(tmp_path.rglob("*.json"))
 
 
 def test_notebook_that_was_not_executed_is_refused(tmp_path):

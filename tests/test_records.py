@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 
@@ -94,6 +95,13 @@ def test_bad_records_are_named(tmp_path, change, message):
 GOOD = b'{"id": "q", "order": [0, 1], "probabilities": [0.5, 0.5]}\n'
 
 
+def parquet(line: bytes) -> bytes:
+    """A parquet file of one record, with a decision."""
+    file = io.BytesIO()
+    pd.DataFrame([json.loads(line) | {"decision": 0}]).to_parquet(file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -114,6 +122,8 @@ GOOD = b'{"id": "q", "order": [0, 1], "probabilities": [0.5, 0.5]}\n'
         (b'{"id": "r", "order": [0, 1], "probabilities": ["0.5", "0.5"]}', r"is \['0.5', '0.5'\]: give one number a pos"),
         (b'{"id": "r", "order": [0, 1], "probabilities": [NaN, 0.5]}', "give numbers in 0..1"),
         (b'{"id": "r", "order": [0, 1], "probabilities": [1e400, 0]}', "give numbers in 0..1"),
+        (b'{"id": "r", "order": [0, 1], "probabilities": [1' + b"0" * 400 + b", 0]}", "give numbers in 0..1"),
+        (b'{"id": "r", "order": [0, 1], "log_probs": [-1, -1' + b"0" * 400 + b"]}", "logarithms of at most 0"),
         (b'{"id": "r", "order": [0, 1], "log_probs": [null, null]}', "logarithms of at most 0, not all null"),
         (b'{"id": "r", "order": [0, 1], "log_probs": [0.7, -1]}', "logarithms of at most 0"),
         (b'{"id": "r", "order": [0, 1], "log_probs": [-0.1, -0.1]}', "their probabilities sum to 1.81"),
@@ -160,6 +170,8 @@ def test_all_bad_records_are_named_at_once(tmp_path):
     [
         ("empty.jsonl", b"", "no records"),
         ("cut.jsonl.gz", gzip.compress(GOOD * 100, mtime=0)[:-30], "damaged or cut off"),
+        ("odd.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 20, "damaged or cut off"),
+        ("odd.parquet", parquet(GOOD).replace(b"decision", b"decisi\xf6n"), "not parquet"),
         ("cut.json", b'[{"id": "q", "order": [0, 1], "decision": 0},\n {"id": "r", "ord', "line 2: not JSON .*cut off"),
         ("cut.parquet", b"PAR1 and then nothing", "not parquet"),
         ("cut.csv", b'id,order,decision\nq,"[0, 1]",0\nr,"[0, 1', "line 3: not CSV .*cut off"),

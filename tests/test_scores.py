@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from filelock import FileLock, Timeout
 
 from permdistill import scores
 from permdistill.orders import all_orders
@@ -35,6 +41,26 @@ def make_questions(n: int) -> list[Question]:
 def make_teacher(questions: list[Question], bias: np.ndarray = BIAS) -> PlantedTeacher:
     rng = np.random.default_rng(0)
     return PlantedTeacher({q.id: rng.normal(size=len(q.options)) for q in questions}, bias)
+
+
+@contextmanager
+def forked(work: Callable[[], object]) -> Iterator[int]:
+    """A process that does the work and ends, killed at the end of the block if it is still at it; gives its id."""
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # the threads that OpenMP made before are not in this process: it would wait for them
+            work()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    try:
+        yield child
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 class Failing(PlantedTeacher):
@@ -181,35 +207,21 @@ def test_interrupted_run_is_resumed_without_loss_or_double_work(tmp_path):
 
 
 def test_kill_9_loses_the_group_in_flight_only(tmp_path):
-    script = """
-        import sys, time
-        import numpy as np
-        from permdistill import scores
-        from permdistill.questions import Question
-        from permdistill.prompts import TEMPLATES
-        from permdistill.teachers import PlantedTeacher
+    class Slow(PlantedTeacher):
+        def log_probs(self, questions, orders, template):
+            time.sleep(0.1)
+            result = super().log_probs(questions, orders, template)
+            with open(tmp_path / "paid", "a") as out:
+                out.write(questions[0].id + "\n")
+            return result
 
-        class Slow(PlantedTeacher):
-            def log_probs(self, questions, orders, template):
-                time.sleep(0.1)
-                result = super().log_probs(questions, orders, template)
-                with open(sys.argv[1] + "/paid", "a") as out:
-                    out.write(questions[0].id + "\\n")
-                return result
-
-        questions = [Question(f"q{i}", "", f"Question {i}?", ("a", "b", f"c{i}")) for i in range(200)]
-        teacher = Slow({q.id: np.zeros(3) for q in questions}, np.zeros(3))
-        scores.score(scores.Store(sys.argv[1]), teacher, questions, TEMPLATES["letters"])
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)])
-    try:
+    questions = make_questions(200)
+    teacher = Slow({q.id: np.zeros(3) for q in questions}, np.zeros(3))
+    with forked(lambda: scores.score(Store(tmp_path), teacher, questions, LETTERS)) as process:
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("*.parquet"))) < 3 and time.monotonic() < deadline:
-            assert process.poll() is None, "the scoring process ended by itself"
+            assert not os.waitpid(process, os.WNOHANG)[0], "the scoring process ended by itself"
             time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     paid = (tmp_path / "paid").read_text().split()
     kept = len(Store(tmp_path))
     assert 3 <= kept < 200
@@ -219,6 +231,32 @@ def test_kill_9_loses_the_group_in_flight_only(tmp_path):
     scores.score(Store(tmp_path), teacher, questions, LETTERS)
     assert teacher.calls == 200 - kept
     assert np.allclose(scores.load(Store(tmp_path), questions, LETTERS, teacher.model_key), np.log(1 / 3))
+
+
+def test_a_second_process_that_scores_waits_and_does_nothing_twice(tmp_path, monkeypatch):
+    """What another one did while this one waited is known when it starts, and it keeps others out while it scores."""
+    questions = make_questions(6)
+    mine, theirs = make_teacher(questions), make_teacher(questions)
+    store, real, held = Store(tmp_path), scores.locked, []
+
+    @contextmanager
+    def locked(path: Path):
+        if path.name == ".scoring.lock" and not held:
+            held.append(path)
+            scores.score(Store(tmp_path), theirs, questions[:4], LETTERS)
+        with real(path):
+            yield
+
+    class Alone(PlantedTeacher):
+        def log_probs(self, *asked):
+            with pytest.raises(Timeout):
+                FileLock(tmp_path / ".scoring.lock").acquire(timeout=0)
+            return super().log_probs(*asked)
+
+    monkeypatch.setattr(scores, "locked", locked)
+    alone = Alone(mine.preferences, BIAS)
+    assert scores.score(store, alone, questions, LETTERS) == 2 and held
+    assert (theirs.calls, alone.calls) == (4, 2)
 
 
 def test_missing_scores_are_counted_and_named(tmp_path):
@@ -464,38 +502,31 @@ def test_a_file_that_another_process_merges_is_looked_for_again(tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_store_can_be_opened_while_others_write_and_compact(tmp_path):
-    script = """
-        import sys
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
-        from test_scores import Store, row_of
-        store = Store(sys.argv[1])
+    def write_and_compact() -> None:
+        store = Store(tmp_path)
         for i in range(10**6):
             store.append([row_of(i % 50)] if i % 50 not in range(len(store)) else [row_of(len(store))])
             if i % 5 == 0:
                 store.compact()
-            if Path(sys.argv[1], "stop").exists():
+            if (tmp_path / "stop").exists():
                 break
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
+
+    with forked(write_and_compact) as one, forked(write_and_compact) as two:
         opened, before, deadline = 0, 0, time.monotonic() + 60
         while opened < 300 and time.monotonic() < deadline:
             now = len(Store(tmp_path))
             assert now >= before  # nothing that was there is missed
             opened, before = opened + (now > 0), now
-    finally:
         (tmp_path / "stop").touch()
-        errors = [process.communicate()[1] for process in processes]
-    assert errors == ["", ""] and opened > 100
+        ended = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in (one, two)]
+    assert ended == [0, 0] and opened > 100
 
 
 def test_n_appends_write_n_log_n_rows(tmp_path, monkeypatch):
     written, write = [], scores._write
     monkeypatch.setattr(scores, "MAX_SHARDS", 8)
     monkeypatch.setattr(scores, "_write", lambda path, rows: (written.append(len(rows)), write(path, rows)))
-    store, n = Store(tmp_path), 512
+    store, n = Store(tmp_path), 256
     for i in range(n):
         store.append([row_of(i)])
         assert len(list(tmp_path.glob("*.parquet"))) <= 8 + np.log2(n)

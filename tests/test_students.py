@@ -336,6 +336,10 @@ def test_the_seed_decides_the_new_head_alone(encoder):
         (lambda s: s.update(k=True), "field 'k' is True"),
         (lambda s: s.update(inputs="guess"), "inputs 'guess'"),
         (lambda s: s.update(inputs="distribution"), "correction"),
+        (lambda s: s.update(scale=2.5), "it is not what was saved"),
+        (lambda s: s.update(max_length=32), "it is not what was saved"),
+        (lambda s: s.update(sha512=s.pop("sha256")), "field 'sha512' is not known"),
+        (lambda s: s["sha256"].pop("permdistill.json"), "permdistill.json"),
     ],
 )
 def test_a_damaged_description_is_refused_by_its_field(encoder, tmp_path, spoil, field):
@@ -359,7 +363,35 @@ def test_a_student_that_lacks_weights_is_refused(encoder, tmp_path, lost):
     file = tmp_path / "model.safetensors"
     kept = {name: value for name, value in load_file(file).items() if name != lost}
     save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors is not what was saved"):
+        Student.from_pretrained(tmp_path)
+    without_hashes(tmp_path)
     with pytest.raises(ValueError, match=f"its weights lack {lost}"):
+        Student.from_pretrained(tmp_path)
+
+
+def without_hashes(folder: Path) -> None:
+    """What version 0.1 saved."""
+    file = folder / "permdistill.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "sha256"}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_student_whose_files_are_not_those_that_were_saved_is_refused(encoder, tmp_path, name):
+    student = build(StudentConfig(encoder, "per_option", "plain", 3, 64), 0)
+    student.save(tmp_path)
+    good = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is not what was saved: restore it"):
+        Student.from_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is not what was saved: restore it"):
+        Student.from_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(good)
+    without_hashes(tmp_path)  # they have no hashes, and load as ever
+    assert Student.from_pretrained(tmp_path).config == student.config
+    (tmp_path / name).write_bytes(good[:40])
+    with pytest.raises(ValueError, match="cannot be loaded .*: restore its files"):
         Student.from_pretrained(tmp_path)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_scores import forked
 from test_students import WORDS, make_encoder
 
 from permdistill import configs
@@ -342,30 +339,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(dropping, tmp_path, head, stop
 
 
 def test_kill_9_of_the_process_loses_the_steps_after_its_checkpoint_only(encoder, tmp_path):
-    script = """
-        import sys, time
-        from test_training import FAST, K, soft, toy
-        from permdistill.configs import StudentConfig
-        from permdistill.lessons import Lesson
-        from permdistill.training import train
-
-        questions, right = toy(40, 0)
-        lesson = Lesson(questions, soft(right))
-        train(StudentConfig(sys.argv[1], k=K), FAST, lesson, sys.argv[2], on_step=lambda *_: time.sleep(0.2))
-    """
     questions, right = toy(40, 0)
     args = (StudentConfig(encoder, k=K), FAST, Lesson(questions, soft(right)))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", textwrap.dedent(script), encoder, str(tmp_path / "killed")]
-    process = subprocess.Popen(command, env=environment)
-    try:
+    with forked(lambda: train(*args, tmp_path / "killed", on_step=lambda *_: time.sleep(0.2))) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "killed" / "checkpoint.pt").exists() and time.monotonic() < deadline:
-            assert process.poll() is None, "training ended by itself"
+            assert not os.waitpid(process, os.WNOHANG)[0], "training ended by itself"
             time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     steps: list[int] = []
     again = train(*args, tmp_path / "killed", on_step=lambda step, loss: steps.append(step))
     assert steps == list(range(steps[0], 11)) and steps[0] > 3  # a checkpoint every 3 steps
@@ -447,6 +427,33 @@ def test_a_damaged_file_of_a_training_is_said_and_trained_anew(encoder, tmp_path
     with pytest.warns(UserWarning, match=f"{file} is damaged"):
         again = train(config, held, lesson, tmp_path / "cut")
     assert as_good_as_same(again, whole)
+
+
+def test_a_damaged_student_is_said_and_trained_anew(encoder, tmp_path):
+    questions, right = toy(16, 0)
+    args = (StudentConfig(encoder, k=K), replace(FAST, epochs=1), Lesson(questions, soft(right)), tmp_path)
+    student = train(*args)
+    weights_file = tmp_path / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"\x01")
+    with pytest.warns(UserWarning, match="model.safetensors is not what was saved.*: it is trained anew"):
+        again = train(*args)
+    assert as_good_as_same(student, again) and same(again, train(*args, on_step=never))
+
+
+def test_a_finished_student_is_loaded_where_nothing_can_be_written(encoder, tmp_path, monkeypatch):
+    questions, right = toy(16, 0)
+    args = (StudentConfig(encoder, k=K), replace(FAST, epochs=1), Lesson(questions, soft(right)), tmp_path)
+    student = train(*args)
+    (tmp_path / ".lock").unlink()
+
+    def read_only(*names, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("unlink", "replace", "rename", "mkdir"):
+        monkeypatch.setattr(os, name, read_only)
+    monkeypatch.setattr("permdistill.files.FileLock.acquire", read_only)
+    monkeypatch.setattr("permdistill.files._writable", lambda folder: False)
+    assert same(student, train(*args, on_step=never))
 
 
 @HEADS

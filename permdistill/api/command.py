@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from permdistill.commands import whole
 from permdistill.files import replacing
 from permdistill.questions import Question
 
@@ -36,19 +37,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--mode", choices=MODES, default="decisions", help=modes)
     orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
     add("--orders", choices=("drawn", "cyclic", "all"), help=orders)
-    add("--draws", type=int, default=32, help="calls an item, each in an order of its own (%(default)s)")
-    add("--seed", type=int, default=0, help="of the drawn orders")
+    add("--draws", type=whole(1), default=32, help="calls an item, each in an order of its own (%(default)s)")
+    add("--seed", type=whole(0), default=0, help="of the drawn orders")
     add("--replies", default="replies", help="folder of the store (%(default)s)")
     add("--dry-run", action="store_true", help="print the plan and its cost, ask nothing")
-    add("--max-calls", type=int, help="limit on all that the store ever cost, retries included")
-    add("--max-tokens", type=int, help="the same for tokens, prompts and replies together")
+    add("--max-calls", type=whole(0), help="limit on all that the store ever cost, retries included")
+    add("--max-tokens", type=whole(0), help="the same for tokens, prompts and replies together")
     add("--max-cost", type=float, help="the same for money; needs prices")
     add("--price-in", type=float, default=0.0, help="money per million prompt tokens")
     add("--price-out", type=float, default=0.0, help="money per million completion tokens")
     add("--tokenizer", help="folder or hub repository: counts the plan's tokens (default: by length)")
-    add("--concurrency", type=int, default=8, help="calls under way at a time (%(default)s)")
-    add("--tries", type=int, default=3, help="replies to a call that may name no option (%(default)s)")
-    add("--max-retries", type=int, default=6, help="of a call that gets no reply (%(default)s)")
+    add("--concurrency", type=whole(1), default=8, help="calls under way at a time (%(default)s)")
+    add("--tries", type=whole(1), default=3, help="replies to a call that may name no option (%(default)s)")
+    add("--max-retries", type=whole(0), default=6, help="of a call that gets no reply (%(default)s)")
     add("--timeout", type=float, default=60.0, help="seconds for one attempt (%(default)s)")
     add("--top-logprobs", type=int, default=20, help="alternatives to ask for (%(default)s)")
     add("--limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")

@@ -134,7 +134,7 @@ class Budget:
         try:
             self.store.append({"attempt": attempt, "bytes": n_bytes, "bound": bound})
         except OSError as error:  # what cannot be booked must not be spent
-            self.stop(f"{self.store.path} cannot be written ({error.strerror})")
+            self.stop(f"{self.store.path} cannot be written ({os.strerror(error.errno or 0)})")
             raise Stopped(self.stopped) from None
         self._open.add(attempt)
         return attempt

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from permdistill.files import disk_errors
 from permdistill.prompts import Template
 from permdistill.questions import Question
 
@@ -132,7 +133,13 @@ class Replies:
                 self._rows.setdefault(line["key"], line)  # the first reply to a question is the one that was used
 
     def append(self, *lines: Mapping[str, Any]) -> None:
-        """Add lines; replies are on disk, complete, before this returns. A reply to a key that is there changes nothing."""
+        """Add lines; replies are on disk, complete, before this returns. A reply to a key that is there changes nothing.
+
+        Raises OSError that names the file where the disk is full or broken."""
+        with disk_errors(self.path, "the replies before are kept"):
+            self._append(lines)
+
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         with self._lock:
             fresh = [dict(line) for line in lines if line.get("key") not in self._rows]
             descriptor = self._write(fresh) if fresh else None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+
+from permdistill.files import replacing
 
 REJECTED = 3  # exit status when a gate's threshold is passed
 # Of formats.FORMATS, for the help text: a test holds the two together.
@@ -35,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     if args.all:
         print(f"\n{report.everything()}")
     if args.csv:
-        report.table.to_csv(args.csv, index=False)
+        with replacing(Path(args.csv)) as part:
+            report.table.to_csv(part, index=False)
     if rejected := report.rejected:
         print("\n".join(["", *(f"rejected: {reason}" for reason in rejected)]), file=sys.stderr)
         sys.exit(REJECTED)

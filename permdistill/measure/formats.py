@@ -242,7 +242,7 @@ def _zipped(path: Path, problems: Problems) -> Iterator[Row]:
             names = [name for name in log.namelist() if name.startswith("samples/") and name.endswith(".json")]
             for number, name in enumerate(sorted(names), start=1):
                 yield number, {"samples": [json.loads(log.read(name))]}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, RecursionError) as error:
+    except Exception as error:  # of zipfile, zlib, struct or json, by what is damaged
         problems.add(0, f"no Inspect log that can be read ({error}): convert it with `inspect log convert --to json`")
 
 

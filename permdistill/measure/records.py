@@ -29,6 +29,7 @@ import numpy as np
 from permdistill.measure.rows import Problems, Row, rows
 from permdistill.orders import LETTERS, MAX_OPTIONS, MIN_OPTIONS
 
+LARGE = 1e300  # a whole number in JSON may be larger than any floating-point one
 EXACT = 2**53  # whole numbers above it are rounded by many readers of JSON
 VALUES = ("probabilities", "log_probs", "decision")
 LIKELIHOODS = "likelihoods"  # a field that adapters set: log_probs of texts, not of labels, so that their sum says nothing
@@ -287,7 +288,7 @@ def _values(record: Mapping[str, Any]) -> tuple[list[float], float, str | None]:
         values = [-math.inf if v is None else v for v in values]
         top = max(values)
         # Of the whole: exp(top) may underflow, so that the shares are taken relative to the largest.
-        if not (-math.inf < top <= ROUNDING and all(v <= top for v in values)):
+        if not (-math.inf < top <= ROUNDING and all(v == -math.inf or -LARGE < v <= top for v in values)):
             return [], math.nan, f"field 'log_probs' is {_quoted(record[name])}: give logarithms of at most 0, not all null"
         relative = [math.exp(v - top) for v in values]
         total = sum(relative)
@@ -295,7 +296,7 @@ def _values(record: Mapping[str, Any]) -> tuple[list[float], float, str | None]:
         if mass > 1 + ROUNDING and not record.get(LIKELIHOODS):
             return [], math.nan, f"field 'log_probs' is {_quoted(record[name])}: their probabilities sum to {mass:.4g}"
         return [v / total for v in relative], math.nan if record.get(LIKELIHOODS) else min(mass, 1.0), None
-    total = sum(values)
+    total = sum(values) if all(-LARGE < v < LARGE for v in values) else math.nan
     if not (0 < total <= 1 + ROUNDING and min(values) >= 0):
         fix = "give numbers in 0..1 with a sum above 0 and at most 1"
         return [], math.nan, f"field 'probabilities' is {_quoted(values)}: {fix}"

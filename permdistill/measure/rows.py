@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def rows(path: str | Path, problems: Problems) -> Iterator[Row]:
                 yield from _json(file.read(), problems)
             else:
                 yield from _jsonl(file, problems)
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission: says so itself
             raise
         problems.add(0, f"the compressed file is damaged or cut off ({error}): copy it again")
@@ -189,5 +190,5 @@ def _parquet(file: BinaryIO, problems: Problems) -> Iterator[Row]:
                 if isinstance(row.get("decision"), str):
                     row["decision"] = _cell(row["decision"])
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        problems.add(number, f"not parquet ({str(error).splitlines()[0]}): is the file cut off?")
+    except Exception as error:  # of pyarrow, by what is damaged
+        problems.add(number, f"not parquet ({(str(error) or type(error).__name__).splitlines()[0]}): is the file cut off?")

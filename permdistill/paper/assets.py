@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from permdistill.files import cache_dir, intact, locked, sha256_of, stamp
+from permdistill.files import cache_dir, intact, locked, sha256_of, stamp, sync
 
 _BLOCK = 1 << 22
 
@@ -213,6 +213,7 @@ def _make(asset: Asset, path: Path) -> None:
         try:
             source(asset, part)
             _check(part, asset.sha256, f"asset {asset.name}")
+            sync(part)
             os.replace(part, path)
             stamp(path.parent)
             break

@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     text = "what a profile takes: questions, tokens, operations, GPU-hours, downloads, disk; downloads and loads no model"
     command = commands.add(found, "plan", _plan, text, f"{program} plan --profile paper")
     command.add_argument("--profile", default="full", help="(%(default)s)")
-    command.add_argument("--sample", type=int, help="groups of questions that are tokenised")
+    command.add_argument("--sample", type=commands.whole(1), help="groups of questions that are tokenised")
     text = "load this teacher, measure what this machine reaches with it, and say hours for this machine too"
     command.add_argument("--measure", metavar="TEACHER", help=text)
 

@@ -106,14 +106,39 @@ def measure(command: Sequence[str], target: Path) -> int:
     The peak is that of the largest single process that the command started (getrusage(2), ru_maxrss), in bytes: for a
     notebook, its kernel. The command keeps the terminal.
     """
-    import resource  # POSIX only, like make
+    import fcntl  # POSIX only, like make
+    import resource
 
     began = time.monotonic()
-    status = subprocess.run(command).returncode
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed make left running goes on writing, and dies with this process or holds the lock in its place.
+    with open(target.with_suffix(".lock"), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the end of {target.stem}, which a killed make has left running", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        status = _run(command, lock.fileno())
     if status == 0:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         _write_json(target, {"seconds": round(time.monotonic() - began, 1), "peak_memory_bytes": peak})
     return status
+
+
+def _run(command: Sequence[str], lock: int) -> int:
+    """Run a command, which holds the lock too, to its end, or to that of make. Returns its exit status."""
+    make = os.getppid()
+    process = subprocess.Popen(command, pass_fds=[lock])
+    while True:
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            if os.getppid() != make:
+                process.terminate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def main(argv: Sequence[str]) -> int:
