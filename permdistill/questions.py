@@ -261,7 +261,7 @@ class Treated:
 
     questions  what is to be scored
     unsafe     how many were unsafe
-    anchors    {id: indices of options that keep their place}, see :func:`permdistill.orders.anchored`
+    anchors    {id: indices of options that keep their place}, see :func:`permdistill.orders.order_set`
     """
 
     questions: list[Question]
