@@ -173,11 +173,12 @@ def fit_margins(P: np.ndarray, orders: np.ndarray, designs: Sequence[np.ndarray]
     return tuple(found)
 
 
-def adaptive_plan(k: int, calls: float | None = None) -> tuple[list[np.ndarray], float]:
-    """Designs and calls a question: 2.6 unless given, 1.5 of two options. From 4 on, four options go on to all 24 orders."""
-    calls = calls or (2.6 if k > 2 else 1.5)
-    every = stages(k)
-    return (every[1:] if calls >= 4 and len(every) > 3 else every[:3]), calls
+def adaptive_plan(k: int, calls: float | None = None, hard: bool = False) -> tuple[list[np.ndarray], float]:
+    """Designs and calls a question: 2.6 unless given, 1.5 of two options. From 4 on, four options go on to all 24 orders.
+    ``hard``: a single decision is always sure, so that these begin with a pair."""
+    every, first = stages(k), int(hard)
+    calls = calls or (2.6 if k > 2 else 1.5 + 0.5 * hard)
+    return (every[1:] if calls >= 4 and len(every) > 3 else every[first:3]), calls
 
 
 def ask_adaptively(

@@ -56,7 +56,8 @@ MERGED = "scores.parquet"
 _OWN = re.compile(r"part-\d+-[0-9a-f]{8}\.parquet|" + re.escape(MERGED))
 
 Row = tuple[str, np.ndarray]  # id, log-probabilities (order, option)
-Orders = str | Callable[[Question], np.ndarray]  # name of :func:`permdistill.orders.order_set`, or question -> (order, K)
+# Of each question: a name (:func:`permdistill.orders.order_set`), (order, K), or a function of the question that gives it.
+Orders = str | np.ndarray | Callable[[Question], np.ndarray]
 
 
 class MissingScores(LookupError):
@@ -302,7 +303,9 @@ def lacking(
 
 
 def _orders(orders: Orders, question: Question) -> np.ndarray:
-    return orders(question) if callable(orders) else order_set(orders, len(question.options))
+    if isinstance(orders, str):
+        return order_set(orders, len(question.options))
+    return orders(question) if callable(orders) else orders
 
 
 def _key_of_one(question: Question, template: Template, model_key: str) -> str:
