@@ -19,7 +19,7 @@ MOVED = ("fetch", "plan", "students")  # commands of version 0.1 that belong to 
 def _questions(args: argparse.Namespace) -> dict[str, list[Question]]:
     """{template name: questions without gold answers} of what the arguments ask for."""
     if args.questions:
-        own = unlabelled(from_jsonl(args.questions))[: args.limit]
+        own = unlabelled(from_jsonl(args.questions, args.map))[: args.limit]
         return {args.template or "letters": commands.treated(own, args.unsafe)}
     from permdistill.paper.tasks import TASKS, load_task
 
@@ -100,6 +100,7 @@ def _add_questions(command: argparse.ArgumentParser, required: bool = False) -> 
 
     where = command.add_mutually_exclusive_group(required=required)
     where.add_argument("--questions", help="a JSONL file of your own questions")
+    commands.add_map(command)
     text, tasks = ", ".join(TASKS), None if required else LAPTOP
     where.add_argument("--tasks", nargs="+", choices=list(TASKS), default=tasks, metavar="TASK", help=text)
     text = "of --tasks (default: all that each of them has)"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from permdistill.files import replacing
+from permdistill.layouts import LAYOUTS, columns
 from permdistill.orders import SETS, order_set
 from permdistill.questions import UNSAFE, Question, treat_unsafe, unsafe_options
 
@@ -94,6 +95,20 @@ def add_orders(
     command.add_argument("--calls", type=float, help=text)
     text = "questions with an option that refers to others (all of the above): anchor lets it keep its place (%(default)s)"
     command.add_argument("--unsafe", choices=UNSAFE, default="keep", help=text)
+
+
+def add_map(command: argparse.ArgumentParser) -> None:
+    """Which columns the questions' fields stand in."""
+
+    def mapped(text: str) -> dict[str, str]:
+        try:
+            return columns(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    text = "columns of --questions: question=ctx,options=endings,answer=label (default: id, context, question, options "
+    text += f"and answer; the layouts of {', '.join(LAYOUTS)} are known)"
+    command.add_argument("--map", type=mapped, metavar="FIELD=COLUMN,..", help=text)
 
 
 def treated(questions: Sequence[Question], how: str) -> list[Question]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from permdistill.commands import add_map
+
 REJECTED = 3  # exit status when a gate's threshold is passed
 # Of formats.FORMATS, for the help text: a test holds the two together.
 FORMATS = ("records", "lm-eval", "inspect", "fastchat", "judgebench", "llmbar", "pandalm", "alpaca_eval", "pride")
@@ -16,6 +18,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     text = "JSONL, JSON, CSV or parquet, each also .gz: id, order, and probabilities, log_probs or a decision"
     add("records", nargs="+", help=text)
     add("--questions", help="file with id and answer (and k or options): adds how often the judge is right")
+    add_map(command)
     add("--format", choices=FORMATS, help="whose files they are; records: the package's own (default: as the content looks)")
     add("--complete", action="store_true", help="leave out items with a failed verdict or a missing order")
     add("--all", action="store_true", help="each position, and every debiaser and metric, too")
@@ -30,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from permdistill.measure.report import Gate, measure
 
     gate = Gate(args.max_flip_rate, args.max_position_preference)
-    report = measure(args.records, args.questions, args.format, args.complete, gate)
+    report = measure(args.records, args.questions, args.format, args.complete, gate, args.map)
     print(report)
     if args.all:
         print(f"\n{report.everything()}")

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from permdistill import layouts
 from permdistill.measure.rows import Problems, Row, rows
 from permdistill.orders import LETTERS, MAX_OPTIONS, MIN_OPTIONS
 
@@ -321,12 +322,14 @@ def _decision(value: Any, order: list[int]) -> tuple[list[float], float, str | N
 # Gold answers
 
 
-def with_answers(records: Records, path: str | Path) -> Records:
+def with_answers(records: Records, path: str | Path, columns: Mapping[str, str] | None = None) -> Records:
     """The records with gold answers from a file of questions: id, answer (index, letter, or null), and k or options (a list
-    or a number). Texts are not needed. Raises BadRecords that names what does not fit."""
+    or a number), or in a layout of :mod:`permdistill.layouts`, ``columns`` naming another one. Texts are not needed. Raises
+    BadRecords that names what does not fit."""
     problems = Problems(Path(path))
     known: dict[str, tuple[int | None, int | None, int]] = {}
-    for line, row in rows(path, problems):
+    read = list(rows(path, problems))
+    for (line, _), row in zip(read, layouts.converted((row for _, row in read), columns), strict=True):
         found = _gold_problem(row)
         name = str(row["id"]) if not found else ""
         if not found and name in known:

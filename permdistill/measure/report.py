@@ -6,6 +6,7 @@ verdict comes first, then a line a measure, then (``--all``) each position, each
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -317,19 +318,21 @@ def measure(
     format: str | None = None,
     complete: bool = False,
     gate: Gate | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Report:
     """Read records and say what they show.
 
     paths      one file, or several (reruns in other orders)
     questions  file with gold answers, see :func:`permdistill.measure.records.with_answers`
     format     of :data:`permdistill.measure.formats.FORMATS`; None: as the content looks
+    columns    {field: column} of ``questions``, see :mod:`permdistill.layouts`
     complete   leave out incomplete items, see :attr:`permdistill.measure.records.Records.incomplete`
 
     Raises BadRecords that names all bad records, and ValueError when nothing can be measured.
     """
     records = read(paths, format)
     if questions is not None:
-        records = with_answers(records, questions)
+        records = with_answers(records, questions, columns)
     dropped = int(records.incomplete.sum()) if complete else 0
     if dropped:
         records = records.where(~records.incomplete[records.item])
