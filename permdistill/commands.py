@@ -207,15 +207,16 @@ class _Scoring:
         """The same in adaptive orders, and these orders."""
         from permdistill import scores
 
-        done = 0
+        done: set[str] = set()
 
         def answered(some: Sequence[Question], design: np.ndarray) -> np.ndarray:
-            nonlocal done
-            done = max(done, self.fill(some, template, design))
+            groups = scores.lacking(self.store, some, template, self.key, design)
+            done.update(asked.question.id for group in groups for asked in group)
+            self.fill(some, template, design)
             return scores.probabilities(scores.load(self.store, some, template, self.key, design))
 
         orders = adaptive_orders(questions, answered, self.args.calls)
-        return done, orders
+        return len(done), orders
 
     def records(self, questions: Sequence[Question], template: Any, orders: Any) -> Iterator[dict[str, Any]]:
         """A record of each question in each order: id, order, log_probs by position."""
