@@ -19,7 +19,8 @@ MOVED = ("fetch", "plan", "students")  # commands of version 0.1 that belong to 
 def _questions(args: argparse.Namespace) -> dict[str, list[Question]]:
     """{template name: questions without gold answers} of what the arguments ask for."""
     if args.questions:
-        return {args.template or "letters": unlabelled(from_jsonl(args.questions))[: args.limit]}
+        own = unlabelled(from_jsonl(args.questions, args.map))[: args.limit]
+        return {args.template or "letters": commands.treated(own, args.unsafe)}
     from permdistill.paper.tasks import TASKS, load_task
 
     jobs: dict[str, list[Question]] = {}
@@ -29,8 +30,8 @@ def _questions(args: argparse.Namespace) -> dict[str, list[Question]]:
                 loaded = load_task(task, split, args.template or "").first(args.limit)
                 # The tasks of one template go together: the four attributes of SummEval share their documents.
                 questions = jobs.setdefault(loaded.template.name, [])
-                questions += unlabelled(loaded.questions)
-                if args.content_free:
+                questions += commands.treated(unlabelled(loaded.questions), args.unsafe)
+                if args.content_free and args.orders != commands.ADAPTIVE:
                     questions += content_free(loaded.questions)
     return jobs
 
@@ -99,6 +100,7 @@ def _add_questions(command: argparse.ArgumentParser, required: bool = False) -> 
 
     where = command.add_mutually_exclusive_group(required=required)
     where.add_argument("--questions", help="a JSONL file of your own questions")
+    commands.add_map(command)
     text, tasks = ", ".join(TASKS), None if required else LAPTOP
     where.add_argument("--tasks", nargs="+", choices=list(TASKS), default=tasks, metavar="TASK", help=text)
     text = "of --tasks (default: all that each of them has)"
@@ -140,11 +142,15 @@ def parser() -> argparse.ArgumentParser:
     found = main_parser.add_subparsers(required=True, metavar="COMMAND")
     own = "--questions mine.jsonl --teacher smollm2-135m"
 
-    text = "score all orders of questions with a teacher, into a resumable store"
+    text = "score questions in all orders, or some, with a teacher, into a resumable store"
     command = commands.add(found, "score", _score, text, f"permdistill score {own} --scores my-scores")
     _add_questions(command)
     _add_teacher(command)
     commands.add_scoring(command, "build/scores", workers=True)
+    commands.add_orders(command)
+    command.add_argument(
+        "--records", help="write what the questions scored, stored or now, to this JSONL file: measure reads it"
+    )
     command.set_defaults(content_free=True)
 
     text = "re-score a random sample and compare with the store"
@@ -152,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     _add_questions(command)
     _add_teacher(command)
     commands.add_scoring(command, "build/scores", workers=False)
+    commands.add_orders(command)
     command.set_defaults(content_free=True)
 
     text = "which way a judge leans, how often the order decides, and how often it is right"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from secrets import randbelow
 from typing import Any
 
-from permdistill.questions import Question
+import numpy as np
+
+from permdistill.files import replacing
+from permdistill.layouts import LAYOUTS, columns
+from permdistill.orders import SETS, order_set
+from permdistill.questions import UNSAFE, Question, treat_unsafe, unsafe_options
 
 # A live score may differ from a stored one by rounding: other cores sum in another order. Measured: `permdistill audit`.
 AUDIT_MEAN_TV, AUDIT_MAX_TV = 0.02, 0.15
@@ -76,30 +82,190 @@ def add_scoring(command: argparse.ArgumentParser, scores: str, workers: bool) ->
         command.add_argument("--seed", type=whole(0), default=randbelow(2**32), help=text)
 
 
-def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
-    """Score with a teacher what its store lacks, a template after the other. ``args``: see :func:`add_scoring`."""
-    import torch
+ADAPTIVE = "adaptive"
 
-    from permdistill import scaleout, scores, teachers
+
+def add_orders(
+    command: argparse.ArgumentParser, default: str | None = "all", also: Sequence[str] = (), text: str = ""
+) -> None:
+    """Options of which orders are asked. ``also``: further names, explained by ``text``."""
+
+    def named(name: str) -> str:
+        try:
+            if name not in (ADAPTIVE, *also):
+                order_set(name, 2)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return name
+
+    text += "all: K!, up to 6 options; cyclic: K; williams: K or 2K; pairs: an order and its reverse; adaptive: few, "
+    text += "more where the answer is unsure; N: so many random ones, the same for all questions of K options"
+    names = "|".join([*also, *SETS, ADAPTIVE, "N"])
+    command.add_argument("--orders", type=named, default=default, metavar=names, help=text)
+    text = "adaptive: calls of a question, on average (default: 2.6, of two options 1.5)"
+    command.add_argument("--calls", type=float, help=text)
+    text = "questions with an option that refers to others (all of the above): anchor lets it keep its place (%(default)s)"
+    command.add_argument("--unsafe", choices=UNSAFE, default="keep", help=text)
+
+
+def add_map(command: argparse.ArgumentParser) -> None:
+    """Which columns the questions' fields stand in."""
+
+    def mapped(text: str) -> dict[str, str]:
+        try:
+            return columns(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    text = "columns of --questions: question=ctx,options=endings,answer=label (default: id, context, question, options "
+    text += f"and answer; the layouts of {', '.join(LAYOUTS)} are known)"
+    command.add_argument("--map", type=mapped, metavar="FIELD=COLUMN,..", help=text)
+
+
+def treated(questions: Sequence[Question], how: str) -> list[Question]:
+    """Without the unsafe ones for ``how`` = "drop"; says on stderr how many there are. Raises ValueError if none is left."""
+    done = treat_unsafe(questions, how)
+    if done.unsafe:
+        first = next(q.id for q in questions if unsafe_options(q))
+        what = {
+            "keep": "kept, though no answer is the same in every order; see --unsafe drop and anchor",
+            "drop": "dropped",
+            "anchor": "these options keep their places",
+        }
+        text = f"{done.unsafe} of {len(questions)} questions have options that refer to others or to their place (first: "
+        print(f"permdistill: {text}{first!r}): {what[how]}", file=sys.stderr)
+    if questions and not done.questions:
+        raise ValueError("all questions are permutation-unsafe: none is left, see --unsafe anchor")
+    return done.questions
+
+
+def orders_of(name: str, unsafe: str) -> Callable[[Question], np.ndarray]:
+    """The orders (order, K) of a question; options that refer to others keep their places where ``unsafe`` = "anchor".
+    Raises ValueError for adaptive orders of these."""
+    if name == ADAPTIVE:
+        raise ValueError("--orders adaptive does not go with --unsafe anchor: drop these questions, or give other orders")
+    return lambda q: order_set(name, len(q.options), unsafe_options(q) if unsafe == "anchor" else ())
+
+
+def adaptive_orders(
+    questions: Sequence[Question],
+    answered: Callable[[Sequence[Question], np.ndarray], np.ndarray],
+    calls: float | None = None,
+    hard: bool = False,
+) -> Callable[[Question], np.ndarray]:
+    """Ask more orders of the questions that are least sure (:func:`permdistill.fewcalls.ask_adaptively`), those of each K
+    for themselves: the orders (order, K) in which each question was asked.
+
+    answered  (questions of one K, orders) -> P (item, order, option)
+    calls     of a question, on average; ``hard``: P are decisions, see :func:`permdistill.fewcalls.adaptive_plan`
+    """
+    from permdistill import fewcalls
+
+    by_k: dict[int, list[Question]] = {}
+    for question in questions:
+        by_k.setdefault(len(question.options), []).append(question)
+    chosen: dict[Question, np.ndarray] = {}
+    for k, own in by_k.items():
+        designs, n = fewcalls.adaptive_plan(k, calls, hard)
+
+        def ask(places: np.ndarray, design: np.ndarray, own: list[Question] = own) -> np.ndarray:
+            return answered([own[place] for place in places], design)
+
+        last = fewcalls.ask_adaptively(ask, len(own), designs, n, calibrate=not hard)
+        chosen |= {question: designs[number] for question, number in zip(own, last, strict=True)}
+    return chosen.__getitem__
+
+
+def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Records as JSONL, as ``permdistill measure`` reads them."""
+    with replacing(Path(path)) as part, part.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+
+
+class _Scoring:
+    """A teacher, loaded when there is something to score, and its store."""
+
+    def __init__(self, teacher: str, args: argparse.Namespace):
+        import torch
+
+        from permdistill import scores, teachers
+
+        self.args, self.dtype, self.teacher = args, getattr(torch, args.dtype), teacher
+        self.store = scores.Store(Path(args.scores) / Path(teacher).name)
+        self.key = teachers.model_key(teacher, self.dtype)
+        self.loaded: Any = None
+
+    def fill(self, questions: Sequence[Question], template: Any, orders: Any) -> int:
+        """Score what the store lacks; gives the number of questions for which it lacked something."""
+        import torch
+
+        from permdistill import scaleout, scores, teachers
+
+        if not scores.lacking(self.store, questions, template, self.key, orders):
+            return 0
+        args, make = self.args, partial(teachers.load_teacher, self.teacher, self.dtype)
+        if args.workers:
+            self.loaded = scaleout.Workers(make, self.key, args.workers, args.worker_cpus, args.worker_gpus)
+            return scaleout.score(self.store, self.loaded, questions, template, orders)
+        if self.loaded is None:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # the teacher before is gone
+            self.loaded = make()
+        return scores.score(self.store, self.loaded, questions, template, orders)
+
+    def adaptively(self, questions: Sequence[Question], template: Any) -> tuple[int, Callable[[Question], np.ndarray]]:
+        """The same in adaptive orders, and these orders."""
+        from permdistill import scores
+
+        done: set[str] = set()
+
+        def answered(some: Sequence[Question], design: np.ndarray) -> np.ndarray:
+            groups = scores.lacking(self.store, some, template, self.key, design)
+            done.update(asked.question.id for group in groups for asked in group)
+            self.fill(some, template, design)
+            return scores.probabilities(scores.load(self.store, some, template, self.key, design))
+
+        orders = adaptive_orders(questions, answered, self.args.calls)
+        return len(done), orders
+
+    def records(self, questions: Sequence[Question], template: Any, orders: Any) -> Iterator[dict[str, Any]]:
+        """A record of each question in each order: id, order, log_probs by position."""
+        from permdistill import scores
+
+        for question in questions:
+            (values,) = scores.load_each(self.store, [question], template, self.key, orders)
+            for order, own in zip(orders(question).tolist(), values, strict=True):
+                yield {"id": question.id, "order": order, "log_probs": own[order].tolist()}
+
+
+def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
+    """Score with a teacher what its store lacks, a template after the other. ``args``: see :func:`add_scoring`, and perhaps
+    :func:`add_orders`."""
     from permdistill.prompts import TEMPLATES
 
-    name, dtype = Path(teacher).name, getattr(torch, args.dtype)
-    store, key = scores.Store(Path(args.scores) / name), teachers.model_key(teacher, dtype)
-    if not any(scores.lacking(store, questions, TEMPLATES[template], key) for template, questions in jobs.items()):
-        print(f"{name}: all {sum(map(len, jobs.values()))} questions were in the store")
-        return
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the teacher before is gone
-    loaded = None if args.workers else teachers.load_teacher(teacher, dtype)
+    run, name, unsaid, records = _Scoring(teacher, args), Path(teacher).name, [], []
+    wanted, unsafe = getattr(args, "orders", "all"), getattr(args, "unsafe", "keep")
     for template, questions in jobs.items():
-        if loaded is None:
-            make = partial(teachers.load_teacher, teacher, dtype)
-            workers = scaleout.Workers(make, key, args.workers, args.worker_cpus, args.worker_gpus)
-            done = scaleout.score(store, workers, questions, TEMPLATES[template])
+        if wanted == ADAPTIVE and unsafe != "anchor":
+            done, orders = run.adaptively(questions, TEMPLATES[template])
         else:
-            done = scores.score(store, loaded, questions, TEMPLATES[template])
-        print(f"{name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
-    store.compact()
+            orders = orders_of(wanted, unsafe)
+            done = run.fill(questions, TEMPLATES[template], orders)
+        records.append(run.records(questions, TEMPLATES[template], orders))
+        unsaid.append(f"{name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
+        if wanted == ADAPTIVE:
+            n = sum(len(orders(question)) for question in questions)
+            unsaid.append(f"{n} orders of {len(questions)} questions: {n / len(questions):.2f} calls a question")
+        if run.loaded is not None:
+            print("\n".join(unsaid))
+            unsaid = []
+    if run.loaded is None:
+        print(f"{name}: all {sum(map(len, jobs.values()))} questions were in the store")
+    else:
+        run.store.compact()
+    if getattr(args, "records", None):
+        write_records(args.records, (record for part in records for record in part))
 
 
 def drawn(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
@@ -122,12 +288,16 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
 
     stored = teachers.model_key(teacher, getattr(torch, args.dtype))
     store, failed = scores.Store(Path(args.scores) / Path(teacher).name), False
+    wanted, unsafe = getattr(args, "orders", "all"), getattr(args, "unsafe", "keep")
+    orders = {
+        template: _stored_orders(store, TEMPLATES[template], stored) if wanted == ADAPTIVE else orders_of(wanted, unsafe)
+        for template in samples
+    }
     for template, questions in samples.items():
-        for question in questions:
-            scores.load(store, [question], TEMPLATES[template], stored)
+        scores.load_each(store, questions, TEMPLATES[template], stored, orders[template])
     loaded = teachers.load_teacher(teacher, teachers.fast_dtype())  # rounding apart, any number format must agree
     for template, questions in samples.items():
-        tv = scores.audit(store, loaded, questions, TEMPLATES[template], stored)
+        tv = scores.audit(store, loaded, questions, TEMPLATES[template], stored, orders[template])
         bad = not scores.audit_passes(tv, AUDIT_MEAN_TV, AUDIT_MAX_TV)
         failed |= bad
         print(
@@ -137,3 +307,15 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
         )
     if failed:
         sys.exit("the stored scores are not what this machine computes: rerun with live scores, and report it")
+
+
+def _stored_orders(store: Any, template: Any, key: str) -> Callable[[Question], np.ndarray]:
+    """How far adaptive scoring went with a question: the largest of its sets of orders in the store, or the first."""
+    from permdistill import fewcalls, scores
+
+    def found(question: Question) -> np.ndarray:
+        designs = fewcalls.stages(len(question.options))
+        held = [design for design in designs if not scores.lacking(store, [question], template, key, design)]
+        return (held or designs[:1])[-1]
+
+    return found

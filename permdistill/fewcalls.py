@@ -7,14 +7,16 @@ positions 0..K-1 are shown in the order ``design[j]``. All are answered from sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import softmax
 
 from permdistill.debias import (
     EPSILON,
+    TIE,
     check_orders,
     check_scores,
     reweigh,
@@ -143,22 +145,67 @@ def adaptive_average(P: np.ndarray, orders: np.ndarray, designs: Sequence[np.nda
     return Adaptive(Q, calls)
 
 
-def fit_margins(P: np.ndarray, orders: np.ndarray, designs: Sequence[np.ndarray], calls: float) -> tuple[float, ...]:
-    """Margins under which :func:`adaptive_average` takes ``calls`` calls a question on these scores. No gold answer is read.
+def share(designs: Sequence[np.ndarray], calls: float) -> float:
+    """The share of the questions that goes on from each design to the next, so that one takes ``calls`` calls on average:
+    the root of n_0 + sum_i share^i (n_i - n_(i-1)) = calls. 1 where that is enough for all. Raises ValueError when the first
+    design alone costs more."""
+    n = [len(design) for design in designs]
+    if calls < n[0]:
+        raise ValueError(f"{calls} calls a question: the first design takes {n[0]}")
+    if calls >= n[-1]:
+        return 1.0
+    return float(brentq(lambda r: n[0] - calls + sum(r ** (i + 1) * step for i, step in enumerate(np.diff(n))), 0, 1))
 
-    One threshold for a mean over n orders is t / sqrt(n), as its noise falls; t is the largest that keeps to the budget.
-    Raises ValueError when the first design alone costs more.
+
+def fit_margins(P: np.ndarray, orders: np.ndarray, designs: Sequence[np.ndarray], calls: float) -> tuple[float, ...]:
+    """Margins under which :func:`adaptive_average` takes ``calls`` calls a question on these scores: the least sure
+    :func:`share` of those that came to a design goes on to the next. No gold answer is read. Raises ValueError when the
+    first design alone costs more.
     """
-    if calls < len(designs[0]):
-        raise ValueError(f"{calls} calls a question: the first design takes {len(designs[0])}")
-    scale = np.array([1 / np.sqrt(len(design)) for design in designs[:-1]])
-    low, high = 0.0, float(2 / scale.min())
-    if adaptive_average(P, orders, designs, tuple(high * scale)).calls.mean() <= calls:
-        return tuple((high * scale).tolist())
-    for _ in range(30):
-        middle = (low + high) / 2
-        if adaptive_average(P, orders, designs, tuple(middle * scale)).calls.mean() <= calls:
-            low = middle
-        else:
-            high = middle
-    return tuple((low * scale).tolist())
+    P, orders = check_orders(P, orders)
+    part, found = share(designs, calls), []
+    going = np.ones(P.shape[:2], dtype=bool)
+    for design in designs[:-1]:
+        margin = margins(design_average(P, orders, design))
+        own = np.sort(margin[going])
+        found.append(float(own[int(part * len(own))]) if part < 1 and len(own) else np.inf)
+        going &= margin < found[-1]
+    return tuple(found)
+
+
+def adaptive_plan(k: int, calls: float | None = None, hard: bool = False) -> tuple[list[np.ndarray], float]:
+    """Designs and calls a question: 2.6 unless given, 1.5 of two options. From 4 on, four options go on to all 24 orders.
+    ``hard``: a single decision is always sure, so that these begin with a pair."""
+    every, first = stages(k), int(hard)
+    calls = calls or (2.6 if k > 2 else 1.5 + 0.5 * hard)
+    return (every[1:] if calls >= 4 and len(every) > 3 else every[first:3]), calls
+
+
+def ask_adaptively(
+    ask: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    items: int,
+    designs: Sequence[np.ndarray],
+    calls: float,
+    calibrate: bool = True,
+) -> np.ndarray:
+    """Ask design by design, each time only the least sure :func:`share` of the questions: the number of each one's last
+    design, (item,).
+
+    ask        (places of items, design) -> P (item, order, option) in the orders of the design
+    calibrate  whether margins are those after batch calibration, by the mean over all items in the first design. Not for
+               hard verdicts; of these, unanimous ones are sure
+    """
+    part, last, going = share(designs, calls), np.zeros(items, dtype=np.int64), np.arange(items)
+    weights: np.ndarray | None = None
+    for number, design in enumerate(designs):
+        if not len(going):
+            break
+        last[going] = number
+        P = check_scores(ask(going, design))
+        if weights is None:
+            prior = to_positions(P, design).mean(axis=(0, 1))
+            weights = -np.log(np.maximum(prior, EPSILON)) if calibrate else np.zeros(len(prior))
+        margin = margins(reweigh(P, design, weights).mean(axis=1))
+        least = np.argsort(margin, kind="stable")[: int(part * len(going))]
+        going = np.sort(going[least[margin[least] < 1 - TIE]])
+    return last

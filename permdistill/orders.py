@@ -77,11 +77,36 @@ def sample_orders(k: int, n: int, rng: np.random.Generator) -> np.ndarray:
     return np.array(list(found), dtype=np.int64)
 
 
-def anchored(orders: np.ndarray, fixed: Sequence[int]) -> np.ndarray:
-    """Those of ``orders`` (order, K) that leave the options ``fixed`` in their places: (fewer orders, K). Of all orders,
-    these are all orders of the other options."""
-    orders, fixed = np.asarray(orders), list(fixed)
-    return orders[(orders[:, fixed] == fixed).all(axis=1)]
+SETS = ("all", "cyclic", "williams", "pairs")
+
+
+def order_set(name: str, k: int, fixed: Sequence[int] = (), seed: int = 0) -> np.ndarray:
+    """The orders that a name stands for, the original first: (order, K).
+
+    name   of :data:`SETS` ("pairs" is the original and its reverse), or how many random orders, e.g. "8": the original and
+           others, K! at most, drawn without replacement. All questions of K options share them, so that their scores are
+           one array; a larger number goes on from a smaller one
+    fixed  options that keep their places, while the others take these orders
+
+    Raises ValueError for another name.
+    """
+    _check_k(k)
+    if fixed:
+        free = np.setdiff1d(np.arange(k), fixed)
+        own = order_set(name, len(free), seed=seed) if len(free) > 1 else np.arange(len(free))[None]
+        result = np.tile(np.arange(k), (len(own), 1))
+        result[:, free] = free[own]
+        return result
+    if name == "pairs":
+        return reverse_pairs(np.arange(k)[None])
+    if name in SETS:
+        return {"all": all_orders, "cyclic": cyclic_orders, "williams": williams_orders}[name](k)
+    if not (name.isascii() and name.isdecimal() and int(name)):
+        raise ValueError(f"orders {name!r}: give {', '.join(SETS)}, or how many random ones")
+    rng, found = np.random.default_rng(seed), {tuple(range(k)): None}
+    while len(found) < min(int(name), factorial(k)):
+        found[tuple(rng.permutation(k).tolist())] = None
+    return np.array(list(found), dtype=np.int64)
 
 
 def inverse(orders: np.ndarray) -> np.ndarray:

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from permdistill import layouts
+from permdistill.layouts import FIELDS
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS
-
-FIELDS = ("id", "context", "question", "options", "answer")
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def from_jsonl(path: str | Path) -> list[Question]:
-    """Read a JSONL file, one question per line. Raises :class:`BadRecords`, also for a file without any."""
+def from_jsonl(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Question]:
+    """Read a JSONL file, one question per line. ``columns``: see :func:`from_dataset`. Raises :class:`BadRecords`, also for
+    a file without any."""
     path, records, broken = Path(path), [], []
     # Split on "\n" only: texts may hold U+2028 and U+0085, at which str.splitlines would cut.
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -158,7 +159,7 @@ def from_jsonl(path: str | Path) -> list[Question]:
             except (ValueError, RecursionError) as error:
                 broken.append(f"{path}, line {number}: not JSON ({error}); write one JSON object per line")
     try:
-        questions = validate(records, str(path))
+        questions = _read(records, str(path), columns)
     except BadRecords as error:
         broken.append(str(error))
     if not records and not broken:
@@ -168,12 +169,21 @@ def from_jsonl(path: str | Path) -> list[Question]:
     return questions
 
 
-def from_dataset(dataset: Iterable[Mapping[str, Any]]) -> list[Question]:
-    """Read a ``datasets.Dataset``, or any other rows, with the columns :data:`FIELDS`. Raises :class:`BadRecords`, also when
-    there is no row."""
-    if not (questions := validate(iter(dataset), "dataset")):
+def from_dataset(dataset: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> list[Question]:
+    """Read a ``datasets.Dataset``, or any other rows, with the columns :data:`FIELDS`, or in a layout of
+    :mod:`permdistill.layouts`. ``columns`` {field: column} names another one. Raises :class:`BadRecords`, also when there is
+    no row."""
+    if not (questions := _read(list(dataset), "dataset", columns)):
         raise BadRecords("dataset: no questions")
     return questions
+
+
+def _read(rows: Sequence[Any], source: str, columns: Mapping[str, str] | None) -> list[Question]:
+    """Checked questions. Raises BadRecords; a layout that is not known is told once."""
+    own = columns or (layouts.recognised(rows[0]) if rows else None)
+    if lacking := layouts.missing(rows, source, own):
+        raise BadRecords(lacking)
+    return validate(layouts.converted(rows, columns), source)
 
 
 def to_dataset(questions: Sequence[Question]) -> Any:
@@ -261,7 +271,7 @@ class Treated:
 
     questions  what is to be scored
     unsafe     how many were unsafe
-    anchors    {id: indices of options that keep their place}, see :func:`permdistill.orders.anchored`
+    anchors    {id: indices of options that keep their place}, see :func:`permdistill.orders.order_set`
     """
 
     questions: list[Question]

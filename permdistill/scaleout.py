@@ -28,11 +28,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from permdistill.orders import all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
-from permdistill.scores import Store, alone, keep, lacking
-from permdistill.teachers import Teacher, in_groups
+from permdistill.scores import Orders, Store, alone, keep, lacking
+from permdistill.teachers import Asked, Teacher, in_groups
 
 # Questions that a worker is given at a time, on average, or one group: its forest, and the work that is lost with it.
 BLOCK, BLOCK_GPU = 8, 64
@@ -61,14 +60,14 @@ class Workers:
             raise ValueError(f"{found}: give at least 1 worker, and what it takes above 0")
 
 
-def score(store: Store, workers: Workers, questions: Sequence[Question], template: Template) -> int:
+def score(store: Store, workers: Workers, questions: Sequence[Question], template: Template, orders: Orders = "all") -> int:
     """:func:`permdistill.scores.score` by several workers. Returns the number of questions scored now.
 
     The same store up to rounding, which depends on the questions of a forest, on threads and on processors. Raises
     ValueError before any compute when a question does not suit template or teacher, MissingRay without Ray.
     """
     with alone(store):
-        groups = lacking(store, questions, template, workers.model_key)
+        groups = lacking(store, questions, template, workers.model_key, orders)
         missing = sum(map(len, groups))
         if not groups:
             return 0
@@ -83,9 +82,9 @@ def score(store: Store, workers: Workers, questions: Sequence[Question], templat
 
 
 def _scored(
-    groups: list[list[Question]], workers: Workers, template: Template
-) -> Generator[tuple[list[Question], np.ndarray], None, None]:
-    """Groups with their log-probabilities (item, order, option), each once, in the order in which they are done."""
+    groups: list[list[Asked]], workers: Workers, template: Template
+) -> Generator[tuple[list[Asked], list[np.ndarray]], None, None]:
+    """Groups with their log-probabilities (order, option), each once, in the order in which they are done."""
     ray = _ray()
     with _running(ray, workers.n * workers.cpus):
         gpus = min(1, ray.cluster_resources().get("GPU", 0)) if workers.gpus is None else workers.gpus
@@ -107,17 +106,16 @@ def _scored(
                 if place not in done:  # Ray promises "at least once"
                     done.add(int(place))
                     group = groups[place]
-                    shape = (len(group), *all_orders(len(group[0].options)).shape)
-                    yield group, np.frombuffer(values, dtype=np.float32).reshape(shape)
+                    ends = np.cumsum([asked.orders.size for asked in group])
+                    each = np.split(np.frombuffer(values, dtype=np.float32), ends[:-1])
+                    yield group, [own.reshape(asked.orders.shape) for own, asked in zip(each, group, strict=True)]
 
 
 class Worker:
     """What an actor runs. What it cannot work without is reported in the place of scores: an exception here would count as
     a worker that was lost, and be tried again and again."""
 
-    def __init__(
-        self, groups: list[list[Question]], make_teacher: Callable[[], Teacher], model_key: str, template: Template
-    ):
+    def __init__(self, groups: list[list[Asked]], make_teacher: Callable[[], Teacher], model_key: str, template: Template):
         self.groups, self.template, self.refusal = groups, template, ""
         try:
             self.teacher = make_teacher()
@@ -126,7 +124,7 @@ class Worker:
                     f"a worker's teacher is {self.teacher.model_key!r}, the scores are to be of {model_key!r}: "
                     "give all machines the same model"
                 )
-            self.teacher.check([question for group in groups for question in group], template)
+            self.teacher.check([asked.question for group in groups for asked in group], template)
         except (ValueError, OSError) as error:
             self.refusal = str(error) or type(error).__name__
 
@@ -138,7 +136,7 @@ class Worker:
         groups = [self.groups[place] for place in places]
         found = dict(pair for done in in_groups(self.teacher, groups, self.template) for pair in done)
         each = iter(found[i] for i in range(sum(map(len, groups))))
-        scored = [np.stack([next(each) for _ in group]).astype(np.float32).tobytes() for group in groups]
+        scored = [b"".join(np.asarray(next(each), dtype=np.float32).tobytes() for _ in group) for group in groups]
         return {"place": places, "log_probs": scored, "refusal": [""] * len(places)}
 
 

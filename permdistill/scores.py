@@ -5,8 +5,11 @@ A store is a folder of parquet files with one row an item::
     key        content key: sha256 over teacher (weights, number format), template, orders, and the item's texts
     id         the question's id (for people; never used to find a row)
     k          number of options
-    n_orders   number of orders, K!: they are :func:`permdistill.orders.all_orders`
+    n_orders   K!, in the order of :func:`permdistill.orders.all_orders`; or 1, and the key ends in the order: "..:2,0,1"
     log_probs  float32 list, (order, option) in C order: log-probability of each option's label over the vocabulary
+
+Whatever set of orders is asked for is put together from these rows: of cyclic orders, a later Williams design pays for
+those only that are not among them, and a row of all K! orders answers each set.
 
 Rows hold numbers, ids and orders only, no dataset text. A run appends shards (write, then atomic rename), so a killed run
 loses only the group in flight, and a second run starts where the first stopped, because a row is found by content. Shards
@@ -22,8 +25,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +37,10 @@ from scipy.special import softmax
 from tqdm import tqdm
 
 from permdistill.files import locked, replacing
-from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS, all_orders
+from permdistill.orders import ENUMERATED, MAX_OPTIONS, MIN_OPTIONS, all_orders, order_set
 from permdistill.prompts import Template
 from permdistill.questions import Question
-from permdistill.teachers import Teacher, in_groups
+from permdistill.teachers import Asked, Teacher, in_groups
 
 SCHEMA = pa.schema(
     {
@@ -53,6 +57,8 @@ MERGED = "scores.parquet"
 _OWN = re.compile(r"part-\d+-[0-9a-f]{8}\.parquet|" + re.escape(MERGED))
 
 Row = tuple[str, np.ndarray]  # id, log-probabilities (order, option)
+# Of each question: a name (:func:`permdistill.orders.order_set`), (order, K), or a function of the question that gives it.
+Orders = str | np.ndarray | Callable[[Question], np.ndarray]
 
 
 class MissingScores(LookupError):
@@ -234,7 +240,7 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[str, Row]]:
     if any(column.null_count for column in (key, name, *numbers, lists, values)):
         raise ValueError("values are missing")
     k, n_orders = (column.to_pylist() for column in numbers)
-    possible = {(options, math.factorial(options)) for options in range(MIN_OPTIONS, MAX_OPTIONS + 1)}
+    possible = {(options, n) for options in range(MIN_OPTIONS, MAX_OPTIONS + 1) for n in (1, math.factorial(options))}
     if not set(zip(k, n_orders, strict=True)) <= possible:
         raise ValueError("numbers of options or orders are impossible")
     sizes, flat = lists.value_lengths().to_pylist(), values.to_numpy(zero_copy_only=False)
@@ -243,20 +249,28 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[str, Row]]:
     end = 0
     for row, label, options, orders, size in zip(key.to_pylist(), name.to_pylist(), k, n_orders, sizes, strict=True):
         end += size
+        if orders == 1 and sorted(row.partition(":")[2].split(","), key=int) != list(map(str, range(options))):
+            raise ValueError(f"key {row!r} of one order names none of {options} options")
         yield row, (label, flat[end - size : end].reshape(orders, options))
 
 
-def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template) -> int:
-    """Score what the store lacks, all K! orders of each question. Returns the number of questions scored now.
+@cache
+def _places(k: int) -> dict[tuple[int, ...], int]:
+    """Where each of all K! orders stands among them."""
+    return {tuple(order): place for place, order in enumerate(all_orders(k).tolist())}
+
+
+def score(store: Store, teacher: Teacher, questions: Sequence[Question], template: Template, orders: Orders = "all") -> int:
+    """Score each question in those of ``orders`` that the store lacks. Returns the number of questions scored now.
 
     What a forward pass, or a group (:func:`lacking`), cost is on disk before the next one starts. A second process that
     scores into this store waits for the first, then scores what is left. Raises ValueError before any compute when a
     question does not fit the template. :func:`permdistill.scaleout.score` does the same with several workers.
     """
     with alone(store):
-        groups = lacking(store, questions, template, teacher.model_key)
-        missing = [question for group in groups for question in group]
-        teacher.check(missing, template)
+        groups = lacking(store, questions, template, teacher.model_key, orders)
+        missing = [asked for group in groups for asked in group]
+        teacher.check([asked.question for asked in missing], template)
         paid = len(questions) - len(missing)
         with tqdm(total=len(questions), initial=paid, unit="question", desc=f"score {teacher.name}") as bar:
             for done in in_groups(teacher, groups, template):
@@ -275,61 +289,105 @@ def alone(store: Store) -> Iterator[None]:
         yield
 
 
-def lacking(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> list[list[Question]]:
-    """The questions that the store lacks, in groups with the same context and K: scored together, they pay for it once.
+def lacking(
+    store: Store, questions: Sequence[Question], template: Template, model_key: str, orders: Orders = "all"
+) -> list[list[Asked]]:
+    """The questions that the store lacks, with the orders that it lacks, in groups with the same context and K: scored
+    together, they pay for it once.
 
     The same texts under two ids come once. Raises ValueError when a question does not fit the template.
     """
-    missing: dict[str, Question] = {}
+    missing: dict[str, Asked] = {}
     for question in questions:
-        orders = all_orders(len(question.options))
-        template.user_message(question, orders[0])  # an impossible question must fail here, not after hours
-        key = content_key(question, orders, template, model_key)
-        if key not in store:
-            missing[key] = question
-    groups: dict[tuple, list[Question]] = {}
-    for question in missing.values():
-        groups.setdefault((question.context or question.id, len(question.options)), []).append(question)
+        wanted = _orders(orders, question)
+        template.user_message(question, wanted[0])  # an impossible question must fail here, not after hours
+        found = _found(store, question, wanted, template, model_key)
+        new = [order for order, values in zip(wanted, found, strict=True) if values is None]
+        if new:
+            missing[content_key(question, wanted, template, model_key)] = Asked(question, np.array(new))
+    groups: dict[tuple, list[Asked]] = {}
+    for asked in missing.values():
+        question = asked.question
+        groups.setdefault((question.context or question.id, len(question.options)), []).append(asked)
     return list(groups.values())
 
 
-def keep(
-    store: Store, group: Sequence[Question], log_probs: Iterable[np.ndarray], template: Template, model_key: str
-) -> None:
-    """Put log-probabilities (order, option) of questions, over all K! orders, into the store: on disk, as one shard.
+def _orders(orders: Orders, question: Question) -> np.ndarray:
+    if isinstance(orders, str):
+        return order_set(orders, len(question.options))
+    return orders(question) if callable(orders) else orders
+
+
+def _key_of_one(question: Question, template: Template, model_key: str) -> str:
+    """Content key of a question in one order, but for the order itself, which goes at its end."""
+    return content_key(question, np.empty((0, 0)), template, model_key) + ":"
+
+
+def _found(
+    store: Store, question: Question, orders: np.ndarray, template: Template, model_key: str
+) -> list[np.ndarray | None]:
+    """Log-probabilities (option,) in each of ``orders``, None where the store lacks them."""
+    k = len(question.options)
+    if k <= ENUMERATED and (whole := content_key(question, all_orders(k), template, model_key)) in store:
+        values, places = store.get(whole), _places(k)
+        return [values[places[tuple(order)]] for order in orders.tolist()]
+    item = _key_of_one(question, template, model_key)
+    keys = [item + ",".join(map(str, order)) for order in orders.tolist()]
+    return [store.get(key)[0] if key in store else None for key in keys]
+
+
+def keep(store: Store, group: Sequence[Asked], log_probs: Iterable[np.ndarray], template: Template, model_key: str) -> None:
+    """Put log-probabilities (order, option) of questions, each in its orders, into the store: on disk, as one shard.
 
     Raises ValueError for a value that is not finite, after those before it are kept.
     """
-    rows = []
+    rows: list[dict] = []
     try:
-        for question, own in zip(group, log_probs, strict=True):
-            orders = all_orders(len(question.options))
-            own, key = np.asarray(own, dtype=np.float32), content_key(question, orders, template, model_key)
+        for (question, orders), own in zip(group, log_probs, strict=True):
+            own, k = np.asarray(own, dtype=np.float32), len(question.options)
             if not np.isfinite(own).all():
                 raise ValueError(f"question {question.id!r}: the teacher gave a log-probability that is not finite: {own}")
-            n_orders, k = orders.shape
-            rows.append({"key": key, "id": question.id, "k": k, "n_orders": n_orders, "log_probs": own.ravel()})
+            if k <= ENUMERATED and np.array_equal(orders, all_orders(k)):
+                found = {content_key(question, orders, template, model_key): own}
+            else:
+                item = _key_of_one(question, template, model_key)
+                found = {item + ",".join(map(str, order)): one for order, one in zip(orders.tolist(), own, strict=True)}
+            for key, values in found.items():
+                n_orders = values.size // k
+                rows.append({"key": key, "id": question.id, "k": k, "n_orders": n_orders, "log_probs": values.ravel()})
     finally:
         store.append(rows)
 
 
-def load(store: Store, questions: Sequence[Question], template: Template, model_key: str) -> np.ndarray:
-    """Log-probabilities (item, order, option), float64, of questions with the same K.
+def load(
+    store: Store, questions: Sequence[Question], template: Template, model_key: str, orders: Orders = "all"
+) -> np.ndarray:
+    """Log-probabilities (item, order, option), float64, of questions with the same K in the same number of orders:
+    :func:`permdistill.orders.order_set` gives those that a name stands for.
 
     Raises :class:`MissingScores` that counts and names what is missing.
     """
     ks = {len(q.options) for q in questions}
     if len(ks) != 1:
         raise ValueError(f"questions have different numbers of options {sorted(ks)}: load each K for itself")
-    orders = all_orders(ks.pop())
-    keys = [content_key(q, orders, template, model_key) for q in questions]
-    missing = [q.id for q, key in zip(questions, keys, strict=True) if key not in store]
+    found = load_each(store, questions, template, model_key, orders)
+    if len(numbers := {len(values) for values in found}) != 1:
+        raise ValueError(f"questions come in different numbers of orders {sorted(numbers)}: use load_each")
+    return np.stack(found)
+
+
+def load_each(
+    store: Store, questions: Sequence[Question], template: Template, model_key: str, orders: Orders = "all"
+) -> list[np.ndarray]:
+    """Log-probabilities (order, option), float64, of each question in its own orders. Raises :class:`MissingScores`."""
+    found = [_found(store, q, _orders(orders, q), template, model_key) for q in questions]
+    missing = [q.id for q, own in zip(questions, found, strict=True) if any(values is None for values in own)]
     if missing:
         raise MissingScores(
             f"{len(missing)} of {len(questions)} questions have no scores in {store.folder} (first: {missing[0]!r}; teacher "
             f"{model_key!r}, template {template.name!r}). Make them with `permdistill score` (see --help) or score()."
         )
-    return np.stack([store.get(key) for key in keys])
+    return [np.stack(own) for own in found]  # type: ignore[arg-type]
 
 
 def probabilities(log_probs: np.ndarray) -> np.ndarray:
@@ -338,20 +396,26 @@ def probabilities(log_probs: np.ndarray) -> np.ndarray:
 
 
 def audit(
-    store: Store, teacher: Teacher, questions: Iterable[Question], template: Template, model_key: str | None = None
+    store: Store,
+    teacher: Teacher,
+    questions: Iterable[Question],
+    template: Template,
+    model_key: str | None = None,
+    orders: Orders = "all",
 ) -> np.ndarray:
     """Score ``questions`` live and compare with the store: total variation between the two, (item and order,).
 
     ``model_key`` names the stored scores when they were made in another number format than the live teacher's.
     """
-    questions = list(questions)
-    stored = [probabilities(load(store, [question], template, model_key or teacher.model_key))[0] for question in questions]
+    asked = [Asked(question, _orders(orders, question)) for question in questions]
+    every = [question for question, _ in asked]
+    stored = list(map(probabilities, load_each(store, every, template, model_key or teacher.model_key, orders)))
     differences: dict[int, np.ndarray] = {}
-    for done in in_groups(teacher, [[question] for question in questions], template):
+    for done in in_groups(teacher, [[one] for one in asked], template):
         for place, values in done:
             live = probabilities(values.astype(np.float64))
             differences[place] = np.abs(stored[place] - live).sum(axis=-1) / 2
-    return np.concatenate([differences[place] for place in range(len(questions))])
+    return np.concatenate([differences[place] for place in range(len(asked))])
 
 
 def audit_passes(differences: np.ndarray, mean: float, largest: float) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -54,18 +54,30 @@ class Teacher(Protocol):
         ...
 
 
+class Asked(NamedTuple):
+    """A question, and the orders (order, K) in which it is asked."""
+
+    question: Question
+    orders: np.ndarray
+
+
 def in_groups(
-    teacher: Teacher, groups: Sequence[Sequence[Question]], template: Template
+    teacher: Teacher, groups: Sequence[Sequence[Asked]], template: Template
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Log-probabilities (order, option) of questions in all K! orders, as they are ready: lists of (place among all
+    """Log-probabilities (order, option) of questions, each in its orders, as they are ready: lists of (place among all
     questions, values). The questions of a group have one K and should share their context."""
     if isinstance(teacher, CausalTeacher):
-        yield from teacher.stream(groups, template)
+        orders = [asked.orders for group in groups for asked in group]
+        yield from teacher.stream([[asked.question for asked in group] for group in groups], template, orders)
         return
     first = 0
     for group in groups:
-        values = teacher.log_probs(group, all_orders(len(group[0].options)), template)
-        yield list(enumerate(values, first))
+        alike: dict[bytes, list[int]] = {}  # questions in the same orders go together
+        for place, asked in enumerate(group):
+            alike.setdefault(asked.orders.tobytes(), []).append(place)
+        for places in alike.values():
+            values = teacher.log_probs([group[i].question for i in places], group[places[0]].orders, template)
+            yield [(first + i, own) for i, own in zip(places, values, strict=True)]
         first += len(group)
 
 
@@ -165,29 +177,30 @@ class CausalTeacher:
 
     def log_probs(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> np.ndarray:
         result = np.empty((len(questions), *orders.shape), dtype=np.float32)
-        for done in self.stream([questions], template, orders):
+        for done in self.stream([questions], template, [orders] * len(questions)):
             for place, values in done:
                 result[place] = values
         return result
 
     def stream(
-        self, groups: Sequence[Sequence[Question]], template: Template, orders: np.ndarray | None = None
+        self, groups: Sequence[Sequence[Question]], template: Template, orders: Sequence[np.ndarray] | None = None
     ) -> Iterator[list[tuple[int, np.ndarray]]]:
         """Log-probabilities (order, option) of questions of any K and context, as they are ready: lists of (place among all
-        questions, values). Those of a group should share their context. ``orders``: all K! of each unless given."""
+        questions, values). Those of a group should share their context. ``orders``: (order, K) of each; None: all K!."""
         questions = [question for group in groups for question in group]
         ks = sorted({len(question.options) for question in questions})
         labels = {k: self.label_tokens(k, template) for k in ks}
         wanted = sorted({token for own in labels.values() for token in own})
         columns = {k: [wanted.index(token) for token in labels[k]] for k in ks}
-        by_k = {k: all_orders(k) if orders is None else orders for k in ks}
-        tokens = (self._units(group, by_k, template) for group in groups)
+        shown = [all_orders(len(question.options)) for question in questions] if orders is None else orders
+        each = iter(shown)  # of the groups' questions, one after the other
+        tokens = ([self.tokenize([question], next(each), template) for question in group] for group in groups)
         for done, n in forest.stream(self.model, tokens, wanted, self.max_tokens):
             self.tokens_forwarded += n
             found = []
             for place, values in done:
                 k = len(questions[place].options)
-                found.append((place, to_options(values[:, columns[k]], by_k[k])))
+                found.append((place, to_options(values[:, columns[k]], shown[place])))
             if found:
                 yield found
 
@@ -196,9 +209,6 @@ class CausalTeacher:
         """How much goes through the model at a time, in words."""
         together, at_once = forest.sizes(self.model, self.max_tokens)
         return f"{together:,} prompt tokens a forest, {at_once:,} tokens a pass"
-
-    def _units(self, group: Sequence[Question], orders: dict[int, np.ndarray], template: Template) -> list[list[list[int]]]:
-        return [self.tokenize([question], orders[len(question.options)], template) for question in group]
 
 
 @dataclass

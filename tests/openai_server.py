@@ -54,7 +54,7 @@ def planted(chat: Chat, other: float = 0.1, certain: bool = False) -> dict[str, 
     """Probabilities of the labels that start the lines of the last user message ("A. ..."), and of "The": a function of
     the text alone. ``certain``: one of the labels always."""
     text = chat[0]["content"]
-    labels = re.findall(r"^([A-F])\. ", text, re.M)
+    labels = re.findall(r"^([A-Z])\. ", text, re.M)
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
     p = rng.dirichlet(np.ones(len(labels)))
     if certain:

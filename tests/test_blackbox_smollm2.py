@@ -3,6 +3,7 @@ against the same model read through the trie."""
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -11,17 +12,22 @@ import pytest
 import torch
 from openai_server import serving, teacher_backend
 
-from permdistill import scores
+from permdistill import cli, scores, teachers
 from permdistill.api.ask import ask
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Call, Job, calls_in_orders, drawn, drawn_calls, probabilities
 from permdistill.api.replies import Replies
+from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.lessons import Lesson
 from permdistill.measure import metrics
-from permdistill.orders import all_orders
+from permdistill.measure.formats import read
+from permdistill.measure.report import measure
+from permdistill.orders import all_orders, order_set
 from permdistill.paper.profiles import load_task
 from permdistill.prompts import TEMPLATES, Template
 from permdistill.questions import Question, unlabelled
 from permdistill.teachers import CausalTeacher, load_teacher
+from permdistill.training import train
 
 LETTERS = TEMPLATES["letters"]
 ANIMALS = ("cow", "eagle", "trout", "snail", "bee")
@@ -95,3 +101,37 @@ def test_start_of_the_answer_is_gone_on_from(teacher, url, name, tmp_path):
     ask(job, Replies(tmp_path))
     P, _ = probabilities(job, Replies(tmp_path))
     assert np.abs(P - white_box(teacher, questions, all_orders(2), TEMPLATES[name])).max() < 1e-3
+
+
+WORDS = "zebra yak wolf viper urchin tiger swan robin quail puma otter newt mole lynx koala jay ibis hare goat fox eagle"
+MANY = [f"a {word}" for word in (*WORDS.split(), "dingo", "cobra", "bear", "ant", "deer")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("k, name", [(10, "williams"), (10, "cyclic"), (26, "cyclic")])
+def test_many_options_go_all_the_way_with_a_real_llm(teacher, url, k, name, tmp_path, monkeypatch, capsys):
+    """Scored, audited, measured, asked of a server, and a student of MiniLM taught from either, from the command line on."""
+    monkeypatch.setattr(teachers, "load_teacher", lambda *arguments: teacher)
+    questions = [Question(verb, "", f"Which animal can {verb} best?", tuple(MANY[:k])) for verb in ("fly", "swim", "run")]
+    path, said, asked = (tmp_path / file for file in ("mine.jsonl", "said.jsonl", "asked.jsonl"))
+    rows = [{"id": q.id, "question": q.question, "options": q.options, "answer": 1} for q in questions]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    own = ["--questions", str(path), "--orders", name]
+    score = ["--teacher", "smollm2-135m", "--dtype", "float32", "--scores", str(tmp_path / "scores")]
+    cli.main(["score", *own, *score, "--records", str(said)])
+    cli.main(["audit", *own, *score])
+    assert "3 questions re-scored" in capsys.readouterr().out
+    server = ["--base-url", url, "--model", "smollm2", "--replies", str(tmp_path / "replies")]
+    cli.main(["ask", *own, *server, "--mode", "logprobs", "--top-logprobs", "200", "--records", str(asked)])
+    here, there = (read(file) for file in (said, asked))
+    assert (here.counts == k).all() and (here.orders == there.orders).all()
+    assert np.abs(here.p - there.p).max() < 0.02  # labels below the 200 most probable tokens have 0
+    for number, file in enumerate((said, asked)):
+        report = measure(file, path)
+        assert "accuracy" in str(report) and len(report.everything()) > 1000
+        (block,) = report.records.blocks()
+        lesson = Lesson(questions, block.P.mean(axis=1), orders=order_set(name, k))
+        config = StudentConfig("all-MiniLM-L6-v2", "per_option", "plain", k, 64)
+        student = train(config, TrainingConfig(epochs=1), lesson, tmp_path / f"student{number}")
+        P = student.predict_batch(questions, order_set(name, k))
+        assert P.shape == (3, k, k) and np.allclose(P.sum(axis=-1), 1, atol=1e-4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -18,6 +21,8 @@ from permdistill.measure.calibration import (
     rank_correlation,
     selective_accuracy,
 )
+from permdistill.measure.report import measure, ranking
+from permdistill.questions import BadRecords
 
 
 def test_ece_brier_and_nll_in_closed_form():
@@ -83,3 +88,79 @@ def test_systems_are_ranked_from_comparisons(rank):
     assert rank_correlation(-found, strength).kendall == pytest.approx(-1)
     few = rank(pairs[::5], (wins[::5] > 0.5).astype(float), 5)  # hard decisions, a fifth of the pairs
     assert np.isfinite(few).all() and few.sum() == pytest.approx(0, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In the report of `permdistill measure --all`
+
+
+def report_of(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return measure(path)
+
+
+def test_the_report_says_how_far_probabilities_can_be_trusted(tmp_path):
+    # In the order 0, 1 the judge says 0.9 for the first; in the other 0.7, so that the mean of an item is 0.6 for option 0.
+    rows = [
+        {"id": f"q{i}", "order": order, "probabilities": [p, 1 - p], "answer": int(i % 4 == 0)}
+        for i in range(40)
+        for order, p in (([0, 1], 0.9), ([1, 0], 0.7))
+    ]
+    report = report_of(tmp_path / "said.jsonl", rows)
+    row = report.table.set_index("debiaser").loc["all-orders average"]
+    assert row.ece == pytest.approx(0.75 - 0.6) and row.ece_low <= row.ece <= row.ece_high
+    assert row.brier == pytest.approx(0.75 * 2 * 0.4**2 + 0.25 * 2 * 0.6**2)
+    assert row.nll == pytest.approx(-0.75 * np.log(0.6) - 0.25 * np.log(0.4))
+    biased = report.table.set_index("debiaser").loc["biased"]
+    assert biased.ece == pytest.approx(((0.9 - 0.75) + (0.7 - 0.25)) / 2)  # each order has a bin of its own
+    text = report.everything()
+    assert "ECE\n" in text and "Brier\n" in text and "NLL (nats)\n" in text
+    assert "accuracy where only the surest questions are answered, K = 2, and at most 10% errors" in text
+    assert re.search(r"mean over orders +75\.0  .*no threshold guarantees it", text)
+
+
+def test_hard_verdicts_have_no_calibration(tmp_path):
+    rows = [{"id": f"q{i}", "order": [0, 1], "decision": "A", "answer": i % 2} for i in range(8)]
+    report = report_of(tmp_path / "said.jsonl", rows)
+    assert "ece" not in report.table and "surest" not in report.everything()
+
+
+def test_a_threshold_is_fitted_on_one_half_and_tried_on_the_other(tmp_path):
+    rows = [
+        {"id": f"q{i:03}", "order": [0, 1], "probabilities": [p, 1 - p], "answer": int(i % 8 in (0, 1))}
+        for i in range(400)
+        for p in [0.6 if i % 4 in (0, 1) else 0.95]  # the unsure half is right one time in two, the sure one always
+    ]
+    text = report_of(tmp_path / "said.jsonl", rows).everything()
+    assert re.search(r"from 0\.\d\d on: 50\.0% answered, 0\.0% of them wrong", text)
+
+
+def test_systems_are_ranked_from_their_pairs(tmp_path):
+    strength = {"good": 2.0, "fair": 0.5, "poor": -2.5}
+    rows = []
+    for n, (a, b) in enumerate([(a, b) for a in strength for b in strength if a != b]):
+        p = 1 / (1 + np.exp(strength[b] - strength[a]))
+        for order in ([0, 1], [1, 0]):
+            by_option = [p, 1 - p]
+            row = {"id": f"{n}", "order": order, "probabilities": [by_option[o] for o in order], "systems": [a, b]}
+            rows.append(row | {"answer": int(p < 0.5)})
+    report = report_of(tmp_path / "said.jsonl", rows)
+    frame = ranking(report.records)
+    assert frame.system.tolist() == ["good", "fair", "poor"] and frame.pairs.tolist() == [4, 4, 4]
+    for name in ("Bradley-Terry", "product of experts"):
+        assert frame[name].to_numpy() == pytest.approx([2, 0.5, -2.5], abs=0.05)
+    assert "rank correlation with gold: Spearman 1.00, Kendall 1.00" in report.everything()
+    for wrong in (["good"], ["good", "good"], "good", ["good", 3]):
+        with pytest.raises(BadRecords, match="field 'systems' is .*: give 2 different names, by option"):
+            report_of(tmp_path / "bad.jsonl", [rows[0] | {"systems": wrong}])
+    assert ranking(report_of(tmp_path / "plain.jsonl", [r | {"systems": None} for r in rows]).records) is None
+
+
+def test_systems_of_fastchat_are_ranked(tmp_path):
+    winners = [("model_1", "model_1"), ("tie", "model_2"), ("error", "model_1")]
+    rows = [
+        {"question_id": i, "model_1": "x", "model_2": "y", "g1_winner": g1, "g2_winner": g2, "turn": 1}
+        for i, (g1, g2) in enumerate(winners)
+    ]
+    frame = ranking(report_of(tmp_path / "pairs.jsonl", rows).records)
+    assert frame.set_index("system").won.to_dict() == {"x": 1 + 0.25 + 1, "y": 0.75}

@@ -7,7 +7,7 @@ import json
 import datasets
 import pytest
 
-from permdistill.orders import all_orders, anchored
+from permdistill.orders import order_set
 from permdistill.paper import tasks
 from permdistill.questions import (
     CONTENT_FREE,
@@ -377,8 +377,8 @@ def test_unsafe_questions_are_kept_dropped_or_anchored():
     assert kept.questions == fixed.questions == questions and dropped.questions == questions[:1]
     assert kept.unsafe == dropped.unsafe == fixed.unsafe == 1
     assert not kept.anchors and fixed.anchors == {"b": (2, 3)}
-    assert anchored(all_orders(4), fixed.anchors["b"]).tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
-    assert len(anchored(all_orders(4), (1,))) == 6 and len(anchored(all_orders(4), ())) == 24
+    assert order_set("all", 4, fixed.anchors["b"]).tolist() == [[0, 1, 2, 3], [1, 0, 2, 3]]
+    assert len(order_set("all", 4, (1,))) == 6 and len(order_set("all", 4, ())) == 24
     with pytest.raises(ValueError, match="unsafe 'maybe': give one of keep, drop, anchor"):
         treat_unsafe(questions, "maybe")
 

@@ -101,6 +101,17 @@ def test_scores_from_another_harness(tmp_path):
     assert table.loc["cyclic average", "ps"] == 0
 
 
+def test_the_page_on_measuring_measures_its_own_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "records.jsonl").write_text(block("measure.md", "json", '"probabilities"'), encoding="utf-8")
+    (shown, gated) = [words[1:] for words in commands("measure.md") if words[1] == "measure"]
+    cli.main(shown)
+    out = capsys.readouterr().out
+    page = PAGES["measure.md"].lower()
+    assert "flip rate" in out and all(name in page for name in ("flip rate", "consistency", "ps (tv)", "label mass"))
+    cli.main(gated)  # of two items no interval lies beyond a threshold
+
+
 def test_plan_of_an_api_run_asks_nothing(tmp_path):
     several_questions(tmp_path / "mine.jsonl")
     done = command_line("api.md", "--dry-run", tmp_path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from permdistill.commands import whole
-from permdistill.files import replacing
-from permdistill.questions import Question
+import numpy as np
+
+from permdistill.commands import ADAPTIVE, adaptive_orders, add_orders, orders_of, whole, write_records
+from permdistill.questions import Question, unsafe_options
 
 if TYPE_CHECKING:
     from permdistill.api.jobs import Call, Job
@@ -35,8 +36,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)")
     modes = "sampled tokens, or top_logprobs, asked in the order that vLLM's and SGLang's prefix caches like (%(default)s)"
     add("--mode", choices=MODES, default="decisions", help=modes)
-    orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
-    add("--orders", choices=("drawn", "cyclic", "all"), help=orders)
+    drawn = "default: drawn for decisions, all for logprobs. drawn: --draws at random, for each item others; "
+    add_orders(command, None, ("drawn",), drawn)
     add("--draws", type=whole(1), default=32, help="calls an item, each in an order of its own (%(default)s)")
     add("--seed", type=whole(0), default=0, help="of the drawn orders")
     add("--replies", default="replies", help="folder of the store (%(default)s)")
@@ -54,14 +55,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--top-logprobs", type=int, default=20, help="alternatives to ask for (%(default)s)")
     add("--limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")
     add("--extra-body", type=_json_object, default={}, help="JSON object: further fields of each request")
-    add("--records", help="write every answer to this JSONL file; with logprobs, measure reads it")
+    add("--records", help="write every answer, and failures, to this JSONL file: measure reads it")
 
 
 def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     """Ask {template's name: questions}, within the limits; ends with an error when items stay incomplete."""
     from permdistill.api import ask
     from permdistill.api.endpoint import Endpoint, Limits, Prices
-    from permdistill.api.jobs import Job, plan
+    from permdistill.api.jobs import Job, plan, presented
     from permdistill.api.replies import Replies
     from permdistill.prompts import TEMPLATES
 
@@ -69,10 +70,17 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     endpoint = Endpoint(args.base_url, args.model, **{name: getattr(args, name) for name in names})
     store, prices = Replies(args.replies), Prices(args.price_in, args.price_out)
     limits = Limits(args.max_calls, args.max_tokens, args.max_cost)
-    jobs = [
-        Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries)
-        for template, questions in asked.items()
-    ]
+    adaptive = args.orders == ADAPTIVE and args.unsafe != "anchor"
+
+    def job_of(template: str, questions: Sequence[Question], orders: Callable[[Question], np.ndarray]) -> Job:
+        return Job(endpoint, TEMPLATES[template], presented(questions, orders), args.mode, args.tries)
+
+    if adaptive:  # for the plan; who is asked on is not known yet
+        jobs = [
+            job_of(template, questions, lambda q: np.arange(len(q.options))[None]) for template, questions in asked.items()
+        ]
+    else:
+        jobs = [Job(endpoint, TEMPLATES[name], _calls(args, own), args.mode, args.tries) for name, own in asked.items()]
     count_tokens = _token_counter(args.tokenizer)
     for job in jobs:
         print(f"{args.model}, template {job.template.name}, {args.mode}: {plan(job, store, prices, count_tokens)}")
@@ -81,25 +89,51 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
     if args.dry_run:
         return
+    if adaptive:
+
+        def answered(template: str, some: Sequence[Question], design: np.ndarray) -> np.ndarray:
+            job = job_of(template, some, lambda question: design)
+            if (report := ask.ask(job, store, limits, prices, args.concurrency)).unasked:
+                sys.exit(f"{report}\n{len(report.unasked)} items were not asked: the same command goes on from here")
+            return _said(job, store).reshape(len(some), *design.shape)
+
+        hard = args.mode == "decisions"
+        jobs = [
+            job_of(template, questions, adaptive_orders(questions, partial(answered, template), args.calls, hard))
+            for template, questions in asked.items()
+        ]
     reports = []
     for job in jobs:
         reports.append(ask.ask(job, store, limits, prices, args.concurrency))
         print(f"\n{reports[-1]}")
     if args.records:
-        _write_records(Path(args.records), jobs, store)
+        found = (job.record(store, call) for job in jobs for call in job.calls)
+        write_records(args.records, (record for record in found if record is not None))
     if incomplete := sum(report.items - report.complete for report in reports):
         sys.exit(f"{incomplete} items are incomplete: see the table; the same command goes on from here")
 
 
 def _calls(args: argparse.Namespace, questions: list[Question]) -> list[Call]:
-    from permdistill.api.jobs import calls_in_orders, drawn_calls
-    from permdistill.orders import cyclic_orders
+    from permdistill.api.jobs import drawn_calls, presented
 
     orders = args.orders or ("drawn" if args.mode == "decisions" else "all")
     if orders == "drawn":
-        return drawn_calls(questions, args.draws, args.seed)
-    by_k = {k: cyclic_orders(k) if orders == "cyclic" else None for k in {len(q.options) for q in questions}}
-    return [call for q in questions for call in calls_in_orders([q], by_k[len(q.options)])]
+        return drawn_calls(questions, args.draws, args.seed, unsafe_options if args.unsafe == "anchor" else lambda q: ())
+    return presented(questions, orders_of(orders, args.unsafe))
+
+
+def _said(job: Job, store: Replies) -> np.ndarray:
+    """What each call of a job was answered, (call, option); 1/K each where it failed."""
+    found = []
+    for call in job.calls:
+        record, k = job.record(store, call) or {}, len(call.order)
+        p = np.full(k, 1 / k)
+        if "probabilities" in record:
+            p[list(call.order)] = record["probabilities"]
+        elif record.get("decision") is not None:
+            p = np.eye(k)[record["decision"]]
+        found.append(p / p.sum())
+    return np.array(found)
 
 
 def _token_counter(name: str | None) -> Callable[[str], int] | None:
@@ -109,13 +143,3 @@ def _token_counter(name: str | None) -> Callable[[str], int] | None:
 
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _write_records(path: Path, jobs: list[Job], store: Replies) -> None:
-    """Every answered call as a line: id, order, and the decision (an option's index), or probabilities by position, which is
-    what ``permdistill measure`` reads."""
-    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
-        for job in jobs:
-            for call in job.calls:
-                if (record := job.record(store, call)) is not None:
-                    file.write(json.dumps(record) + "\n")

@@ -18,7 +18,7 @@ import numpy as np
 from permdistill.api.endpoint import FREE, Endpoint, Prices
 from permdistill.api.replies import Replies, content_key
 from permdistill.lessons import Draws
-from permdistill.orders import ENUMERATED, all_orders
+from permdistill.orders import ENUMERATED, MIN_OPTIONS, all_orders
 from permdistill.prompts import Template
 from permdistill.questions import Question
 
@@ -39,18 +39,23 @@ class Call:
     draw: int = 0
 
 
-def drawn_calls(questions: Sequence[Question], n: int, seed: int = 0) -> list[Call]:
+def drawn_calls(
+    questions: Sequence[Question], n: int, seed: int = 0, fixed: Callable[[Question], Sequence[int]] = lambda question: ()
+) -> list[Call]:
     """``n`` calls for each question, each in a uniformly drawn order (with replacement): (item x draw) calls.
 
     The order of a draw depends on the question's texts, the seed and the draw's number only. So a larger ``n`` begins with
-    the draws of a smaller one, and other questions change nothing. Raises ValueError when ``n`` is not positive.
+    the draws of a smaller one, and other questions change nothing. ``fixed``: a question's options that keep their places.
+    Raises ValueError when ``n`` is not positive.
     """
     if n < 1:
         raise ValueError(f"n = {n} draws: give at least 1")
     calls = []
-    every = {k: all_orders(k) for k in {len(question.options) for question in questions} if k <= ENUMERATED}
+    every = {k: all_orders(k) for k in range(MIN_OPTIONS, ENUMERATED + 1)}
     for question in questions:
-        k = len(question.options)
+        whole = np.arange(len(question.options))
+        free = np.setdiff1d(whole, np.array(fixed(question), dtype=np.int64))
+        k = len(free)
         texts = json.dumps([question.context, question.question, list(question.options), seed])
         own_seed = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:16], "big")
         # One generator a question: its stream's first n numbers do not depend on n.
@@ -59,8 +64,16 @@ def drawn_calls(questions: Sequence[Question], n: int, seed: int = 0) -> list[Ca
             orders = [every[k][int(place)] for place in rng.random(n) * len(every[k])]
         else:
             orders = [rng.permutation(k) for _ in range(n)]
-        calls += [Call(question, tuple(order.tolist()), draw) for draw, order in enumerate(orders)]
+        for draw, order in enumerate(orders):
+            shown = whole.copy()
+            shown[free] = free[order]
+            calls.append(Call(question, tuple(shown.tolist()), draw))
     return calls
+
+
+def presented(questions: Sequence[Question], orders: Callable[[Question], np.ndarray]) -> list[Call]:
+    """One call for each question and each of its orders (order, K)."""
+    return [call for question in questions for call in calls_in_orders([question], orders(question))]
 
 
 def calls_in_orders(questions: Sequence[Question], orders: np.ndarray | None = None) -> list[Call]:
@@ -148,12 +161,13 @@ class Job:
         return dict(sorted(result.items(), key=lambda item: place(item[1])))
 
     def record(self, store: Replies, call: Call) -> dict[str, Any] | None:
-        """An answered call as a record: id, order, draw, and decision (the option's index) or probabilities (by position, as
-        :mod:`permdistill.measure.records` reads them; a label that is not listed has 0). None without an answer."""
-        row, _ = self.found(store, call)
-        if row is None:
-            return None
+        """An answered call as a record: id, order, draw, and decision (the option's index; null where the call failed for
+        good) or probabilities (by position, as :mod:`permdistill.measure.records` reads them; a label that is not listed has
+        0). None where it is still to be asked."""
+        row, key = self.found(store, call)
         record = {"id": call.question.id, "order": list(call.order), "draw": call.draw}
+        if row is None:
+            return record | {"decision": None} if key is None else None
         if self.mode == "decisions":
             return record | {"decision": call.order[row["position"]]}
         return record | {"probabilities": [0.0 if v is None else math.exp(v) for v in row["log_probs"]]}

@@ -28,14 +28,19 @@ def _right(Q: np.ndarray, gold: np.ndarray) -> np.ndarray:
     return decide(Q[:, None])[np.arange(len(Q)), 0, gold]
 
 
+def bin_gaps(Q: np.ndarray, answers: Sequence[int] | np.ndarray, bins: int = 10) -> np.ndarray:
+    """Accuracy minus confidence of each item in the bin of its largest probability, 0 in the others: (item, bin). The ECE is
+    the sum over bins of |their mean over items|."""
+    Q, gold = _checked(Q, answers)
+    sure = Q.max(axis=1)
+    bin_of = np.minimum((sure * bins).astype(int), bins - 1)
+    return np.eye(bins)[bin_of] * (_right(Q, gold) - sure)[:, None]
+
+
 def ece(Q: np.ndarray, answers: Sequence[int] | np.ndarray, bins: int = 10) -> float:
     """Expected calibration error: mean over items of |accuracy - confidence| of their bin, the bins equally wide in the
     largest probability (Naeini et al., AAAI 2015; Guo et al., ICML 2017). From 0 to 1."""
-    Q, gold = _checked(Q, answers)
-    sure, right = Q.max(axis=1), _right(Q, gold)
-    bin_of = np.minimum((sure * bins).astype(int), bins - 1)
-    gaps = np.bincount(bin_of, right - sure, minlength=bins)
-    return float(np.abs(gaps).sum() / len(Q))
+    return float(np.abs(bin_gaps(Q, answers, bins).mean(axis=0)).sum())
 
 
 def brier(Q: np.ndarray, answers: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from permdistill.commands import add_map
 from permdistill.files import replacing
 
 REJECTED = 3  # exit status when a gate's threshold is passed
@@ -19,6 +20,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     text = "JSONL, JSON, CSV or parquet, each also .gz: id, order, and probabilities, log_probs or a decision"
     add("records", nargs="+", help=text)
     add("--questions", help="file with id and answer (and k or options): adds how often the judge is right")
+    add_map(command)
     add("--format", choices=FORMATS, help="whose files they are; records: the package's own (default: as the content looks)")
     add("--complete", action="store_true", help="leave out items with a failed verdict or a missing order")
     add("--all", action="store_true", help="each position, and every debiaser and metric, too")
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from permdistill.measure.report import Gate, measure
 
     gate = Gate(args.max_flip_rate, args.max_position_preference)
-    report = measure(args.records, args.questions, args.format, args.complete, gate)
+    report = measure(args.records, args.questions, args.format, args.complete, gate, args.map)
     print(report)
     if args.all:
         print(f"\n{report.everything()}")

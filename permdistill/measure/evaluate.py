@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from permdistill.measure import metrics
+from permdistill.measure import calibration, metrics
 from permdistill.orders import cyclic_orders
 from permdistill.questions import Question
 
@@ -74,6 +74,26 @@ METRICS = {
         "CKLD (nats)", lambda P, o, g: metrics.gold_and_predicted_positions(P, o, g), metrics.ckld, gold=True, points=False
     ),
 }
+
+
+def _over_orders(value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+    """The mean over the orders of what is measured on an answer (item, option)."""
+    return lambda P, o, g: np.mean([value(P[:, j], g) for j in range(P.shape[1])], axis=0)
+
+
+# How far probabilities can be trusted; not for hard verdicts. Beside METRICS, which the paper's tables show.
+TRUST = {
+    "ece": Metric(
+        "ECE",
+        _over_orders(calibration.bin_gaps),
+        lambda mean: np.abs(mean).sum(axis=-1),
+        gold=True,
+        defined=lambda orders: True,
+    ),
+    "brier": Metric("Brier", _over_orders(calibration.brier), gold=True, defined=lambda orders: True, points=False),
+    "nll": Metric("NLL (nats)", _over_orders(calibration.nll), gold=True, defined=lambda orders: True, points=False),
+}
+EVERY = METRICS | TRUST
 HEADLINE = ("accuracy", "ps", "ps_kl", "pb")
 
 
@@ -101,7 +121,7 @@ def measure(
     orders    (order, K)
     groups    per item, what is resampled together (its document)
     baseline  per item, the accuracy of the system to compare with (see :func:`correct`): adds the paired ``gain``
-    names     of :data:`METRICS`
+    names     of :data:`METRICS` and :data:`TRUST`
     """
     seeds = [P] if isinstance(P, np.ndarray) else list(P)
     labelled, unit = np.array([q.answer is not None for q in questions]), np.asarray(groups)
@@ -109,11 +129,11 @@ def measure(
     row: dict[str, float] = {"n": int(labelled.sum())}
 
     def add(name: str, values: np.ndarray, units: np.ndarray) -> None:
-        interval = metrics.bootstrap(values, units, statistic=METRICS[name].statistic)
+        interval = metrics.bootstrap(values, units, statistic=EVERY[name].statistic)
         row.update({name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high})
 
     for name in names:
-        metric = METRICS[name]
+        metric = EVERY[name]
         if not metric.defined(orders) or (metric.gold and not labelled.any()):
             continue
         chosen = labelled if metric.gold else np.ones(len(labelled), dtype=bool)
@@ -127,7 +147,7 @@ def measure(
 def in_points(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The metrics of a table for people, by their titles: "68.3 [66.1, 70.2]" in points, nats with three digits."""
     shown = {}
-    for name, metric in METRICS.items():
+    for name, metric in EVERY.items():
         if name not in frame or frame[name].isna().all():
             continue
         scale, digits = (100, 1) if metric.points else (1, 3)

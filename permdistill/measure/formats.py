@@ -161,7 +161,9 @@ def _fastchat(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dic
     winners = {"model_1": 0, "model_2": 1, "tie": "tie", "error": None}
     judge = "/".join(row["judge"]) if isinstance(row.get("judge"), list) else ""
     name = f"{judge} {row['question_id']} turn {row.get('turn', 1)} {row['model_1']} {row['model_2']}".strip()
-    yield from _both(name, winners[row["g1_winner"]], winners[row["g2_winner"]])
+    systems = [str(row["model_1"]), str(row["model_2"])]
+    for record in _both(name, winners[row["g1_winner"]], winners[row["g2_winner"]]):
+        yield record | {"systems": systems if systems[0] != systems[1] else None}
 
 
 def _judgebench(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[str, Any]]:
@@ -194,6 +196,8 @@ def _alpaca(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[
     # Which output was shown first is not stored; it is drawn from a seed that the row's texts make.
     switched = random.Random(f"{_SWITCH}{row['instruction']}{_SEED}").choices([False, True], k=1)[0]
     record: dict[str, Any] = {"id": name, "order": [1, 0] if switched else [0, 1]}
+    systems = [str(row.get("generator_1")), str(row.get("generator_2"))]
+    record["systems"] = systems if systems[0] != systems[1] else None
     preference = row["preference"]
     if preference in (0, 1.5):
         yield record | {"decision": "tie"}

@@ -10,6 +10,7 @@ A record is one item in one order::
                    or "tie", or null: no verdict could be read
     draw           optional: tells apart records of one item in one order
     answer         optional: index of the right option
+    systems        optional: K names, by option, of what is compared; measure ranks the systems of pairs
 
 Items may come in any orders and any number of them, with 2 to 26 options. All bad records are named at once.
 """
@@ -19,13 +20,14 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from permdistill import layouts
 from permdistill.measure.rows import Problems, Row, rows
 from permdistill.orders import LETTERS, MAX_OPTIONS, MIN_OPTIONS
 
@@ -64,6 +66,7 @@ class Records:
     hard     (record,) whether it was a decision rather than probabilities
     mass     (record,) what the labels got of the whole probability; NaN where that is not known
     answers  (item,) option indices, -1 where there is none
+    systems  {place in ``ids``: names of the K systems compared}, of items that say so
     """
 
     ids: list[str]
@@ -74,6 +77,7 @@ class Records:
     hard: np.ndarray
     mass: np.ndarray
     answers: np.ndarray
+    systems: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -123,6 +127,7 @@ class Records:
             self.hard[keep],
             self.mass[keep],
             self.answers[kept],
+            {place: self.systems[i] for place, i in enumerate(kept.tolist()) if i in self.systems} if self.systems else {},
         )
 
     def blocks(self) -> Iterator[Block]:
@@ -146,6 +151,7 @@ class _Builder:
         self.items: dict[str, int] = {}
         self.numbers = bytearray()  # by item: whether its id was a number
         self.first, self.options, self.answers = array("q"), array("b"), array("h")  # by item
+        self.systems: dict[int, tuple[str, ...]] = {}
         self.item, self.line, self.draw = array("l"), array("q"), array("q")  # by record
         self.k, self.hard, self.mass = array("b"), array("b"), array("d")
         self.orders, self.p = array("b"), array("d")  # by value
@@ -180,7 +186,12 @@ class _Builder:
             return f"field 'answer' is {_quoted(answer)}: give the index of the right option, in 0..{k - 1}"
         if draw is not None and (type(draw) is not int or not 0 <= draw < EXACT):
             return f"field 'draw' is {_quoted(draw)}: give a whole number"
+        systems = record.get("systems")
+        if systems is not None and not (isinstance(systems, list) and len({s for s in systems if isinstance(s, str)}) == k):
+            return f"field 'systems' is {_quoted(systems)}: give {k} different names, by option"
         place, number = self.items.get(name), type(record["id"]) is int
+        if systems is not None:
+            self.systems.setdefault(len(self.items) if place is None else place, tuple(systems))
         if place is None:
             self.items[name] = len(self.items)
             self.numbers.append(number)
@@ -228,7 +239,9 @@ class _Builder:
         places = longest_values + within
         hard, mass = np.asarray(self.hard).astype(bool)[sequence], np.asarray(self.mass)[sequence]
         answers = np.asarray(self.answers).astype(np.int64)
-        return Records(names, item[sequence], k, orders[places], np.asarray(self.p)[places], hard, mass, answers)
+        return Records(
+            names, item[sequence], k, orders[places], np.asarray(self.p)[places], hard, mass, answers, self.systems
+        )
 
 
 def build(records: Iterable[Row], problems: Problems) -> Records:
@@ -322,12 +335,14 @@ def _decision(value: Any, order: list[int]) -> tuple[list[float], float, str | N
 # Gold answers
 
 
-def with_answers(records: Records, path: str | Path) -> Records:
+def with_answers(records: Records, path: str | Path, columns: Mapping[str, str] | None = None) -> Records:
     """The records with gold answers from a file of questions: id, answer (index, letter, or null), and k or options (a list
-    or a number). Texts are not needed. Raises BadRecords that names what does not fit."""
+    or a number), or in a layout of :mod:`permdistill.layouts`, ``columns`` naming another one. Texts are not needed. Raises
+    BadRecords that names what does not fit."""
     problems = Problems(Path(path))
     known: dict[str, tuple[int | None, int | None, int]] = {}
-    for line, row in rows(path, problems):
+    read = list(rows(path, problems))
+    for (line, _), row in zip(read, layouts.converted((row for _, row in read), columns), strict=True):
         found = _gold_problem(row)
         name = str(row["id"]) if not found else ""
         if not found and name in known:

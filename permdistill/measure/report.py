@@ -6,6 +6,7 @@ verdict comes first, then a line a measure, then (``--all``) each position, each
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from permdistill import catalogue, debias
-from permdistill.measure import evaluate
+from permdistill.measure import calibration, evaluate
 from permdistill.measure.formats import read
 from permdistill.measure.metrics import Interval
 from permdistill.measure.pairs import rates
@@ -256,14 +257,19 @@ class Report:
             width = max(map(len, pairs))
             lines = [f"{name:<{width}}  {Line('', *mean_of(values))}" for name, values in pairs.items()]
             parts.append("\n".join(["pairs in both orders, as the benchmarks count them", *lines]))
+        parts += [text for k in sorted(set(self.records.options.tolist())) if (text := _sure(self.records, k))]
+        if (ranked := ranking(self.records)) is not None:
+            parts.append(f"systems, ranked from their pairs\n{ranked.to_string(index=False, float_format='{:.2f}'.format)}")
+            if len(ranked) > 2 and "gold" in ranked:
+                found = calibration.rank_correlation(ranked["Bradley-Terry"].to_numpy(), ranked["gold"].to_numpy())
+                parts[-1] += f"\nrank correlation with gold: Spearman {found.spearman:.2f}, Kendall {found.kendall:.2f}"
         return "\n\n".join([*parts, _long(self.table)])
 
 
-def _debiased(records: Records, k: int) -> pd.DataFrame:
-    """Every debiaser on the items of ``k`` options that come in the same orders as most do, without failed verdicts."""
+def _alike(records: Records, k: int) -> Block | None:
+    """The items of ``k`` options that come in the same orders as most do, without failed verdicts; None without any."""
     best, n = None, 0
     own = (records.options == k) & (np.bincount(records.item, records.failed, minlength=len(records.ids)) == 0)
-    of_k = int((records.options == k).sum())
     for block in records.where(own[records.item]).blocks() if own.any() else ():
         keys, group, sizes = np.unique(
             block.orders.reshape(len(block.orders), -1), axis=0, return_inverse=True, return_counts=True
@@ -271,6 +277,67 @@ def _debiased(records: Records, k: int) -> pd.DataFrame:
         if sizes.max() > n:
             n, chosen = int(sizes.max()), group.reshape(-1) == sizes.argmax()
             best = Block(block.items[chosen], block.orders[chosen], block.P[chosen], block.answers[chosen])
+    return best
+
+
+COVERAGES = (1.0, 0.8, 0.6, 0.4, 0.2)
+ERROR = 0.1  # that is guaranteed, with 95% confidence
+
+
+def _sure(records: Records, k: int) -> str:
+    """What answering only the surest questions brings, and how many can be answered at a guaranteed error: one threshold is
+    fitted on every other item, and tried on the rest. "" without gold answers or probabilities."""
+    block = None if records.hard.all() else _alike(records, k)
+    if block is None or (block.answers >= 0).sum() < 2:
+        return ""
+    P, gold = block.P[block.answers >= 0], block.answers[block.answers >= 0]
+    answers = {"first order": P[:, 0], "mean over orders": P.mean(axis=1)} if P.shape[1] > 1 else {"first order": P[:, 0]}
+    head = "  ".join(f"{100 * coverage:3.0f}%" for coverage in COVERAGES)
+    lines = [f"accuracy where only the surest questions are answered, K = {k}, and at most {100 * ERROR:.0f}% errors"]
+    lines.append(f"{'':<16}  {head}")
+    for name, Q in answers.items():
+        accuracies = [100 * calibration.selective_accuracy(Q, gold, coverage) for coverage in COVERAGES]
+        least = calibration.guaranteed_threshold(Q[::2], gold[::2], ERROR)
+        text = "no threshold guarantees it"
+        if least is not None:
+            chosen = Q[1::2].max(axis=1) >= least
+            wrong = 1 - evaluate.metrics.accuracy(Q[1::2][chosen][:, None], gold[1::2][chosen]).mean() if chosen.any() else 0
+            text = f"from {least:.2f} on: {100 * chosen.mean():.1f}% answered, {100 * wrong:.1f}% of them wrong"
+        lines.append(f"{name:<16}  {'  '.join(f'{value:4.1f}' for value in accuracies)}   {text}")
+    return "\n".join(lines)
+
+
+def ranking(records: Records) -> pd.DataFrame | None:
+    """Systems ranked from the pairs in which they were compared, the mean over a pair's orders counting as the share of a
+    win: strengths by Bradley-Terry and by the product of experts, and by Bradley-Terry from gold answers where all have one.
+    None where no pair names its systems."""
+    if not records.systems or records.failed.all():
+        return None
+    pairs, wins, gold, verdicts = [], [], [], records.where(~records.failed)
+    for block in verdicts.blocks():
+        for item, P, answer in zip(block.items.tolist(), block.P, block.answers.tolist(), strict=True):
+            if item in verdicts.systems and P.shape[1] == 2:
+                pairs.append(verdicts.systems[item])
+                wins.append(float(P[:, 0].mean()))
+                gold.append(answer)
+    if not pairs:
+        return None
+    systems = sorted({name for pair in pairs for name in pair})
+    places = np.array([[systems.index(name) for name in pair] for pair in pairs])
+    share, n = np.array(wins), len(systems)
+    won = np.bincount(places[:, 0], share, n) + np.bincount(places[:, 1], 1 - share, n)
+    frame = pd.DataFrame({"system": systems, "pairs": np.bincount(places.ravel(), minlength=n), "won": won})
+    frame["Bradley-Terry"] = calibration.bradley_terry(places, share, n)
+    frame["product of experts"] = calibration.product_of_experts(places, share, n)
+    if min(gold) >= 0:
+        frame["gold"] = calibration.bradley_terry(places, 1.0 - np.array(gold), n)
+    return frame.sort_values("Bradley-Terry", ascending=False, ignore_index=True)
+
+
+def _debiased(records: Records, k: int) -> pd.DataFrame:
+    """Every debiaser on the items of ``k`` options that come in the same orders as most do, without failed verdicts."""
+    best, of_k = _alike(records, k), int((records.options == k).sum())
+    n, soft = 0 if best is None else len(best.items), not records.hard.all()
     rows = []
     for method in catalogue.debiasers(k):
         row = {"debiaser": method.name, "K": k, "calls": method.calls(k), "n": 0, "source": method.source, "note": ""}
@@ -279,13 +346,13 @@ def _debiased(records: Records, k: int) -> pd.DataFrame:
         else:
             if n < of_k:
                 row["note"] = f"on {n} of {of_k} items: those in the same orders, all with verdicts"
-            row |= _measured(method, best)
+            row |= _measured(method, best, soft)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _measured(method: catalogue.Debiaser, block: Block) -> dict[str, Any]:
-    """The metrics of one debiaser, or a ``note`` that says why there are none."""
+def _measured(method: catalogue.Debiaser, block: Block, soft: bool) -> dict[str, Any]:
+    """The metrics of one debiaser, or a ``note`` that says why there are none. ``soft``: of probabilities, not decisions."""
     orders, answers = block.orders[0], block.answers
     if not method.fits(orders):
         return {"note": "needs other orders: all K!, or with each order its rotations or its reverse"}
@@ -295,7 +362,8 @@ def _measured(method: catalogue.Debiaser, block: Block) -> dict[str, Any]:
         questions = [Question(str(i), "", "", (), None if a < 0 else int(a)) for i, a in enumerate(answers)]
         groups = [int(i) % RESAMPLED for i in range(len(questions))]
         baseline = None if method.name == debias.BIASED else evaluate.correct(before, questions)
-        return dict(evaluate.measure(P, orders, questions, groups, baseline, list(evaluate.METRICS)))
+        names = list(evaluate.EVERY if soft else evaluate.METRICS)
+        return dict(evaluate.measure(P, orders, questions, groups, baseline, names))
     except ValueError as error:
         return {"note": str(error)}
 
@@ -305,7 +373,7 @@ def _long(table: pd.DataFrame) -> str:
     fitted = table[table.n.notna() & ~(table.drop(columns=["debiaser", "calls", "n", "source", "note"]).isna().all(axis=1))]
     shown = fitted.assign(**evaluate.in_points(fitted))
     keys = [c for c in ("debiaser", "K", "calls") if c in shown]
-    columns = [metric.title for metric in evaluate.METRICS.values() if metric.title in shown]
+    columns = [metric.title for metric in evaluate.EVERY.values() if metric.title in shown]
     parts = [f"{c}\n" + shown[[*keys, c]].to_string(index=False, header=False) for c in columns]
     notes = [f"{row.debiaser}: {row.note}" for row in table.itertuples() if row.note]
     return "\n\n".join([*parts, *(["not fitted, or not on all items\n" + "\n".join(notes)] if notes else [])])
@@ -317,19 +385,21 @@ def measure(
     format: str | None = None,
     complete: bool = False,
     gate: Gate | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Report:
     """Read records and say what they show.
 
     paths      one file, or several (reruns in other orders)
     questions  file with gold answers, see :func:`permdistill.measure.records.with_answers`
     format     of :data:`permdistill.measure.formats.FORMATS`; None: as the content looks
+    columns    {field: column} of ``questions``, see :mod:`permdistill.layouts`
     complete   leave out incomplete items, see :attr:`permdistill.measure.records.Records.incomplete`
 
     Raises BadRecords that names all bad records, and ValueError when nothing can be measured.
     """
     records = read(paths, format)
     if questions is not None:
-        records = with_answers(records, questions)
+        records = with_answers(records, questions, columns)
     dropped = int(records.incomplete.sum()) if complete else 0
     if dropped:
         records = records.where(~records.incomplete[records.item])
