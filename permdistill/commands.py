@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -65,6 +66,55 @@ def add_scoring(command: argparse.ArgumentParser, scores: str, workers: bool) ->
         command.add_argument("--seed", type=int, default=randbelow(2**32), help=text)
 
 
+def json_object(text: str) -> dict:
+    """For options that take one. Raises ValueError for anything else."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text} is no JSON object")
+    return value
+
+
+def add_prompting(command: argparse.ArgumentParser, tried: bool) -> None:
+    """Options of how a teacher is prompted and read; ``tried``: on a few questions first."""
+    text = "JSON object, goes to the chat template and into the scores' key: '{\"enable_thinking\": false}'"
+    command.add_argument("--template-args", type=json_object, default={}, metavar="JSON", help=text)
+    text = 'sum the forms of a label ("A", " A", "(A", "a"); part of the scores\' key'
+    command.add_argument("--variants", action="store_true", help=text)
+    if tried:
+        text = "stop at once where labels get less of the probability on a few questions; 0: never (%(default)s)"
+        command.add_argument("--min-label-mass", type=float, default=0.25, metavar="SHARE", help=text)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What is set of :func:`add_prompting`, as keyword arguments."""
+    return {name: value for name in ("template_args", "variants") if (value := getattr(args, name, None))}
+
+
+def suited(teacher: str, jobs: Jobs) -> Jobs:
+    """The jobs with template "plain" in the place of "letters" if the teacher has no chat template, which is then said."""
+    from permdistill import teachers
+
+    if "letters" not in jobs or teachers.has_chat_template(teacher):
+        return jobs
+    print(f"{Path(teacher).name} has no chat template: template plain instead of letters (--template letters keeps it)")
+    return {"plain" if template == "letters" else template: questions for template, questions in jobs.items()}
+
+
+def _loaded(make: Callable[[], Any], least_mass: float) -> Any:
+    teacher = make()
+    teacher.least_mass = least_mass
+    return teacher
+
+
+def _say_mass(mass: Any, named: str) -> None:
+    from permdistill.teachers import LOW_MASS
+
+    low = len(mass) and mass.mean() < LOW_MASS
+    fix = ": the model wants to say something else; try another --template, --template-args or --variants" if low else ""
+    if len(mass):
+        print(f"{named}: label mass {mass.mean():.2f}{fix}")
+
+
 def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
     """Score with a teacher what its store lacks, a template after the other. ``args``: see :func:`add_scoring`."""
     import torch
@@ -72,23 +122,26 @@ def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
     from permdistill import scaleout, scores, teachers
     from permdistill.prompts import TEMPLATES
 
-    name, dtype = Path(teacher).name, getattr(torch, args.dtype)
-    store, key = scores.Store(Path(args.scores) / name), teachers.model_key(teacher, dtype)
-    if not any(scores.lacking(store, questions, TEMPLATES[template], key) for template, questions in jobs.items()):
+    name, dtype, settings = Path(teacher).name, getattr(torch, args.dtype), _settings(args)
+    store, key = scores.Store(Path(args.scores) / name), teachers.model_key(teacher, dtype, **settings)
+    if any(scores.lacking(store, questions, TEMPLATES[template], key) for template, questions in jobs.items()):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the teacher before is gone
+        make = partial(teachers.load_teacher, teacher, dtype, **settings)
+        make = partial(_loaded, make, getattr(args, "min_label_mass", 0.0))
+        loaded = None if args.workers else make()
+        for template, questions in jobs.items():
+            if loaded is None:
+                workers = scaleout.Workers(make, key, args.workers, args.worker_cpus, args.worker_gpus)
+                done = scaleout.score(store, workers, questions, TEMPLATES[template])
+            else:
+                done = scores.score(store, loaded, questions, TEMPLATES[template])
+            print(f"{name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
+        store.compact()
+    else:
         print(f"{name}: all {sum(map(len, jobs.values()))} questions were in the store")
-        return
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the teacher before is gone
-    loaded = None if args.workers else teachers.load_teacher(teacher, dtype)
     for template, questions in jobs.items():
-        if loaded is None:
-            make = partial(teachers.load_teacher, teacher, dtype)
-            workers = scaleout.Workers(make, key, args.workers, args.worker_cpus, args.worker_gpus)
-            done = scaleout.score(store, workers, questions, TEMPLATES[template])
-        else:
-            done = scores.score(store, loaded, questions, TEMPLATES[template])
-        print(f"{name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
-    store.compact()
+        _say_mass(scores.label_mass(store, questions, TEMPLATES[template], key), f"{name}, template {template}")
 
 
 def drawn(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
@@ -109,12 +162,14 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
     from permdistill import scores, teachers
     from permdistill.prompts import TEMPLATES
 
-    stored = teachers.model_key(teacher, getattr(torch, args.dtype))
+    settings = _settings(args)
+    stored = teachers.model_key(teacher, getattr(torch, args.dtype), **settings)
     store, failed = scores.Store(Path(args.scores) / Path(teacher).name), False
     for template, questions in samples.items():
         for question in questions:
             scores.load(store, [question], TEMPLATES[template], stored)
-    loaded = teachers.load_teacher(teacher, teachers.fast_dtype())  # rounding apart, any number format must agree
+    # Rounding apart, any number format must agree.
+    loaded = teachers.load_teacher(teacher, teachers.fast_dtype(), **settings)
     for template, questions in samples.items():
         tv = scores.audit(store, loaded, questions, TEMPLATES[template], stored)
         bad = not scores.audit_passes(tv, AUDIT_MEAN_TV, AUDIT_MAX_TV)

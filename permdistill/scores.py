@@ -327,6 +327,12 @@ def probabilities(log_probs: np.ndarray) -> np.ndarray:
     return softmax(log_probs, axis=-1)
 
 
+def label_mass(store: Store, questions: Iterable[Question], template: Template, model_key: str) -> np.ndarray:
+    """What the labels get of the whole probability, mean over the orders: (item,). Of questions with scores only."""
+    keys = (content_key(q, all_orders(len(q.options)), template, model_key) for q in questions)
+    return np.array([np.exp(store.get(key)).sum(axis=-1).mean() for key in keys if key in store])
+
+
 def audit(
     store: Store, teacher: Teacher, questions: Iterable[Question], template: Template, model_key: str | None = None
 ) -> np.ndarray:
