@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from permdistill.commands import json_object
 from permdistill.files import replacing
 from permdistill.questions import Question
 
@@ -16,14 +17,7 @@ if TYPE_CHECKING:
     from permdistill.api.jobs import Call, Job
     from permdistill.api.replies import Replies
 
-MODES = ("decisions", "logprobs")
-
-
-def _json_object(text: str) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{text} is no JSON object")
-    return value
+MODES = ("decisions", "answer", "logprobs")
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -32,9 +26,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--base-url", required=True, help="up to and with /v1")
     add("--model", required=True, help="as the API calls it")
     add("--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)")
-    modes = "sampled tokens, or top_logprobs, asked in the order that vLLM's and SGLang's prefix caches like (%(default)s)"
-    add("--mode", choices=MODES, default="decisions", help=modes)
-    orders = "drawn: --draws at random; cyclic: K; all: K! (default: drawn for decisions, all for logprobs)"
+    modes = "sampled labels; the final answers of whole replies; or top_logprobs, in the order that prefix caches like"
+    add("--mode", choices=MODES, default="decisions", help=f"{modes} (%(default)s)")
+    orders = "drawn: --draws at random; cyclic: K; all: K! (default: all for logprobs, else drawn)"
     add("--orders", choices=("drawn", "cyclic", "all"), help=orders)
     add("--draws", type=int, default=32, help="calls an item, each in an order of its own (%(default)s)")
     add("--seed", type=int, default=0, help="of the drawn orders")
@@ -52,7 +46,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=60.0, help="seconds for one attempt (%(default)s)")
     add("--top-logprobs", type=int, default=20, help="alternatives to ask for (%(default)s)")
     add("--limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")
-    add("--extra-body", type=_json_object, default={}, help="JSON object: further fields of each request")
+    add("--extra-body", type=json_object, default={}, help="JSON object: further fields of each request")
+    add("--max-reply-tokens", type=int, dest="reply_tokens", help="thoughts included (default: 4; 1,024 with --mode answer)")
+    add("--reasoning-effort", default="", help="as the API knows it: low, ..")
+    add("--exact-labels", action="store_true", help='with logprobs, count "A" alone, not " A", "(A" and "a" too')
     add("--records", help="write every answer to this JSONL file; with logprobs, measure reads it")
 
 
@@ -64,12 +61,12 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     from permdistill.api.replies import Replies
     from permdistill.prompts import TEMPLATES
 
-    names = ("key_name", "timeout", "max_retries", "extra_body", "top_logprobs", "limit_field")
+    names = "key_name timeout max_retries extra_body top_logprobs limit_field reply_tokens reasoning_effort".split()
     endpoint = Endpoint(args.base_url, args.model, **{name: getattr(args, name) for name in names})
     store, prices = Replies(args.replies), Prices(args.price_in, args.price_out)
     limits = Limits(args.max_calls, args.max_tokens, args.max_cost)
     jobs = [
-        Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries)
+        Job(endpoint, TEMPLATES[template], _calls(args, questions), args.mode, args.tries, not args.exact_labels)
         for template, questions in asked.items()
     ]
     count_tokens = _token_counter(args.tokenizer)
@@ -94,7 +91,7 @@ def _calls(args: argparse.Namespace, questions: list[Question]) -> list[Call]:
     from permdistill.api.jobs import calls_in_orders, drawn_calls
     from permdistill.orders import cyclic_orders
 
-    orders = args.orders or ("drawn" if args.mode == "decisions" else "all")
+    orders = args.orders or ("all" if args.mode == "logprobs" else "drawn")
     if orders == "drawn":
         return drawn_calls(questions, args.draws, args.seed)
     by_k = {k: cyclic_orders(k) if orders == "cyclic" else None for k in {len(q.options) for q in questions}}
