@@ -119,18 +119,18 @@ class Server(ThreadingHTTPServer):
         """A chat completion of one token, after which the model ends if it may, or of a text, cut at the limit."""
         chat, top = body["messages"], body.get("top_logprobs", 0)
         following = self.backend(chat)
+        text = chat[0]["content"]
+        with self.lock:
+            self.answered[text] += 1
+            number = self.answered[text]
         choice: dict[str, Any]
         if isinstance(following, str):
             tokens = re.findall(r"\s*\w+|\s*\S|\s+", following)
             said = tokens[: body["max_tokens"]]
             choice = {"index": 0, "finish_reason": "length" if len(tokens) >= body["max_tokens"] else "stop"}
             choice["message"] = {"role": "assistant", "content": "".join(said)}
-            return self._completion(body, choice, len(chat[0]["content"]) // 4, len(said))
+            return self._completion(body, choice, len(text) // 4, len(said))
         token, log_probs = following.text, following.log_probs
-        text = chat[0]["content"]
-        with self.lock:
-            self.answered[text] += 1
-            number = self.answered[text]
         if self.latency:
             time.sleep(self.latency)
         digest = hashlib.sha256(json.dumps([self.seed, number, chat]).encode()).digest()

@@ -67,7 +67,7 @@ _REFUSED = re.compile(
 )
 # What may stand after a label: the end, punctuation that no word or number goes on from, or a word that gives a reason.
 _CLOSES = re.compile(
-    r"\s*[)\]}]*(?:\s*$|[ \t]*\n|[.,;:!](?![\w.])|[。、]|\s*[—–]|\s-\s|\s*\("
+    r"\s*[)\]}]+(?!\w)|\s*(?:$|\n|[.,;:!](?![\w.])|[。、]|\s*[—–]|\s-\s|\s*\("
     r"|\s+(?:because|since|weil|denn|porque|perché|omdat|ponieważ|потому)\b|です|だ|である|입니다|번|选项|選項|项)"
 )
 _BOXED = re.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -144,14 +144,12 @@ def _option_at(text: str, start: int, option: str) -> int:
 def stated(text: str, shown: Shown) -> Found | None:
     """The last announced answer that is no condition and no denial."""
     text = _BOXED.sub(lambda match: match.group(1).ljust(len(match.group())), text)
-    last = None
-    for match in _STATED.finditer(text):
-        sentence = re.split(r"[.!?;\n。！？]", text[: match.start()])[-1]
-        if not _HEDGED.search(sentence):
-            last = match
-    if last is None:
+    sentences = ((match, re.split(r"[.!?;\n。！？]", text[: match.start()])[-1]) for match in _STATED.finditer(text))
+    said = [match for match, before in sentences if not _HEDGED.search(before)]
+    if not said:
         return None
-    if re.search(r"^\s*(?:question|q)\s*\d*\s*[:.]", text[last.start() :], re.I | re.M):
+    last = said[-1]
+    if re.search(r"^\s*(?:question|q)\s*\d*\s*[:.]", text[said[0].start() :], re.I | re.M):
         return Found(frozenset(), last.end())  # it has gone on to a question of its own
     found = named(text, last.end(), shown)
     return found if found.positions else Found(frozenset(), last.end())
@@ -170,12 +168,13 @@ def boxed(text: str, shown: Shown) -> Found | None:
 def label(text: str, shown: Shown) -> Found | None:
     """A label alone on the last line; no other label may stand alone on another line, and the line before deny none."""
     bare = [word.strip() for word in shown.labels]
-    lines = [line.strip(" \t()[]{}.:,;'") for line in text.splitlines() if line.strip()]
+    raw = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip(" \t()[]{}.:,;'") for line in raw]
     if not lines or lines[-1] not in bare:
         return None
     alone = {bare.index(line) for line in lines if line in bare}
     alone |= {i for i, option in enumerate(shown.options) if plain(option).rstrip(".!").strip() == lines[-1]}
-    if len(lines) > 1 and _REFUSED.search(lines[-2]):
+    if len(raw) > 1 and _REFUSED.search(raw[-2]):
         return Found(frozenset(), len(text))
     return Found(frozenset(alone), len(text))
 

@@ -111,6 +111,8 @@ class Job:
         for number in range(self.tries):
             if number == len(known):
                 model, sampling = self.endpoint.model_key, self.endpoint.sampling(self.mode)
+                if self.mode == "answer":
+                    sampling["read"] = "answer"  # the same request may be one for a decision
                 known.append(content_key(call.question, call.order, self.template, model, sampling, call.draw, number))
             yield known[number]
 
