@@ -11,6 +11,7 @@ from pathlib import Path
 from secrets import randbelow
 from typing import Any
 
+from permdistill.prompts import LEAST_MASS, LOW_MASS
 from permdistill.questions import Question
 
 # A live score may differ from a stored one by rounding: other cores sum in another order. Measured: `permdistill audit`.
@@ -82,7 +83,7 @@ def add_prompting(command: argparse.ArgumentParser, tried: bool) -> None:
     command.add_argument("--variants", action="store_true", help=text)
     if tried:
         text = "stop at once where labels get less of the probability on a few questions; 0: never (%(default)s)"
-        command.add_argument("--min-label-mass", type=float, default=0.25, metavar="SHARE", help=text)
+        command.add_argument("--min-label-mass", type=float, default=LEAST_MASS, metavar="SHARE", help=text)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -107,8 +108,6 @@ def _loaded(make: Callable[[], Any], least_mass: float) -> Any:
 
 
 def _say_mass(mass: Any, named: str) -> None:
-    from permdistill.teachers import LOW_MASS
-
     low = len(mass) and mass.mean() < LOW_MASS
     fix = ": the model wants to say something else; try another --template, --template-args or --variants" if low else ""
     if len(mass):

@@ -72,8 +72,6 @@ def in_groups(
 
 _MESSAGE = "permdistill's message"  # no chat template changes it
 PROBED = 8  # questions on which the label mass is tried
-# Means of 8 questions, drawn 2,000 times from each committed set of scores: never below 0.52. Before a thought: near 0.
-LEAST_MASS, LOW_MASS = 0.25, 0.5
 _THINKING = ("enable_thinking", "thinking")  # what chat templates call the switch of their thinking block
 
 

@@ -410,3 +410,25 @@ def test_labels_that_are_listed_in_other_forms_only(tmp_path):
     assert report.calls == 0 and report.failed == {"no label among the top logprobs in 1 reply": ["q0"]}
     assert job.record(Replies(tmp_path), job.calls[0])["probabilities"] == pytest.approx([0.6, 0.3, 0.05])
     assert exact.record(Replies(tmp_path), job.calls[0]) is None
+
+
+def test_the_command_reads_answers_and_shows_what_it_asks(tmp_path, capsys):
+    import json
+
+    from permdistill import cli
+
+    (tmp_path / "mine.jsonl").write_text(
+        "\n".join(json.dumps({"id": q.id, "question": q.question, "options": q.options}) for q in make_questions(3))
+    )
+    with serving(lambda chat: f"Wings.\n\nAnswer: {eagle(chat)}") as server:
+        command = ["ask", "--base-url", server.url, "--model", "m", "--questions", str(tmp_path / "mine.jsonl")]
+        command += ["--replies", str(tmp_path / "replies"), "--mode", "answer", "--draws", "2", "--max-reply-tokens", "50"]
+        cli.main([*command, "--dry-run"])
+        assert "6 calls: 0 in the store, 6 to make" in (out := capsys.readouterr().out) and " 300 completion tokens" in out
+        cli.main([*command, "--records", str(tmp_path / "said.jsonl")])
+        assert "read              stated 6" in capsys.readouterr().out
+        cli.main([*command, "--dry-run", "--reasoning-effort", "low"])
+        assert "6 to make" in capsys.readouterr().out  # another key
+        cli.main([*command, "--dry-run"])
+        assert "0 to make" in (out := capsys.readouterr().out) and "label mass of the replies in the store 1.00" in out
+    assert {json.loads(line)["decision"] for line in (tmp_path / "said.jsonl").read_text().splitlines()} == {1}

@@ -126,7 +126,8 @@ def named(text: str, start: int, shown: Shown) -> Found:
         found[position] = end
     texts = {i: end for i, option in enumerate(shown.options) if (end := _option_at(text, start, option))}
     longest = max(texts.values(), default=0)
-    found |= {i: end for i, end in texts.items() if end == longest and _CLOSES.match(text, end)}
+    # Beside a label, another option's text is in doubt even where it goes on: "C. Lincoln was".
+    found |= {i: end for i, end in texts.items() if end == longest and (found or _CLOSES.match(text, end))}
     return Found(frozenset(found), max(found.values(), default=start))
 
 

@@ -20,14 +20,11 @@ from permdistill.api.endpoint import FREE, Endpoint, Prices
 from permdistill.api.replies import Replies, content_key
 from permdistill.lessons import Draws
 from permdistill.orders import ENUMERATED, all_orders, apply
-from permdistill.prompts import Template, forms
+from permdistill.prompts import LOW_MASS, Template, forms
 from permdistill.questions import Question
 
 CHAT_TOKENS = 32  # of a chat template around the message, about; for estimates only
 BYTES_PER_TOKEN = 3.5  # of English, about; for estimates without a tokenizer
-
-
-LOW_MASS = 0.5  # below it, most of what the model wants to say is no label
 
 
 class MissingReplies(LookupError):
@@ -290,14 +287,22 @@ def read_decision(choice: dict[str, Any], labels: Sequence[str], options: Sequen
     bare = [label.strip() for label in labels]
     if named in bare:
         return {"position": bare.index(named)} if ended(choice) else {"failed": CUT}
-    for position, (label, option) in enumerate(zip(bare, options, strict=False)):
+    texts = [_folded(option) for option in options]
+    for position, (label, own) in enumerate(zip(bare, texts, strict=False)):
         rest = named.removeprefix(label)
-        if rest != named and rest[:1] in set(_AROUND) - set(" ,;'"):
-            said, own = plain(rest.strip(_AROUND)).casefold(), plain(option).strip(_AROUND).casefold()
-            begun = said and not ended(choice) and own.startswith(said)
-            if said == own or (begun and (len(said) > 3 or not own[len(said)].isalnum())):
-                return {"position": position}
+        if rest == named or rest[:1] not in set(_AROUND) - set(" ,;'"):
+            continue
+        whole, said = _folded(named), _folded(rest)
+        if any(other.startswith(whole) or whole.startswith(other) for other in texts if other != own):
+            continue  # "B. subtilis" may be the second option, or the text of another one
+        begun = said and not ended(choice) and own.startswith(said)
+        if said == own or (begun and (len(said) > 3 or not own[len(said)].isalnum())):
+            return {"position": position}
     return {"failed": NO_OPTION}
+
+
+def _folded(text: str) -> str:
+    return plain(text).strip(_AROUND).casefold()
 
 
 def read_answer(choice: dict[str, Any], labels: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
