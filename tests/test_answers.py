@@ -304,12 +304,13 @@ def test_answers_of_a_model_that_thinks_first(tmp_path):
         "Wings. The answer is {}.",
         r"So \boxed{{{}}}",
         "an eagle",
-        "Hmm, {} or so",
+        "I'm sorry, but I can't say.",
     ]
+    said += [*said[:4], "Either {} or a trout."]  # a refusal, and two at once
 
     def think(chat) -> str:
         number = int(chat[0]["content"].split("fly, ")[1].split("?")[0])
-        return said[number % 5].format(*[eagle(chat)] * 2)
+        return said[number % 10].format(*[eagle(chat)] * 2)
 
     questions = make_questions(10)
     with serving(think) as server:
