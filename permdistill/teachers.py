@@ -101,8 +101,13 @@ class CausalTeacher:
         """The whole prompt as text, chat template included."""
         return self._chat(template.user_message(question, order)) + template.answer_prefix
 
+    @property
+    def bare(self) -> bool:
+        """Whether there is no chat template."""
+        return not self.tokenizer.chat_template
+
     def _chat(self, message: str) -> str:
-        if not self.tokenizer.chat_template:
+        if self.bare:
             return self._start + message
         turns = [{"role": "user", "content": message}]
         settings = {"tokenize": False, "add_generation_prompt": True} | dict(self.template_args)
@@ -309,6 +314,10 @@ class Seq2SeqTeacher(CausalTeacher):
         if len({tokens[0] for tokens in encoded}) != k:
             raise ValueError(f"labels {template.words(k)} of template {template.name!r} share a token: {encoded}")
         return [tokens[0] for tokens in encoded]
+
+    @property
+    def bare(self) -> bool:
+        return False  # none is wanted
 
     def _one_token(self, word: str, prompt: str) -> int | None:
         tokens = self.tokenizer.encode(word, add_special_tokens=False)

@@ -150,6 +150,14 @@ def test_a_base_model_gets_a_plain_prompt_which_is_said_before_its_weights_are_l
         cli.main(["score", *command, "--template", "letters"])
 
 
+def test_notebooks_give_a_base_model_a_plain_prompt_too(base, questions, tmp_path):
+    from permdistill.paper import experiments, profiles
+
+    for _ in range(2):  # scored, and found again
+        (found,) = experiments.teachers_scores(profiles.get("smoke"), tmp_path, str(tmp_path / "no"), base, questions)
+        assert found.task.template.name == "plain" and found.P.shape == (12, 6, 3)
+
+
 def test_plain_prompts_in_full(base):
     teacher = load_teacher(base, torch.float32)
     question = Question("q", "", "Which can fly?", ("a cow", "an eagle"))

@@ -57,7 +57,7 @@ _TAKEN_BACK = re.compile(
     r"\b(?:no|nope|nein|non|nee|nie|não|нет|hmm|hold on)\s*[,.:;!?…—–-]"
     r"|\b(?:wait|actually|sorry|correction|rather|instead|oops|scratch|mistake\w*|reflection|second thoughts?|reconsider\w*"
     r"|changed? my|not right|is wrong|was wrong|moment|doch|eigentlich)\b"
-    r"|不对|不，|不,|等等|いや|待って|아니",
+    r"|\((?:wrong|incorrect|not|no)\b|不对|不，|不,|等等|いや|待って|아니",
     re.I,
 )
 # Announces labels that are no answers, where it is no whole sentence.
@@ -70,6 +70,7 @@ _CLOSES = re.compile(
     r"\s*[)\]}]+(?!\w)|\s*(?:$|\n|[.,;:!](?![\w.])|[。、]|\s*[—–]|\s-\s|\s*\("
     r"|\s+(?:because|since|weil|denn|porque|perché|omdat|ponieważ|потому)\b|です|だ|である|입니다|번|选项|選項|项)"
 )
+_DENIED = re.compile(r"(?:\bnot|n['’]t|\bwrong|\bincorrect)\b[^.\n]{0,20}$", re.I)
 _BOXED = re.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
@@ -119,8 +120,11 @@ def named(text: str, start: int, shown: Shown) -> Found:
         end = start + len(bare)
         between = re.compile(r"[\s)\]}.,;:(—–-]*").match(text, end)
         after = between.end() if between else end
-        if own := _option_at(text, after, shown.options[position]):
+        follow = {i: to for i, option in enumerate(shown.options) if (to := _option_at(text, after, option))}
+        if own := follow.get(position):
             end = own
+        elif follow:
+            found |= follow  # a label with another option's text
         elif re.compile(r"\.\s[^\W\d_A-Z]").match(text, end) and text[after : after + 1].islower():
             continue  # "C. elegans" is a name
         found[position] = end
@@ -162,7 +166,10 @@ def boxed(text: str, shown: Shown) -> Found | None:
     if not boxes:
         return None
     held = [named(plain(box.group(1)), 0, shown).positions for box in boxes]
-    agreed = held[0] if all(own == held[0] for own in held) else frozenset[int]()
+    denied = any(
+        re.search(r"(?:\bnot|n['’]t|\bwrong|\bincorrect)\b[^.\n]{0,20}$", text[: box.start()], re.I) for box in boxes
+    )
+    agreed = held[0] if not denied and all(own == held[0] for own in held) else frozenset[int]()
     return Found(agreed, boxes[-1].end())
 
 
@@ -181,21 +188,22 @@ def label(text: str, shown: Shown) -> Found | None:
 
 
 def option(text: str, shown: Shown) -> Found | None:
-    """An option's whole text on the last line, and nothing but its own label before it."""
+    """An option's whole text on the last line, with nothing but its own label before it, and no other option's on a line:
+    who lists the options has not answered."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or (len(lines) > 1 and _REFUSED.search(lines[-2])):
+    if not lines or not _whole(lines[-1], shown) or (len(lines) > 1 and _REFUSED.search(lines[-2])):
         return None
-    line, found = lines[-1].rstrip(".! "), set()
+    return Found(frozenset[int]().union(*(_whole(line, shown) for line in lines)), len(text))
+
+
+def _whole(line: str, shown: Shown) -> frozenset[int]:
+    """Positions of the options that a line is the whole text of, with or without the label."""
+    line, found = line.rstrip(".! "), set()
     for position, (word, own) in enumerate(zip(shown.labels, shown.options, strict=True)):
-        for start in {0, *_after_label(line, word.strip())}:
-            if _option_at(line, start, own) == len(line):
-                found.add(position)
-    return Found(frozenset(found), len(text)) if found else None
-
-
-def _after_label(line: str, word: str) -> list[int]:
-    match = re.compile(rf"[(\[]?{re.escape(word)}[)\].:,]+\s*").match(line)
-    return [match.end()] if match else []
+        match = re.match(rf"[(\[]?{re.escape(word.strip())}[)\].:,]+\s*", line)
+        if any(_option_at(line, start, own) == len(line) for start in (0, match.end() if match else 0)):
+            found.add(position)
+    return frozenset(found)
 
 
 RULES: dict[str, Callable[[str, Shown], Found | None]] = {"stated": stated, "boxed": boxed, "label": label, "option": option}

@@ -33,7 +33,7 @@ from permdistill.paper.systems import BIASED, COPY, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
-from permdistill.teachers import CausalTeacher, has_chat_template, load_teacher, model_key
+from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
 COMMITTED = ROOT / "scores"
@@ -109,7 +109,7 @@ def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "") -> 
     try:
         return _read(teacher, task, Path(committed or COMMITTED))
     except scores.MissingScores:
-        if task.template.name == "letters" and not has_chat_template(teacher):
+        if task.template.name == "letters" and getattr(_live(teacher), "bare", False):
             return scored(teacher, replace(task, template=TEMPLATES["plain"]), folder, str(folder / "scores"))
         texts = unlabelled(task.questions) + content_free(task.questions)
         scores.score(_store(folder / "scores" / Path(teacher).name), _live(teacher), texts, task.template)
