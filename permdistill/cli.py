@@ -36,12 +36,17 @@ def _questions(args: argparse.Namespace) -> dict[str, list[Question]]:
     return jobs
 
 
+def _suited(args: argparse.Namespace) -> commands.Jobs:
+    """:func:`_questions`, with a template that suits the teacher unless one is named."""
+    return _questions(args) if args.template else commands.suited(args.teacher, _questions(args))
+
+
 def _score(args: argparse.Namespace) -> None:
-    commands.score(args.teacher, _questions(args), args)
+    commands.score(args.teacher, _suited(args), args)
 
 
 def _audit(args: argparse.Namespace) -> None:
-    samples = {name: commands.drawn(questions, args.n, args.seed) for name, questions in _questions(args).items()}
+    samples = {name: commands.drawn(questions, args.n, args.seed) for name, questions in _suited(args).items()}
     commands.audit(args.teacher, samples, args)
 
 
@@ -151,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--records", help="write what the questions scored, stored or now, to this JSONL file: measure reads it"
     )
+    commands.add_prompting(command, tried=True)
     command.set_defaults(content_free=True)
 
     text = "re-score a random sample and compare with the store"
@@ -159,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     _add_teacher(command)
     commands.add_scoring(command, "build/scores", workers=False)
     commands.add_orders(command)
+    commands.add_prompting(command, tried=False)
     command.set_defaults(content_free=True)
 
     text = "which way a judge leans, how often the order decides, and how often it is right"

@@ -16,6 +16,7 @@ import numpy as np
 from permdistill.files import replacing
 from permdistill.layouts import LAYOUTS, columns
 from permdistill.orders import SETS, order_set
+from permdistill.prompts import LEAST_MASS, LOW_MASS
 from permdistill.questions import UNSAFE, Question, treat_unsafe, unsafe_options
 
 # A live score may differ from a stored one by rounding: other cores sum in another order. Measured: `permdistill audit`.
@@ -191,27 +192,28 @@ class _Scoring:
 
         from permdistill import scores, teachers
 
-        self.args, self.dtype, self.teacher = args, getattr(torch, args.dtype), teacher
+        self.args, self.settings, dtype = args, _settings(args), getattr(torch, args.dtype)
         self.store = scores.Store(Path(args.scores) / Path(teacher).name)
-        self.key = teachers.model_key(teacher, self.dtype)
+        self.key = teachers.model_key(teacher, dtype, **self.settings)
+        self.make = partial(_made, teacher, dtype, self.settings, getattr(args, "min_label_mass", 0.0))
         self.loaded: Any = None
 
     def fill(self, questions: Sequence[Question], template: Any, orders: Any) -> int:
         """Score what the store lacks; gives the number of questions for which it lacked something."""
         import torch
 
-        from permdistill import scaleout, scores, teachers
+        from permdistill import scaleout, scores
 
         if not scores.lacking(self.store, questions, template, self.key, orders):
             return 0
-        args, make = self.args, partial(teachers.load_teacher, self.teacher, self.dtype)
+        args = self.args
         if args.workers:
-            self.loaded = scaleout.Workers(make, self.key, args.workers, args.worker_cpus, args.worker_gpus)
+            self.loaded = scaleout.Workers(self.make, self.key, args.workers, args.worker_cpus, args.worker_gpus)
             return scaleout.score(self.store, self.loaded, questions, template, orders)
         if self.loaded is None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the teacher before is gone
-            self.loaded = make()
+            self.loaded = self.make()
         return scores.score(self.store, self.loaded, questions, template, orders)
 
     def adaptively(self, questions: Sequence[Question], template: Any) -> tuple[int, Callable[[Question], np.ndarray]]:
@@ -239,12 +241,62 @@ class _Scoring:
                 yield {"id": question.id, "order": order, "log_probs": own[order].tolist()}
 
 
+def json_object(text: str) -> dict:
+    """For options that take one. Raises ValueError for anything else."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text} is no JSON object")
+    return value
+
+
+def add_prompting(command: argparse.ArgumentParser, tried: bool) -> None:
+    """Options of how a teacher is prompted and read; ``tried``: on a few questions first."""
+    text = "JSON object, goes to the chat template and into the scores' key: '{\"enable_thinking\": false}'"
+    command.add_argument("--template-args", type=json_object, default={}, metavar="JSON", help=text)
+    text = 'sum the forms of a label ("A", " A", "(A", "a"); part of the scores\' key'
+    command.add_argument("--variants", action="store_true", help=text)
+    if tried:
+        text = "stop at once where labels get less of the probability on a few questions; 0: never (%(default)s)"
+        command.add_argument("--min-label-mass", type=float, default=LEAST_MASS, metavar="SHARE", help=text)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What is set of :func:`add_prompting`, as keyword arguments."""
+    return {name: value for name in ("template_args", "variants") if (value := getattr(args, name, None))}
+
+
+def suited(teacher: str, jobs: Jobs) -> Jobs:
+    """The jobs with template "plain" in the place of "letters" if the teacher has no chat template, which is then said."""
+    from permdistill import teachers
+
+    if "letters" not in jobs or teachers.has_chat_template(teacher):
+        return jobs
+    print(f"{Path(teacher).name} has no chat template: template plain instead of letters (--template letters keeps it)")
+    return {"plain" if template == "letters" else template: questions for template, questions in jobs.items()}
+
+
+def _made(teacher: str, dtype: Any, settings: Mapping[str, Any], least_mass: float) -> Any:
+    from permdistill import teachers
+
+    made = teachers.load_teacher(teacher, dtype, **settings)
+    made.least_mass = least_mass
+    return made
+
+
+def _say_mass(mass: Any, named: str) -> None:
+    low = len(mass) and mass.mean() < LOW_MASS
+    fix = ": the model wants to say something else; try another --template, --template-args or --variants" if low else ""
+    if len(mass):
+        print(f"{named}: label mass {mass.mean():.2f}{fix}")
+
+
 def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
     """Score with a teacher what its store lacks, a template after the other. ``args``: see :func:`add_scoring`, and perhaps
-    :func:`add_orders`."""
+    :func:`add_orders` and :func:`add_prompting`."""
+    from permdistill import scores
     from permdistill.prompts import TEMPLATES
 
-    run, name, unsaid, records = _Scoring(teacher, args), Path(teacher).name, [], []
+    run, name, unsaid, records, used = _Scoring(teacher, args), Path(teacher).name, [], [], []
     wanted, unsafe = getattr(args, "orders", "all"), getattr(args, "unsafe", "keep")
     for template, questions in jobs.items():
         if wanted == ADAPTIVE and unsafe != "anchor":
@@ -252,6 +304,7 @@ def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
         else:
             orders = orders_of(wanted, unsafe)
             done = run.fill(questions, TEMPLATES[template], orders)
+        used.append(orders)
         records.append(run.records(questions, TEMPLATES[template], orders))
         unsaid.append(f"{name}, template {template}: {done} questions scored now, {len(questions) - done} were in the store")
         if wanted == ADAPTIVE:
@@ -264,6 +317,10 @@ def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
         print(f"{name}: all {sum(map(len, jobs.values()))} questions were in the store")
     else:
         run.store.compact()
+    for (template, questions), orders in zip(jobs.items(), used, strict=True):
+        _say_mass(
+            scores.label_mass(run.store, questions, TEMPLATES[template], run.key, orders), f"{name}, template {template}"
+        )
     if getattr(args, "records", None):
         write_records(args.records, (record for part in records for record in part))
 
@@ -286,7 +343,8 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
     from permdistill import scores, teachers
     from permdistill.prompts import TEMPLATES
 
-    stored = teachers.model_key(teacher, getattr(torch, args.dtype))
+    settings = _settings(args)
+    stored = teachers.model_key(teacher, getattr(torch, args.dtype), **settings)
     store, failed = scores.Store(Path(args.scores) / Path(teacher).name), False
     wanted, unsafe = getattr(args, "orders", "all"), getattr(args, "unsafe", "keep")
     orders = {
@@ -295,7 +353,8 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
     }
     for template, questions in samples.items():
         scores.load_each(store, questions, TEMPLATES[template], stored, orders[template])
-    loaded = teachers.load_teacher(teacher, teachers.fast_dtype())  # rounding apart, any number format must agree
+    # Rounding apart, any number format must agree.
+    loaded = teachers.load_teacher(teacher, teachers.fast_dtype(), **settings)
     for template, questions in samples.items():
         tv = scores.audit(store, loaded, questions, TEMPLATES[template], stored, orders[template])
         bad = not scores.audit_passes(tv, AUDIT_MEAN_TV, AUDIT_MAX_TV)

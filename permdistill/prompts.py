@@ -74,6 +74,17 @@ class Template:
         return before.format(**fields) + options + self.after.format(**fields)
 
 
+# What labels get of the probability: below the first a teacher is refused, below the second it is told. Means of 8
+# questions, drawn 2,000 times from each committed set of scores, are never below 0.52; before a thought it is near 0.
+LEAST_MASS, LOW_MASS = 0.25, 0.5
+
+
+def forms(label: str) -> tuple[str, ...]:
+    """The ways in which one label word is written as the start of an answer, itself first: "A", " A", "(A", "a"."""
+    bare = label.strip()
+    return tuple(dict.fromkeys((label, bare, f" {bare}", f"({bare}", bare.lower())))
+
+
 _MC = "Answer the multiple-choice question. Reply with the letter of the correct option only.\n\n"
 
 TEMPLATES: dict[str, Template] = {
@@ -99,6 +110,15 @@ TEMPLATES: dict[str, Template] = {
             before="{context}\n\n{question}\n",
             before_no_context="{question}\n",
             option="{label}) {option}\n",
+            answer_prefix="Answer:",
+        ),
+        # For models without a chat template. Before the option and after "Answer:" stands one and the same token, " A".
+        Template(
+            name="plain",
+            labels=tuple(f" {letter}" for letter in "ABCDEF"),
+            before="{context}\n\nQuestion: {question}\n",
+            before_no_context="Question: {question}\n",
+            option="{label}. {option}\n",
             answer_prefix="Answer:",
         ),
         Template(

@@ -395,6 +395,15 @@ def probabilities(log_probs: np.ndarray) -> np.ndarray:
     return softmax(log_probs, axis=-1)
 
 
+def label_mass(
+    store: Store, questions: Iterable[Question], template: Template, model_key: str, orders: Orders = "all"
+) -> np.ndarray:
+    """What the labels get of the whole probability, mean over the orders: (item,). Of questions with scores only."""
+    found = (_found(store, q, _orders(orders, q), template, model_key) for q in questions)
+    scored = (np.stack(own) for own in found if all(one is not None for one in own))  # type: ignore[arg-type]
+    return np.array([np.exp(own).sum(axis=-1).mean() for own in scored])
+
+
 def audit(
     store: Store,
     teacher: Teacher,

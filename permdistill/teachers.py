@@ -9,11 +9,12 @@ closed form, for tests and for trying out one's own analysis.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +29,11 @@ from transformers import (
 )
 
 from permdistill import sources
-from permdistill.engine import forest
+from permdistill.engine import batches, forest
 from permdistill.engine.placement import has_bfloat16, placed, with_packed_linears
 from permdistill.files import sha256_of
 from permdistill.orders import all_orders, to_options
-from permdistill.prompts import Template
+from permdistill.prompts import Template, forms
 from permdistill.questions import Question
 
 
@@ -82,15 +83,20 @@ def in_groups(
 
 
 _MESSAGE = "permdistill's message"  # no chat template changes it
+PROBED = 8  # questions on which the label mass is tried
+_THINKING = ("enable_thinking", "thinking")  # what chat templates call the switch of their thinking block
 
 
 @dataclass
 class CausalTeacher:
-    """A decoder-only LM with a chat template.
+    """A decoder-only LM behind its chat template; without one, the prompt is the template's plain text.
 
-    name        short name, used in file names and tables
-    model_key   e.g. "sha256:<of the weights> bfloat16"
-    max_tokens  tokens a forward pass, bounds the memory above the weights; None: what suits the machine
+    name           short name, used in file names and tables
+    model_key      e.g. "sha256:<of the weights> bfloat16"
+    max_tokens     tokens a forward pass, bounds the memory above the weights; None: what suits the machine
+    template_args  further arguments of the chat template, e.g. {"enable_thinking": False}
+    variants       whether the forms of a label ("A", " A", "(A", "a") count together, as far as each is one token
+    least_mass     :meth:`check` refuses questions on which the labels get less of the probability than this
     """
 
     name: str
@@ -99,14 +105,31 @@ class CausalTeacher:
     model_key: str
     max_tokens: int | None = None
     tokens_forwarded: int = 0
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    variants: bool = False
+    least_mass: float = 0.0
 
     def prompt(self, question: Question, order: Sequence[int], template: Template) -> str:
         """The whole prompt as text, chat template included."""
         return self._chat(template.user_message(question, order)) + template.answer_prefix
 
+    @property
+    def bare(self) -> bool:
+        """Whether there is no chat template."""
+        return not self.tokenizer.chat_template
+
     def _chat(self, message: str) -> str:
+        if self.bare:
+            return self._start + message
         turns = [{"role": "user", "content": message}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        settings = {"tokenize": False, "add_generation_prompt": True} | dict(self.template_args)
+        return str(self.tokenizer.apply_chat_template(turns, **settings))
+
+    @cached_property
+    def _start(self) -> str:
+        """The start of text, where the tokenizer puts one by itself: chat templates write it, plain prompts have to."""
+        first = self.tokenizer.encode("a")[:1]
+        return str(self.tokenizer.bos_token) if first and first == [self.tokenizer.bos_token_id] else ""
 
     def prompts(self, question: Question, orders: np.ndarray, template: Template) -> list[str]:
         """:meth:`prompt` in each order. The chat template is rendered once: what it puts around one message it puts around
@@ -145,6 +168,26 @@ class CausalTeacher:
             raise ValueError(f"labels {template.words(k)} of template {template.name!r} share a token: {tokens}")
         return tokens
 
+    def label_forms(self, k: int, template: Template) -> list[list[int]]:
+        """Ids of the tokens that count as each of the first K labels, the label's own first: (label, form) lists of lists.
+        More than one only with ``variants``. Raises ValueError as :meth:`label_tokens`."""
+        own = self.label_tokens(k, template)
+        if not self.variants:
+            return [[token] for token in own]
+        words = template.words(k)
+        prompt = self.prompt(Question("", "", "?", words), range(k), template)
+        found = [
+            [own[i], *(t for form in forms(word) if (t := self._one_token(form, prompt)) is not None)]
+            for i, word in enumerate(words)
+        ]
+        unknown = {self.tokenizer.unk_token_id, *own}
+        return [[tokens[0], *(t for t in dict.fromkeys(tokens[1:]) if t not in unknown)] for tokens in found]
+
+    def _one_token(self, word: str, prompt: str) -> int | None:
+        """The token that ``word`` is after the prompt, None where it is none or several."""
+        whole = self.tokenizer.encode(prompt + word, add_special_tokens=False)
+        return whole[-1] if whole[:-1] == self.tokenizer.encode(prompt, add_special_tokens=False) else None
+
     def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:
         """Token ids of the prompts, order by order of question after question: (item x order) lists."""
         texts = [text for q in questions for text in self.prompts(q, orders, template)]
@@ -157,9 +200,15 @@ class CausalTeacher:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def check(self, questions: Sequence[Question], template: Template) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for k in sorted({len(q.options) for q in questions}):
             self.label_tokens(k, template)
+        self._check_lengths(questions, template)
+        if self.least_mass > 0 and questions:
+            self._check_mass(questions, template)
+
+    def _check_lengths(self, questions: Sequence[Question], template: Template) -> None:
+        """Raises ValueError for a question whose prompt has more tokens than the model has positions."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is None:
             return
         for question in questions:
@@ -175,6 +224,42 @@ class CausalTeacher:
                     f"{limit} positions: shorten its context, or leave it out"
                 )
 
+    def _check_mass(self, questions: Sequence[Question], template: Template) -> None:
+        """Raises ValueError when the labels get less than ``least_mass`` of the probability, on :data:`PROBED` questions in
+        their original order: in front of a thought, or of prose, label probabilities say nothing."""
+        places = np.linspace(0, len(questions) - 1, min(PROBED, len(questions))).astype(int)
+        some = [questions[place] for place in places]
+        prompts = [self.tokenize([q], np.arange(len(q.options))[None], template)[0] for q in some]
+        vocabulary = range(self.model.get_output_embeddings().weight.shape[0])
+        log_probs, _ = batches.next_token_log_probs(self.model, prompts, vocabulary, self.max_tokens)
+        p = np.exp(log_probs.astype(np.float64))  # (question, vocabulary)
+
+        def mass(teacher: CausalTeacher) -> float:
+            own = {k: sum(teacher.label_forms(k, template), []) for k in {len(q.options) for q in some}}
+            return float(np.mean([p[i, own[len(q.options)]].sum() for i, q in enumerate(some)]))
+
+        found, best = mass(self), int(p.mean(axis=0).argmax())
+        if found < self.least_mass:
+            words = ", ".join(map(repr, template.words(max(len(q.options) for q in some))))
+            raise ValueError(
+                f"the labels {words} get {found:.1%} of {self.name}'s probability on {len(some)} questions with template "
+                f"{template.name!r}, at least {self.least_mass:.0%} is wanted; {self.tokenizer.decode([best])!r} gets "
+                f"{p[:, best].mean():.1%}: {self._fix(mass(replace(self, variants=True)))}. --min-label-mass 0 scores anyway"
+            )
+
+    def _fix(self, summed: float) -> str:
+        """What to pass when labels get too little; ``summed``: what they get with all their forms."""
+        if summed >= self.least_mass:
+            return f"pass --variants, with which the labels get {summed:.1%}"
+        chat = self.tokenizer.chat_template or ""
+        for name in _THINKING:
+            if re.search(rf"\b{name}\b", str(chat)) and name not in self.template_args:
+                return f"""its chat template knows {name}: pass --template-args '{{"{name}": false}}'"""
+        replies = "serve it, and read its replies with `permdistill ask --mode answer`"
+        if "think" in self._around[1].lower():
+            return f"its chat template begins a thought: {replies}"
+        return f"give another --template (brief begins the answer), or {replies}"
+
     def log_probs(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> np.ndarray:
         result = np.empty((len(questions), *orders.shape), dtype=np.float32)
         for done in self.stream([questions], template, [orders] * len(questions)):
@@ -189,9 +274,9 @@ class CausalTeacher:
         questions, values). Those of a group should share their context. ``orders``: (order, K) of each; None: all K!."""
         questions = [question for group in groups for question in group]
         ks = sorted({len(question.options) for question in questions})
-        labels = {k: self.label_tokens(k, template) for k in ks}
-        wanted = sorted({token for own in labels.values() for token in own})
-        columns = {k: [wanted.index(token) for token in labels[k]] for k in ks}
+        labels = {k: self.label_forms(k, template) for k in ks}
+        wanted = sorted({token for own in labels.values() for tokens in own for token in tokens})
+        columns = {k: [[wanted.index(token) for token in tokens] for tokens in labels[k]] for k in ks}
         shown = [all_orders(len(question.options)) for question in questions] if orders is None else orders
         each = iter(shown)  # of the groups' questions, one after the other
         tokens = ([self.tokenize([question], next(each), template) for question in group] for group in groups)
@@ -200,7 +285,8 @@ class CausalTeacher:
             found = []
             for place, values in done:
                 k = len(questions[place].options)
-                found.append((place, to_options(values[:, columns[k]], shown[place])))
+                summed = [np.logaddexp.reduce(values[:, own], axis=1) for own in columns[k]]
+                found.append((place, to_options(np.stack(summed, axis=1), shown[place])))
             if found:
                 yield found
 
@@ -238,6 +324,18 @@ class Seq2SeqTeacher(CausalTeacher):
         if len({tokens[0] for tokens in encoded}) != k:
             raise ValueError(f"labels {template.words(k)} of template {template.name!r} share a token: {encoded}")
         return [tokens[0] for tokens in encoded]
+
+    @property
+    def bare(self) -> bool:
+        return False  # none is wanted
+
+    def _one_token(self, word: str, prompt: str) -> int | None:
+        tokens = self.tokenizer.encode(word, add_special_tokens=False)
+        return tokens[0] if len(tokens) == 1 else None
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        return "", ""
 
     def tokenize(self, questions: Sequence[Question], orders: np.ndarray, template: Template) -> list[list[int]]:
         """Token ids of the encoder's inputs with the tokenizer's end of text: (item x order) lists."""
@@ -278,15 +376,19 @@ class PlantedTeacher:
 DTYPE = torch.bfloat16
 
 
-def model_key(name: str, dtype: torch.dtype = DTYPE) -> str:
-    """Identifies a teacher's weights and number format: part of the content key of its scores.
+def model_key(
+    name: str, dtype: torch.dtype = DTYPE, template_args: Mapping[str, Any] | None = None, variants: bool = False
+) -> str:
+    """Identifies a teacher's weights, number format and what else is set: part of the content key of its scores.
 
     ``name`` is what :func:`permdistill.sources.find` takes. A folder counts by its safetensors, config, tokenizer and chat
     template, a repository of the model hub by its name and, where one is pinned, commit. Raises ValueError for a folder
     without safetensors, whose weights could not be told from others.
     """
     source = sources.find(name)
-    return f"{source.key or _folder_key(source.location())} {str(dtype).removeprefix('torch.')}, float32 head"
+    key = f"{source.key or _folder_key(source.location())} {str(dtype).removeprefix('torch.')}, float32 head"
+    key += f", template arguments {json.dumps(dict(template_args), sort_keys=True)}" if template_args else ""
+    return key + ", forms of labels summed" * variants
 
 
 def _folder_key(folder: str) -> str:
@@ -303,15 +405,36 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if has_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
 
 
-def load_teacher(name: str, dtype: torch.dtype = DTYPE, max_tokens: int | None = None) -> CausalTeacher:
-    """A teacher by name (:func:`permdistill.sources.find`): a folder, a repository of the model hub, or a known model."""
-    key, at = model_key(name, dtype), sources.find(name).arguments
+def has_chat_template(name: str) -> bool:
+    """Whether a teacher has a chat template, or needs none since it is an encoder-decoder. Loads no weights."""
+    at = sources.find(name).arguments
+    return AutoConfig.from_pretrained(**at).is_encoder_decoder or bool(AutoTokenizer.from_pretrained(**at).chat_template)
+
+
+def load_teacher(
+    name: str,
+    dtype: torch.dtype = DTYPE,
+    max_tokens: int | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    variants: bool = False,
+) -> CausalTeacher:
+    """A teacher by name (:func:`permdistill.sources.find`): a folder, a repository of the model hub, or a known model.
+
+    ``template_args``, ``variants``: see :class:`CausalTeacher`. Raises ValueError, before weights are loaded, for an
+    argument that the chat template does not read: it would change nothing, and nobody would see that.
+    """
+    key, at = model_key(name, dtype, template_args, variants), sources.find(name).arguments
     tokenizer = AutoTokenizer.from_pretrained(**at)
     seq2seq = AutoConfig.from_pretrained(**at).is_encoder_decoder
+    chat = "" if seq2seq else str(tokenizer.chat_template or "")
+    if unread := [word for word in template_args or {} if not re.search(rf"\b{re.escape(word)}\b", chat)]:
+        raise ValueError(f"{name}: its chat template does not read {unread[0]!r} of the template arguments: leave it out")
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_pretrained(**at, dtype=dtype).eval()
     model = with_packed_linears(placed(with_float32_head(model)))
-    return (Seq2SeqTeacher if seq2seq else CausalTeacher)(Path(name).name, model, tokenizer, key, max_tokens)
+    teacher = (Seq2SeqTeacher if seq2seq else CausalTeacher)(Path(name).name, model, tokenizer, key, max_tokens)
+    teacher.template_args, teacher.variants = dict(template_args or {}), variants
+    return teacher
 
 
 def with_float32_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,5 @@
-"""A small server that speaks the OpenAI chat protocol, one token at a time, for a teacher of permdistill or a planted one.
+"""A small server that speaks the OpenAI chat protocol, for a teacher of permdistill or a planted one, whose replies have one
+token, or for whole texts.
 
     python tests/openai_server.py --teacher smollm2-135m --port 8000
 
@@ -47,7 +48,7 @@ class Next:
         return np.exp(self.log_probs).cumsum()
 
 
-Backend = Callable[[Chat], Next]
+Backend = Callable[[Chat], Next | str]  # what comes first, and the reply ends; or a whole text
 
 
 def planted(chat: Chat, other: float = 0.1, certain: bool = False) -> dict[str, float]:
@@ -115,14 +116,21 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A chat completion of one token."""
+        """A chat completion of one token, after which the model ends if it may, or of a text, cut at the limit."""
         chat, top = body["messages"], body.get("top_logprobs", 0)
         following = self.backend(chat)
-        token, log_probs = following.text, following.log_probs
         text = chat[0]["content"]
         with self.lock:
             self.answered[text] += 1
             number = self.answered[text]
+        choice: dict[str, Any]
+        if isinstance(following, str):
+            tokens = re.findall(r"\s*\w+|\s*\S|\s+", following)
+            said = tokens[: body["max_tokens"]]
+            choice = {"index": 0, "finish_reason": "length" if len(tokens) >= body["max_tokens"] else "stop"}
+            choice["message"] = {"role": "assistant", "content": "".join(said)}
+            return self._completion(body, choice, len(text) // 4, len(said))
+        token, log_probs = following.text, following.log_probs
         if self.latency:
             time.sleep(self.latency)
         digest = hashlib.sha256(json.dumps([self.seed, number, chat]).encode()).digest()
@@ -132,9 +140,9 @@ class Server(ThreadingHTTPServer):
         else:
             cumulative = following.cumulative
             chosen = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
-        choice: dict[str, Any] = {
+        choice = {
             "index": 0,
-            "finish_reason": "length",
+            "finish_reason": "stop" if body["max_tokens"] > 1 else "length",
             "message": {"role": "assistant", "content": token(chosen)},
         }
         if body.get("logprobs"):
@@ -142,13 +150,16 @@ class Server(ThreadingHTTPServer):
             listed = [{"token": token(int(i)), "logprob": float(log_probs[i]), "bytes": None} for i in best]
             own = {"token": token(chosen), "logprob": float(log_probs[chosen]), "bytes": None}
             choice["logprobs"] = {"content": [own | {"top_logprobs": listed}]}
+        return self._completion(body, choice, following.n_prompt, 1)
+
+    def _completion(self, body: dict[str, Any], choice: dict[str, Any], n_prompt: int, n: int) -> dict[str, Any]:
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": body["model"],
             "choices": [choice],
-            "usage": {"prompt_tokens": following.n_prompt, "completion_tokens": 1, "total_tokens": following.n_prompt + 1},
+            "usage": {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n},
         }
 
 
@@ -184,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(401, {"error": {"message": f"Incorrect API key provided: {given}", "code": "invalid_api_key"}})
         elif not self.path.endswith("/v1/chat/completions"):
             self._send(404, {"error": {"message": f"no such path: {self.path}", "code": None}})
-        elif body.get("max_tokens") != 1:
+        elif not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
             self._send(400, {"error": {"message": f"max_tokens is {body.get('max_tokens')}: give 1", "code": None}})
         else:
             self._send(200, self.server.reply(body))

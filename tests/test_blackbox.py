@@ -111,7 +111,7 @@ def test_calls_in_orders_are_all_or_those_given():
 )
 def test_a_decision_is_read_or_refused_never_guessed(text, position):
     expected = {"failed": NO_OPTION} if position is None else {"position": position}
-    assert read_decision({"message": {"content": text}}, LETTERS.labels[:3]) == expected
+    assert read_decision({"message": {"content": text}, "finish_reason": "stop"}, LETTERS.labels[:3]) == expected
 
 
 def test_logprobs_are_read_by_the_exact_label():
@@ -303,8 +303,8 @@ def test_plan_counts_what_is_to_pay(server, tmp_path):
     questions = make_questions(10)
     job, prices = make_job(server.url, drawn_calls(questions, 4)), Prices(2.0, 8.0)
     first = plan(job, Replies(tmp_path), prices)
-    assert (first.items, first.stored, first.calls, first.completion_tokens) == (10, 0, 40, 40)
-    assert first.cost == pytest.approx((2 * first.prompt_tokens + 8 * 40) / 1e6)
+    assert (first.items, first.stored, first.calls, first.completion_tokens) == (10, 0, 40, 160)
+    assert first.cost == pytest.approx((2 * first.prompt_tokens + 8 * 160) / 1e6)  # four tokens a reply at most
     ask(make_job(server.url, drawn_calls(questions[:5], 4)), Replies(tmp_path))
     second = plan(job, Replies(tmp_path), prices, count_tokens=lambda text: 100)
     assert (second.stored, second.calls, second.prompt_tokens) == (20, 20, 20 * 132)

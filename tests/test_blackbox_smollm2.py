@@ -64,7 +64,7 @@ def agreement(
     orders = all_orders(k)[:1] if original_only else all_orders(k)
     calls = [Call(q, tuple(range(k)), draw) for q in questions for draw in range(64)]
     decisions = Job(endpoint, LETTERS, calls if original_only else drawn_calls(questions, 64), tries=8)
-    listed = Job(endpoint, LETTERS, calls_in_orders(questions, orders), mode="logprobs")
+    listed = Job(endpoint, LETTERS, calls_in_orders(questions, orders), mode="logprobs", variants=False)
     store = Replies(folder)
     for job in (listed, decisions):
         report = ask(job, store)
@@ -97,7 +97,7 @@ def test_black_box_agrees_with_white_box_on_100_items(teacher, url, task, origin
 def test_start_of_the_answer_is_gone_on_from(teacher, url, name, tmp_path):
     """Templates with an answer_prefix: the chat ends in the assistant's started turn."""
     questions = [Question("s", "A cat sat on a mat.", "Which Summary is more fluent?", ("A cat sat.", "Cat mat sat."))]
-    job = Job(Endpoint(url, "smollm2"), TEMPLATES[name], calls_in_orders(questions), mode="logprobs")
+    job = Job(Endpoint(url, "smollm2"), TEMPLATES[name], calls_in_orders(questions), mode="logprobs", variants=False)
     ask(job, Replies(tmp_path))
     P, _ = probabilities(job, Replies(tmp_path))
     assert np.abs(P - white_box(teacher, questions, all_orders(2), TEMPLATES[name])).max() < 1e-3

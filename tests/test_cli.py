@@ -33,6 +33,7 @@ def planted(monkeypatch) -> PlantedTeacher:
     teacher = PlantedTeacher({f"q{i}": np.array([i, 0.0, 1.0]) for i in range(4)}, np.array([1.0, 0.0, 0.0]))
     monkeypatch.setattr(teachers, "load_teacher", lambda name, dtype: teacher)
     monkeypatch.setattr(teachers, "model_key", lambda name, dtype: teacher.model_key)
+    monkeypatch.setattr(teachers, "has_chat_template", lambda name: True)
     return teacher
 
 

@@ -188,7 +188,7 @@ def reply(**fields) -> dict:
     """A good reply, but for ``fields``."""
     top = [{"token": token, "logprob": value} for token, value in (("A", -0.7), ("B", -1.0), ("C", -3.0))]
     content = [{"token": "A", "logprob": -0.7, "top_logprobs": top}]
-    choice = {"message": {"content": "A"}, "logprobs": {"content": content}}
+    choice = {"message": {"content": "A"}, "finish_reason": "stop", "logprobs": {"content": content}}
     return {"choices": [choice], "usage": {"prompt_tokens": 20, "completion_tokens": 1}} | fields
 
 

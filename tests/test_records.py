@@ -294,6 +294,12 @@ def test_four_records_give_a_full_table(tmp_path, capsys):
     assert table.loc["biased", "first_position"] == 0.75
 
 
+def test_little_label_mass_is_told(tmp_path, capsys):
+    records = [{"id": "q", "order": order, "log_probs": [-2.0, -3.0]} for order in ([0, 1], [1, 0])]
+    cli.main(["measure", str(write(tmp_path / "judge.jsonl", records))])
+    assert "label mass" in (out := capsys.readouterr().out) and "score with another template, --template-args or" in out
+
+
 def judge(n: int, first: float, ties: float = 0.0, failures: float = 0.0, seed: int = 0) -> list[dict]:
     """Decisions on ``n`` pairs in both orders: the first answer shown with probability ``first``, else option 0."""
     rng, records = np.random.default_rng(seed), []

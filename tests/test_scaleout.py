@@ -332,7 +332,7 @@ def test_the_command_with_workers_makes_the_scores_that_it_makes_without(tmp_pat
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(records))
     command = [sys.executable, "-m", "permdistill.cli", "score", "--teacher", "tiny", "--questions", "mine.jsonl"]
-    command += ["--dtype", "float32", "--scores"]
+    command += ["--dtype", "float32", "--min-label-mass", "0", "--scores"]
     environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     files = []
     for name, more in (("one", []), ("two", ["--workers", "2"])):

@@ -14,16 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import httpx2
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from test_labels import CHAT, make_model
 
 from permdistill import scores
 from permdistill.api.ask import ask
-from permdistill.api.jobs import NO_LOGPROBS, Call, Job, calls_in_orders, drawn
+from permdistill.api.jobs import CUT, NO_LOGPROBS, Call, Job, calls_in_orders, drawn
 from permdistill.api.replies import Replies
 from permdistill.api.server import Server
 from permdistill.prompts import TEMPLATES
@@ -79,6 +81,35 @@ def test_logprobs_that_a_server_leaves_out_are_a_listed_failure(server, tmp_path
     job = Job(server.endpoint, LETTERS, calls_in_orders(QUESTIONS[:1]), mode="logprobs", tries=2)
     report = ask(job, Replies(tmp_path))
     assert report.failed == {f"{NO_LOGPROBS} in 2 replies": ["fly"]} and report.unparsed == 4
+
+
+@pytest.mark.long
+def test_answers_of_whole_replies(server, tmp_path):
+    """This model says "B. an eagle": a label with its option's text, whole, or cut and so nothing."""
+    calls = calls_in_orders(QUESTIONS)
+    job = Job(replace(server.endpoint, reply_tokens=24), LETTERS, calls, "answer", tries=4)
+    report = ask(job, Replies(tmp_path), concurrency=2)
+    print(report)
+    assert report.read["option"] + report.read["label"] >= 2 and report.completion_tokens <= 24 * report.replies
+    cut = Job(replace(server.endpoint, reply_tokens=2), LETTERS, calls, "answer", tries=1)
+    assert set(ask(cut, Replies(tmp_path)).read) <= {CUT, "label"}
+
+
+@pytest.mark.long
+def test_a_thinking_template_behind_a_server(tmp_path):
+    """The model of tests/test_labels.py: a thought without end, or a label, as the chat template is told."""
+    thinks = {"\n": {"<think>": 1.0}, "<think>": {"A": 1.0}, "\n\n": {"B": 1.0, "A": 0.9}}
+    ends = {"A": {"<|im_end|>": 1.0}, "B": {"<|im_end|>": 1.0}}
+    name = make_model(tmp_path / "thinker", CHAT, thinks | ends)
+    calls = calls_in_orders(QUESTIONS[:1])
+    with Server(name, dtype="float32") as server:
+        job = Job(replace(server.endpoint, reply_tokens=8), LETTERS, calls, "answer", tries=1)
+        report = ask(job, Replies(tmp_path / "replies"))
+        quick = {"chat_template_kwargs": {"enable_thinking": False}}
+        told = replace(server.endpoint, extra_body=dict(server.endpoint.extra_body) | quick)
+        quickly = ask(Job(told, LETTERS, calls), Replies(tmp_path / "replies"))
+    print(report, quickly)
+    assert report.complete == 0 and quickly.complete == 1
 
 
 @pytest.mark.long

@@ -7,10 +7,11 @@
     print(ask(job, store, Limits(calls=40_000)))          # in a notebook: await asking(...)
     targets = drawn(job, store).targets()                 # (item, option), what a student learns from
 
-There are two ways to answer. *Decisions*: one token is sampled; the label that it names is the teacher's decision. Any API
-can do that, and with orders drawn at random the histogram of n decisions estimates the debiased teacher (the paper's
-hierarchical Monte-Carlo targets). *Logprobs*: one call gives the label probabilities in one order, where the API lists
-``top_logprobs``.
+There are three ways to answer. *Decisions*: a few tokens are sampled; the label that they are is the teacher's decision. Any
+API can do that, and with orders drawn at random the histogram of n decisions estimates the debiased teacher (the paper's
+hierarchical Monte-Carlo targets). *Answer*: the same for models that think or explain first, by the final answer that a
+whole reply states (:mod:`permdistill.api.answers`). *Logprobs*: one call gives the label probabilities in one order, where
+the API lists ``top_logprobs``.
 
 A reply that names no option is paid, kept and counted, and the draw is asked again, ``tries`` times in all: what is then
 learnt is the decision *given that an option was named*, which is what the white-box teacher's renormalised probabilities
@@ -39,11 +40,12 @@ from permdistill.api.endpoint import (
     Prices,
     Stopped,
 )
-from permdistill.api.jobs import Call, Job, answers, read_decision, read_logprobs
+from permdistill.api.jobs import Call, Job, answers, label_mass, said_mass, unlisted
 from permdistill.api.replies import Replies
 from permdistill.api.wire import Reply
 from permdistill.files import locked
 
+FIRST = 32  # when so many replies have come and none names an option, the rest will not
 GIVE_UP = 20  # so many calls in a row failed, each with all its retries: the server is down
 
 
@@ -59,6 +61,9 @@ class Report:
     calls, replies       requests that left in this run, and what they brought
     unparsed             of these, replies that named no option (or lacked logprobs)
     said                 the first characters of such replies, with their numbers; they are not stored
+    read                 {rule of :mod:`permdistill.api.answers`, or why a reply names no option: number of replies}
+    mass                 see :func:`permdistill.api.jobs.label_mass`; of the store, all runs together
+    bound                see :func:`permdistill.api.jobs.unlisted`, the largest of the job's replies
     faults               {kind: number} of attempts that went wrong, most of them retried
     prompt_tokens, ...   of this run; attempts that may have been charged count with the most that they can cost
     total_...            of the store, all runs together
@@ -73,6 +78,9 @@ class Report:
     replies: int = 0
     unparsed: int = 0
     said: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)
+    mass: float | None = None
+    bound: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -93,6 +101,7 @@ class Report:
 
         faults = ", ".join(f"{kind} {n}" for kind, n in self.faults.most_common())
         said = ", ".join(f"{text!r} {n}" for text, n in self.said.most_common(5))
+        read = ", ".join(f"{rule} {n}" for rule, n in self.read.most_common())
         rate = f" ({self.replies / self.seconds:.1f} replies a second)" if self.seconds else ""
         rows = [
             ("items complete", f"{self.complete} of {self.items}"),
@@ -103,11 +112,15 @@ class Report:
                 f"{self.calls}, replies {self.replies}, attempts without one {self.retries}" + f" ({faults})" * bool(faults),
             ),
             ("unparsed replies", f"{self.unparsed}" + f" ({said})" * bool(said)),
+            *([("read", read)] if read else []),
             ("tokens", f"{self.prompt_tokens:,} prompt, {self.completion_tokens:,} completion"),
             ("cost", f"{self.cost:.4f}"),
             ("store so far", f"{self.total_calls} calls, {self.total_tokens:,} tokens, cost {self.total_cost:.4f}"),
             ("seconds", f"{self.seconds:.1f}{rate}"),
         ]
+        if self.mass is not None:
+            unseen = f"; labels that are not listed may have {self.bound:.1%} of a distribution" if self.bound else ""
+            rows.append(("label mass", said_mass(self.mass) + unseen))
         if self.stopped:
             rows.append(("stopped", self.stopped))
         width = max(len(name) for name, _ in rows)
@@ -132,7 +145,8 @@ async def asking(
         raise ValueError(f"concurrency = {concurrency}: give at least 1")
     with locked(store.folder / ".lock"):
         store.read()
-        return await _Run(job, store, Budget(store, limits, prices)).run(concurrency)
+        budget = Budget(store, limits, prices, job.endpoint.most_tokens(job.mode))
+        return await _Run(job, store, budget).run(concurrency)
 
 
 class _Run:
@@ -225,18 +239,24 @@ class _Run:
                 self.budget.uncertain(reply.attempt)  # unless it is written
             self.in_a_row = 0
             self.report.replies += 1
+            if why := row.get("failed") or row.get("rule"):
+                self.report.read[why] += 1
             if not answers(row):
                 self.report.unparsed += 1
                 text = reply.choice["message"].get("content")
                 self.report.said[connection.redacted(str(text))[:12]] += 1
+                if self.report.unparsed == self.report.replies == FIRST:
+                    self._refuse(EndpointError(f"the first {FIRST} replies name no option {self._why()}"))
+
+    def _why(self) -> str:
+        reasons, said = (", ".join(map(str, c)) for c in (self.report.read, list(self.report.said)[:3]))
+        fixes = {"decisions": "; --mode answer reads longer replies", "answer": "; a reply may need more --max-reply-tokens"}
+        return f"({reasons}; they begin {said!r}): try another --template{fixes.get(self.job.mode, '')}"
 
     def _row(self, key: str, call: Call, reply: Reply) -> dict[str, Any]:
         row: dict[str, Any] = {"key": key, "attempt": reply.attempt, "reply": reply.reply, "tokens": reply.tokens}
         row |= {"id": call.question.id, "order": call.order, "draw": call.draw}
-        labels = self.job.template.words(len(call.order))
-        if self.job.mode == "logprobs":
-            return row | read_logprobs(reply.choice, labels)
-        return row | read_decision(reply.choice, labels)
+        return row | self.job.read(reply.choice, call)
 
     def _sum_up(self, before: tuple[int, int, int], seconds: float) -> None:
         report, spent = self.report, self.store.spent
@@ -264,4 +284,6 @@ class _Run:
         report.cost = cost(report.prompt_tokens, report.completion_tokens)
         report.total_calls, report.total_tokens = spent.calls, spent.tokens
         report.total_cost = cost(spent.prompt_tokens, spent.completion_tokens)
-        report.seconds = seconds
+        report.seconds, report.mass = seconds, label_mass(self.job, self.store)
+        rows = (self.job.found(self.store, call)[0] for call in self.job.calls)
+        report.bound = max((unlisted(self.job, row) for row in rows if row and "log_probs" in row), default=0.0)

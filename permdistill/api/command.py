@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,21 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from permdistill.commands import ADAPTIVE, adaptive_orders, add_orders, orders_of, whole, write_records
+from permdistill.commands import ADAPTIVE, adaptive_orders, add_orders, json_object, orders_of, whole, write_records
 from permdistill.questions import Question, unsafe_options
 
 if TYPE_CHECKING:
     from permdistill.api.jobs import Call, Job
     from permdistill.api.replies import Replies
 
-MODES = ("decisions", "logprobs")
-
-
-def _json_object(text: str) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{text} is no JSON object")
-    return value
+MODES = ("decisions", "answer", "logprobs")
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -34,9 +26,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--base-url", required=True, help="up to and with /v1")
     add("--model", required=True, help="as the API calls it")
     add("--key-name", default="OPENAI_API_KEY", help="environment variable that holds the key (%(default)s)")
-    modes = "sampled tokens, or top_logprobs, asked in the order that vLLM's and SGLang's prefix caches like (%(default)s)"
-    add("--mode", choices=MODES, default="decisions", help=modes)
-    drawn = "default: drawn for decisions, all for logprobs. drawn: --draws at random, for each item others; "
+    modes = "sampled labels; the final answers of whole replies; or top_logprobs, in the order that prefix caches like"
+    add("--mode", choices=MODES, default="decisions", help=f"{modes} (%(default)s)")
+    drawn = "default: all for logprobs, else drawn. drawn: --draws at random, for each item others; "
     add_orders(command, None, ("drawn",), drawn)
     add("--draws", type=whole(1), default=32, help="calls an item, each in an order of its own (%(default)s)")
     add("--seed", type=whole(0), default=0, help="of the drawn orders")
@@ -54,7 +46,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=60.0, help="seconds for one attempt (%(default)s)")
     add("--top-logprobs", type=int, default=20, help="alternatives to ask for (%(default)s)")
     add("--limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")
-    add("--extra-body", type=_json_object, default={}, help="JSON object: further fields of each request")
+    add("--extra-body", type=json_object, default={}, help="JSON object: further fields of each request")
+    add(
+        "--max-reply-tokens",
+        type=whole(1),
+        dest="reply_tokens",
+        help="thoughts included (default: 4; 1,024 with --mode answer)",
+    )
+    add("--reasoning-effort", default="", help="as the API knows it: low, ..")
+    add("--exact-labels", action="store_true", help='with logprobs, count "A" alone, not " A", "(A" and "a" too')
     add("--records", help="write every answer, and failures, to this JSONL file: measure reads it")
 
 
@@ -66,21 +66,24 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     from permdistill.api.replies import Replies
     from permdistill.prompts import TEMPLATES
 
-    names = ("key_name", "timeout", "max_retries", "extra_body", "top_logprobs", "limit_field")
+    names = "key_name timeout max_retries extra_body top_logprobs limit_field reply_tokens reasoning_effort".split()
     endpoint = Endpoint(args.base_url, args.model, **{name: getattr(args, name) for name in names})
     store, prices = Replies(args.replies), Prices(args.price_in, args.price_out)
     limits = Limits(args.max_calls, args.max_tokens, args.max_cost)
     adaptive = args.orders == ADAPTIVE and args.unsafe != "anchor"
 
+    def job_asking(template: str, calls: list[Call]) -> Job:
+        return Job(endpoint, TEMPLATES[template], calls, args.mode, args.tries, not args.exact_labels)
+
     def job_of(template: str, questions: Sequence[Question], orders: Callable[[Question], np.ndarray]) -> Job:
-        return Job(endpoint, TEMPLATES[template], presented(questions, orders), args.mode, args.tries)
+        return job_asking(template, presented(questions, orders))
 
     if adaptive:  # for the plan; who is asked on is not known yet
         jobs = [
             job_of(template, questions, lambda q: np.arange(len(q.options))[None]) for template, questions in asked.items()
         ]
     else:
-        jobs = [Job(endpoint, TEMPLATES[name], _calls(args, own), args.mode, args.tries) for name, own in asked.items()]
+        jobs = [job_asking(template, _calls(args, questions)) for template, questions in asked.items()]
     count_tokens = _token_counter(args.tokenizer)
     for job in jobs:
         print(f"{args.model}, template {job.template.name}, {args.mode}: {plan(job, store, prices, count_tokens)}")
@@ -116,7 +119,7 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
 def _calls(args: argparse.Namespace, questions: list[Question]) -> list[Call]:
     from permdistill.api.jobs import drawn_calls, presented
 
-    orders = args.orders or ("drawn" if args.mode == "decisions" else "all")
+    orders = args.orders or ("all" if args.mode == "logprobs" else "drawn")
     if orders == "drawn":
         return drawn_calls(questions, args.draws, args.seed, unsafe_options if args.unsafe == "anchor" else lambda q: ())
     return presented(questions, orders_of(orders, args.unsafe))

@@ -26,7 +26,9 @@ from permdistill.api.wire import LONGEST_WAIT, REPEATS, Repeats, Reply, Shared, 
 from permdistill.prompts import Template
 from permdistill.questions import Question
 
-MODES = ("decisions", "logprobs")
+MODES = ("decisions", "answer", "logprobs")
+# Tokens of a decision: one is the label, and what follows shows whether a word has begun there, "A" before " trout".
+DECISION_TOKENS, ANSWER_TOKENS = 4, 1024
 _RETRYABLE = (408, 409, 429)  # and 5xx; what the openai client retries
 
 
@@ -79,14 +81,14 @@ class Budget:
     """Lets requests leave as long as the limits hold even if every request under way costs the most that it can.
 
     A byte is at least a token of every tokenizer in use, so a request has at most as many prompt tokens as bytes; what a
-    server adds on its own (a system prompt) or generates although one token was asked for is learnt from the replies in the
-    store. As long as there is none, one request goes at a time.
+    server adds on its own (a system prompt) or generates beyond ``completion``, the tokens that a reply may have, is learnt
+    from the replies in the store. As long as there is none, one request goes at a time.
     """
 
-    def __init__(self, store: Replies, limits: Limits, prices: Prices):
+    def __init__(self, store: Replies, limits: Limits, prices: Prices, completion: int = 1):
         if limits.cost is not None and not prices.prompt and not prices.completion:
             raise ValueError(f"a limit of {limits.cost} on cost without prices: give the prices per million tokens too")
-        self.store, self.limits, self.prices = store, limits, prices
+        self.store, self.limits, self.prices, self.completion = store, limits, prices, completion
         self.stopped = ""  # why no request may leave any more
         self._run = uuid.uuid4().hex[:12]
         self._number = 0
@@ -119,7 +121,7 @@ class Budget:
         up a limit, but need not. Raises Stopped when it must not leave."""
         while True:
             beyond, completion = self.store.dearest or (0, 1)
-            bound = (n_bytes + beyond, completion)
+            bound = (n_bytes + beyond, max(completion, self.completion))
             exceeded = "" if self.stopped else self._exceeded(*bound)
             if exceeded and not self._open:
                 self.stop(f"the budget of {exceeded} is used up")
@@ -180,6 +182,8 @@ class Endpoint:
                  are: {"structured_outputs": {"choice": ["A", "B", "C", "D"]}} for vLLM. For logprobs see the README
     top_logprobs how many alternatives are asked for; the API allows 20, some servers fewer
     limit_field  what the API calls the limit on the reply's tokens: max_tokens or max_completion_tokens
+    reply_tokens the limit itself, thoughts included, for decisions (None: 4) and answers (None: 1,024)
+    reasoning_effort  as the API knows it ("low", ..), "" leaves it out
     """
 
     base_url: str
@@ -190,6 +194,8 @@ class Endpoint:
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     top_logprobs: int = 20
     limit_field: str = "max_tokens"
+    reply_tokens: int | None = None
+    reasoning_effort: str = ""
 
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
@@ -202,6 +208,8 @@ class Endpoint:
                 f"timeout {self.timeout}, max_retries {self.max_retries}, top_logprobs {self.top_logprobs}: give a timeout "
                 "above 0, at least 0 retries and 1 to 20 logprobs"
             )
+        if self.reply_tokens is not None and self.reply_tokens < 2:
+            raise ValueError(f"reply_tokens = {self.reply_tokens}: give at least 2, one alone may be the start of a word")
 
     @property
     def model_key(self) -> str:
@@ -210,13 +218,31 @@ class Endpoint:
         return f"api:{urlsplit(self.base_url).hostname}/{self.model}"
 
     def sampling(self, mode: str) -> dict[str, Any]:
-        """The request but for model and messages: one token, from the whole distribution."""
+        """What is asked for, as it stands in the keys of the replies: from the whole distribution one token, or a reply.
+
+        The limit of a decision stands there as 1 unless it is set: what follows the label is read, and changes no label.
+        """
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}: give one of {', '.join(MODES)}")
-        body: dict[str, Any] = {self.limit_field: 1, "temperature": 1.0, "top_p": 1.0}
+        if mode != "logprobs" and "stop" in self.extra_body:
+            raise ValueError("extra_body has 'stop': it hides how a reply goes on, and with that whether it is a label")
+        limit = 1 if mode == "logprobs" else self.reply_tokens or (ANSWER_TOKENS if mode == "answer" else 1)
+        body: dict[str, Any] = {self.limit_field: limit, "temperature": 1.0, "top_p": 1.0}
         if mode == "logprobs":
             body |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        if self.reasoning_effort:
+            body["reasoning_effort"] = self.reasoning_effort
         return body | dict(self.extra_body)
+
+    def request(self, mode: str) -> dict[str, Any]:
+        """The request but for model and messages: :meth:`sampling` with the limit that a decision really has."""
+        short = mode == "decisions" and self.reply_tokens is None and self.limit_field not in self.extra_body
+        return self.sampling(mode) | ({self.limit_field: DECISION_TOKENS} if short else {})
+
+    def most_tokens(self, mode: str) -> int:
+        """Tokens that a reply may have, thoughts included."""
+        limit = self.request(mode)[self.limit_field]
+        return limit if isinstance(limit, int) else 1
 
     def messages(self, question: Question, order: tuple[int, ...], template: Template) -> list[dict[str, str]]:
         """The chat. A template's answer_prefix is the start of the assistant's turn: many servers go on from there, some
@@ -293,7 +319,7 @@ class Connection:
     async def ask(self, messages: list[dict[str, str]], mode: str) -> Reply:
         """One reply. Raises CallFailed, Stopped when the budget lets nothing leave, EndpointError when the endpoint refuses
         for a reason that holds for every call."""
-        body = self.endpoint.sampling(mode) | {"model": self.endpoint.model, "messages": messages}
+        body = self.endpoint.request(mode) | {"model": self.endpoint.model, "messages": messages}
         try:
             # `post` rather than `chat.completions.create`: the same path through the client without building typed objects,
             # which would take as long as everything else together and refuse replies that only lack a field.

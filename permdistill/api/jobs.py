@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from permdistill.api.answers import final_answer, plain
 from permdistill.api.endpoint import FREE, Endpoint, Prices
 from permdistill.api.replies import Replies, content_key
 from permdistill.lessons import Draws
-from permdistill.orders import ENUMERATED, MIN_OPTIONS, all_orders
-from permdistill.prompts import Template
+from permdistill.orders import ENUMERATED, MIN_OPTIONS, all_orders, apply
+from permdistill.prompts import LOW_MASS, Template, forms
 from permdistill.questions import Question
 
 CHAT_TOKENS = 32  # of a chat template around the message, about; for estimates only
@@ -89,8 +90,9 @@ def calls_in_orders(questions: Sequence[Question], orders: np.ndarray | None = N
 class Job:
     """What is asked of whom, and how. The same job finds its replies in any store again.
 
-    mode   decisions or logprobs
-    tries  replies to one call that may name no option before it counts as failed
+    mode      decisions, answer or logprobs
+    tries     replies to one call that may name no option before it counts as failed
+    variants  whether the forms of a label that are listed ("A", " A", "(A", "a") count together; both are in the store
     """
 
     endpoint: Endpoint
@@ -98,6 +100,7 @@ class Job:
     calls: Sequence[Call]
     mode: str = "decisions"
     tries: int = 3
+    variants: bool = True
 
     def __post_init__(self) -> None:
         self.endpoint.sampling(self.mode)
@@ -118,6 +121,8 @@ class Job:
         for number in range(self.tries):
             if number == len(known):
                 model, sampling = self.endpoint.model_key, self.endpoint.sampling(self.mode)
+                if self.mode == "answer":
+                    sampling["read"] = "answer"  # the same request may be one for a decision
                 known.append(content_key(call.question, call.order, self.template, model, sampling, call.draw, number))
             yield known[number]
 
@@ -132,9 +137,9 @@ class Job:
             row = store.get(key)
             if row is None:
                 return None, key
-            if answers(row):
+            if answers(row) and ("log_probs" not in row or self.by_position(row).any()):
                 return row, None
-            if row.get("failed") == NO_LABEL_LISTED:
+            if row.get("failed", NO_LABEL_LISTED) == NO_LABEL_LISTED:
                 return None, None  # the next reply would list the same
         return None, None
 
@@ -168,17 +173,37 @@ class Job:
         record = {"id": call.question.id, "order": list(call.order), "draw": call.draw}
         if row is None:
             return record | {"decision": None} if key is None else None
-        if self.mode == "decisions":
+        if self.mode != "logprobs":
             return record | {"decision": call.order[row["position"]]}
-        return record | {"probabilities": [0.0 if v is None else math.exp(v) for v in row["log_probs"]]}
+        return record | {"probabilities": self.by_position(row).tolist()}
+
+    def read(self, choice: dict[str, Any], call: Call) -> dict[str, Any]:
+        """What a reply says, as the store keeps it: see the functions that read, below."""
+        labels, options = self.template.words(len(call.order)), apply(call.order, call.question.options)
+        if self.mode == "decisions":
+            return read_decision(choice, labels, options)
+        if self.mode == "answer":
+            return read_answer(choice, labels, options)
+        found, others = read_logprobs(choice, labels), other_forms(choice, labels)
+        if others and found.get("failed") == NO_LABEL_LISTED:
+            found = {"log_probs": [None] * len(labels)}
+        return found if "failed" in found else found | others
+
+    def by_position(self, row: dict[str, Any]) -> np.ndarray:
+        """Probabilities of the labels by position, before renormalisation, 0 where a label is not listed: (option,)."""
+        own = np.array([-np.inf if value is None else value for value in row["log_probs"]])
+        if self.variants and "others" in row:
+            own = np.logaddexp(own, [-np.inf if value is None else value for value in row["others"]])
+        return np.minimum(np.exp(own), 1.0)
 
     def failure(self, store: Replies, call: Call) -> str:
         """Why a call failed for good, according to the store."""
         rows = [row for key in self.keys(call) if (row := store.get(key)) is not None]
-        return f"{rows[-1]['failed']} in {len(rows)} repl{'y' if len(rows) == 1 else 'ies'}"
+        return f"{rows[-1].get('failed', NO_LABEL_LISTED)} in {len(rows)} repl{'y' if len(rows) == 1 else 'ies'}"
 
 
 NO_OPTION, NO_LOGPROBS, NO_LABEL_LISTED = "no option named", "no logprobs given", "no label among the top logprobs"
+CUT = "cut before its end"
 
 
 def answers(row: dict[str, Any]) -> bool:
@@ -191,10 +216,12 @@ def answers(row: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job will ask, before it is asked. Without retries and second tries; tokens are an estimate.
+    """What a job will ask, before it is asked. Without retries and second tries; tokens are an estimate, those of replies
+    the most that they may have.
 
     stored  calls that the store answers already (or has given up)
     calls   calls to make
+    mass    see :func:`label_mass`
     """
 
     items: int
@@ -203,12 +230,14 @@ class Plan:
     prompt_tokens: int
     completion_tokens: int
     cost: float
+    mass: float | None = None
 
     def __str__(self) -> str:
+        known = "" if self.mass is None else f"\nlabel mass of the replies in the store {said_mass(self.mass)}"
         return (
             f"{self.items} items, {self.stored + self.calls} calls: {self.stored} in the store, {self.calls} to make\n"
             f"about {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens, cost {self.cost:.4f} "
-            "(without retries)"
+            f"(without retries){known}"
         )
 
 
@@ -220,43 +249,121 @@ def plan(job: Job, store: Replies, prices: Prices = FREE, count_tokens: Callable
     for call in todo.values():
         chat = job.endpoint.messages(call.question, call.order, job.template)
         prompt += CHAT_TOKENS + sum(count(message["content"]) for message in chat)
-    items = len({call.question.id for call in job.calls})
-    return Plan(items, len(job.calls) - len(todo), len(todo), prompt, len(todo), prices.cost(prompt, len(todo)))
+    items, replies = len({call.question.id for call in job.calls}), len(todo) * job.endpoint.most_tokens(job.mode)
+    stored, cost = len(job.calls) - len(todo), prices.cost(prompt, replies)
+    return Plan(items, stored, len(todo), prompt, replies, cost, label_mass(job, store))
+
+
+def label_mass(job: Job, store: Replies) -> float | None:
+    """How much of the probability the labels get, as far as the store's replies to the job tell: the mean over the replies
+    with logprobs; otherwise the share of replies that name an option. None without replies."""
+    rows = [row for call in job.calls for key in job.keys(call) if (row := store.get(key)) is not None]
+    found = [float(job.by_position(row).sum()) if "log_probs" in row else float(answers(row)) for row in rows]
+    return float(np.mean(found)) if found else None
+
+
+def unlisted(job: Job, row: dict[str, Any]) -> float:
+    """How wrong the renormalised probabilities of a reply may be (total variation) because labels are not listed, which
+    count as 0: each form of theirs has the least listed at most."""
+    values = job.by_position(row)
+    absent = (values == 0).sum() * math.exp(row["floor"]) * (len(forms("A")) if job.variants else 1)
+    return float(absent / (values.sum() + absent))
+
+
+def said_mass(mass: float) -> str:
+    """The label mass for people, with what to do where it is low."""
+    fix = "; the model wants to say something else: another --template, or --mode answer" if mass < LOW_MASS else ""
+    return f"{mass:.2f}{fix}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reading a reply
 
 
-def read_decision(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """{"position": k} if the reply is the k-th label and nothing else but white space, brackets and punctuation around it;
-    otherwise {"failed": reason}. "a" is no "A", and "The answer is B." names nothing: reading prose would be guessing."""
+_AROUND = " \t\r\n()[].:,;*\"'`"
+_ENDS = ("stop", "eos", "eos_token", "end_turn")  # finish_reason of a reply that the model ended
+
+
+def ended(choice: dict[str, Any]) -> bool:
+    """Whether the model ended the reply, not a limit or a stop string (which vLLM names)."""
+    return choice.get("finish_reason") in _ENDS and not isinstance(choice.get("stop_reason"), str)
+
+
+def read_decision(choice: dict[str, Any], labels: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
+    """{"position": k} if the whole reply is the k-th label with white space, brackets and punctuation around it, or this
+    label, a mark, and the text of its own option (by position), which may be cut; otherwise {"failed": reason}.
+
+    A label that was cut off may be the start of a word: "A" of "A trout swims, so it is B", "C." of "C. elegans". "a" is no
+    "A", and "The answer is B." names nothing: :func:`read_answer` reads prose.
+    """
     text = choice["message"].get("content")
-    named = text.strip(" \t\r\n()[].:,;*\"'`") if isinstance(text, str) else ""
+    named = text.strip(_AROUND) if isinstance(text, str) else ""
     bare = [label.strip() for label in labels]
-    return {"position": bare.index(named)} if named in bare else {"failed": NO_OPTION}
+    if named in bare:
+        return {"position": bare.index(named)} if ended(choice) else {"failed": CUT}
+    texts = [_folded(option) for option in options]
+    for position, (label, own) in enumerate(zip(bare, texts, strict=False)):
+        rest = named.removeprefix(label)
+        if rest == named or rest[:1] not in set(_AROUND) - set(" ,;'"):
+            continue
+        whole, said = _folded(named), _folded(rest)
+        if any(other.startswith(whole) or whole.startswith(other) for other in texts if other != own):
+            continue  # "B. subtilis" may be the second option, or the text of another one
+        begun = said and not ended(choice) and own.startswith(said)
+        if said == own or (begun and (len(said) > 3 or not own[len(said)].isalnum())):
+            return {"position": position}
+    return {"failed": NO_OPTION}
+
+
+def _folded(text: str) -> str:
+    return plain(text).strip(_AROUND).casefold()
+
+
+def read_answer(choice: dict[str, Any], labels: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
+    """{"position": k, "rule": which} by the rules of :mod:`permdistill.api.answers`, or {"failed": reason}. What was cut has
+    no end, and so no final answer. ``options`` by position."""
+    text = choice["message"].get("content")
+    if not ended(choice):
+        return {"failed": CUT}
+    position, why = final_answer(text if isinstance(text, str) else "", labels, options)
+    return {"failed": why} if position is None else {"position": position, "rule": why}
 
 
 def read_logprobs(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """{"log_probs": [by position, null where the label is not listed], "floor": the least listed}, or {"failed": reason}.
 
-    A label is read where it stands as in the template (" A" is not "A"), as a white-box teacher reads it. What is above 0 by
-    more than rounding is no log-probability.
+    A label is read where it stands as in the template (" A" is not "A"), as a white-box teacher reads it;
+    :func:`other_forms` reads the rest. What is above 0 by more than rounding is no log-probability.
     """
+    if (listed := _listed(choice)) is None:
+        return {"failed": NO_LOGPROBS}
+    values = [listed.get(label) for label in labels]
+    if all(value is None for value in values):
+        return {"failed": NO_LABEL_LISTED}
+    return {"log_probs": values, "floor": min(listed.values())}
+
+
+def other_forms(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """{"others": [by position, what other forms of the label (:func:`permdistill.prompts.forms`) have together, null for
+    none]}, {} where no label has any: " A" of -0.05 beside "B" of -3.2 is an A."""
+    listed = _listed(choice) or {}
+    by_label = [[listed[form] for form in forms(label)[1:] if form in listed and form not in labels] for label in labels]
+    summed = [min(float(np.logaddexp.reduce(own)), 0.0) if own else None for own in by_label]
+    return {"others": summed, "floor": min(listed.values())} if any(by_label) else {}
+
+
+def _listed(choice: dict[str, Any]) -> dict[str, float] | None:
+    """{token: log-probability} of a reply's first token, None where there is none or one is impossible."""
     try:
         first = choice["logprobs"]["content"][0]
         listed = {top["token"]: top["logprob"] for top in (*first["top_logprobs"], first)}
         if not all(isinstance(token, str) for token in listed) or any(isinstance(value, bool) for value in listed.values()):
-            return {"failed": NO_LOGPROBS}
+            return None
         if any(value > 1e-3 for value in listed.values()):
-            return {"failed": NO_LOGPROBS}
-        finite = {token: min(float(value), 0.0) for token, value in listed.items() if math.isfinite(value)}
+            return None
+        return {token: min(float(value), 0.0) for token, value in listed.items() if math.isfinite(value)} or None
     except (KeyError, TypeError, IndexError, ValueError, OverflowError):
-        return {"failed": NO_LOGPROBS}
-    values = [finite.get(label) for label in labels]
-    if all(value is None for value in values):
-        return {"failed": NO_LABEL_LISTED}
-    return {"log_probs": values, "floor": min(finite.values())}
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -298,7 +405,7 @@ def drawn(job: Job, store: Replies, partial: bool = False) -> Drawn:
 
     A draw that failed for good is -1. Raises MissingReplies when a draw is still to be asked, unless ``partial``.
     """
-    _expect(job, "decisions")
+    _expect(job, "decisions", "answer")
     items = _by_item(job)
     rows = [[job.found(store, call) for call in calls] for calls in items]
     lacking = [calls[0].question.id for calls, own in zip(items, rows, strict=True) if any(key for _, key in own)]
@@ -327,20 +434,18 @@ def probabilities(job: Job, store: Replies) -> tuple[np.ndarray, float]:
             continue
         own = np.empty((len(calls), len(calls[0].order)))
         for p, call, row in zip(own, calls, answered, strict=True):
-            values = np.array([-np.inf if value is None else value for value in row["log_probs"]])
-            p[list(call.order)] = np.exp(values - values.max())
-            absent = np.isinf(values).sum() * np.exp(row["floor"] - values.max())
-            worst = max(worst, absent / (p.sum() + absent))
+            p[list(call.order)] = job.by_position(row)
             p /= p.sum()
+            worst = max(worst, unlisted(job, row))
         P.append(own)
     if lacking:
         raise _missing(job, store, lacking, len(items))
     return np.stack(P), float(worst)
 
 
-def _expect(job: Job, mode: str) -> None:
-    if job.mode != mode:
-        raise ValueError(f"the job's mode is {job.mode!r}, these arrays are made of {mode!r}")
+def _expect(job: Job, *modes: str) -> None:
+    if job.mode not in modes:
+        raise ValueError(f"the job's mode is {job.mode!r}, these arrays are made of {' or '.join(map(repr, modes))}")
 
 
 def _missing(job: Job, store: Replies, names: list[str], n: int) -> MissingReplies:

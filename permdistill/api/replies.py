@@ -205,13 +205,16 @@ def _parsed(text: bytes) -> dict[str, Any]:
             texts.append(line["failed"])
         elif kind == "position":
             counts.append(line["position"])
+            texts.append(line.get("rule", ""))
             if line["position"] >= len(line.get("order", "ABCDEF")):
                 raise ValueError("position")
         else:
-            listed = [value for value in line["log_probs"] if value is not None]
+            others = line.get("others", [None] * len(line["log_probs"]))
+            listed = [value for value in (*line["log_probs"], *others) if value is not None]
             if not all(isinstance(value, (int, float)) and -math.inf < value <= 0 for value in (*listed, line["floor"])):
                 raise ValueError("log_probs")
-            if not listed or len(line["log_probs"]) != len(line.get("order", line["log_probs"])):
+            sizes = {len(line["log_probs"]), len(others), len(line.get("order", others))}
+            if not listed or len(sizes) > 1:
                 raise ValueError("log_probs")
     else:
         texts.append(line["void"] if "void" in line else line["free"])

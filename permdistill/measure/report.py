@@ -23,6 +23,7 @@ from permdistill.measure.pairs import rates
 from permdistill.measure.records import Block, Records, with_answers
 from permdistill.measure.tally import RESAMPLED, Tally, mean_of, share_of
 from permdistill.orders import LETTERS
+from permdistill.prompts import LOW_MASS
 from permdistill.questions import Question
 
 
@@ -102,7 +103,11 @@ class Report:
         if mass.any():
             of = np.bincount(records.item, mass, minlength=len(t.n))
             got = np.bincount(records.item, np.where(mass, records.mass, 0.0), minlength=len(t.n))
-            note = "the rest went to other tokens and is shared out" if got.sum() < 0.95 * of.sum() else ""
+            share, note = got.sum() / of.sum(), ""
+            if share < LOW_MASS:
+                note = "the judge wants to say something else: score with another template, --template-args or --variants"
+            elif share < 0.95:
+                note = "the rest went to other tokens and is shared out"
             add("label mass", share_of(got, of, counts=False), note=note)
         return lines
 
