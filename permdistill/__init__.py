@@ -1,14 +1,16 @@
 """Permutation debiasing of language models, and its distillation into compact students. The modules are the interface;
-:class:`permdistill.students.Student` is at hand as ``permdistill.Student``."""
+:class:`permdistill.students.Student` is at hand as ``permdistill.Student``, :func:`permdistill.measure.explore.explore` as
+``permdistill.explore``."""
 
+from importlib import import_module
 from typing import Any
 
 from permdistill import _moved as _moved
 
+_LAZY = {"Student": "permdistill.students", "explore": "permdistill.measure.explore"}  # loaded when asked for: torch takes long
+
 
 def __getattr__(name: str) -> Any:
-    if name == "Student":  # loaded when asked for: torch takes seconds
-        from permdistill.students import Student
-
-        return Student
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'permdistill' has no attribute {name!r}")
