@@ -7,7 +7,8 @@ from typing import Any
 
 from permdistill import _moved as _moved
 
-_LAZY = {"Student": "permdistill.students", "explore": "permdistill.measure.explore"}  # loaded when asked for: torch takes long
+# Loaded when asked for: torch takes seconds.
+_LAZY = {"Student": "permdistill.students", "explore": "permdistill.measure.explore"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 
 REJECTED = 3  # exit status when a gate's threshold is passed
 # Of formats.FORMATS, for the help text: a test holds the two together.
@@ -18,8 +20,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--questions", help="file with id and answer (and k or options): adds how often the judge is right")
     add("--format", choices=FORMATS, help="whose files they are; records: the package's own (default: as the content looks)")
     add("--complete", action="store_true", help="leave out items with a failed verdict or a missing order")
-    add("--all", action="store_true", help="each position, and every debiaser and metric, too")
+    add("--all", action="store_true", help="every measure, each position, every debiaser and metric, too")
     add("--csv", help="write every debiaser and metric to this file")
+    add("--html", help="write all of it to this file: one page, offline, printable")
     add("--max-flip-rate", type=float, help=f"exit with status {REJECTED} when the interval lies above this share")
     text = f"exit with status {REJECTED} when a position's share lies further from even than this, interval and all"
     add("--max-position-preference", type=float, help=text)
@@ -36,6 +39,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{report.everything()}")
     if args.csv:
         report.table.to_csv(args.csv, index=False)
+    if args.html:
+        from permdistill.measure.document import document
+
+        sources = [*args.records, *([args.questions] if args.questions else [])]
+        page = document(report, sources, shlex.join(["permdistill", *args.typed]))
+        Path(args.html).write_text(page, encoding="utf-8")
     if rejected := report.rejected:
         print("\n".join(["", *(f"rejected: {reason}" for reason in rejected)]), file=sys.stderr)
         sys.exit(REJECTED)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from permdistill.debias import broadcast, check_orders
+from permdistill.debias import broadcast, check_orders, check_scores
 from permdistill.files import replacing
 from permdistill.measure.page import Cells, Shown, embedded, filled
 from permdistill.measure.records import Block
@@ -76,25 +76,30 @@ def explore(
         labels = [label.strip() for label in task.template.labels]
         title = title or f"{scored.teacher} on {task.name}: every order"
     P = np.asarray(scored if task is None else scored.P, dtype=float)
-    if not questions or P.ndim != 3 or len(questions) != len(P) or len(tasks or questions) != len(P):
-        raise ValueError(f"scores of shape {P.shape} for {len(questions or ())} questions: give (item, order, option) and them")
+    questions = questions or ()
+    if P.ndim != 3 or not len(P) or len(questions) != len(P) or len(tasks or questions) != len(P):
+        raise ValueError(
+            f"scores of shape {P.shape}, {len(questions)} questions: give (item, order, option), a question an item"
+        )
     if wrong := [q.id for q in questions if len(q.options) != P.shape[2]]:
-        raise ValueError(f"scores of {P.shape[2]} options, {len(wrong)} questions (first: {wrong[0]!r}) have another number")
+        raise ValueError(f"scores of {P.shape[2]} options: {wrong[0]!r} and {len(wrong) - 1} more questions have others")
     P, orders = check_orders(P, all_orders(P.shape[2]) if orders is None else orders)
-    known = {}
-    for name, student in (students or {}).items():
-        whole = np.asarray(student, dtype=float)
-        known[name] = broadcast(whole, P.shape[1]) if whole.ndim == 2 else whole
-        if known[name].shape != P.shape:
-            raise ValueError(f"student {name!r}: scores of shape {whole.shape}, the teacher's are {P.shape}")
-    answers = np.array([-1 if q.answer is None else q.answer for q in questions])
-    shown = [
-        Shown(q.id, q.question, q.options, q.context, member)
-        for q, member in zip(questions, tasks or [""] * len(P), strict=True)
-    ]
-    cells = Cells()
+    known = {name: _like(P, name, student) for name, student in (students or {}).items()}
+    members = tasks or [""] * len(P)
+    shown = [Shown(q.id, q.question, q.options, q.context, task) for q, task in zip(questions, members, strict=True)]
+    answers, cells = np.array([-1 if q.answer is None else q.answer for q in questions]), Cells()
     cells.add(Block(np.arange(len(P)), np.broadcast_to(orders, (len(P), *orders.shape)), P, answers), shown, known)
     cells.weigh(P, orders)
     about = f"{len(P)} question{'s' * (len(P) > 1)} of {P.shape[2]} options, each in {P.shape[1]} orders."
-    data = {"about": about, "note": note, "labels": labels, "students": list(known), "sets": cells.sets, "items": cells.items}
-    return Explorer(filled("explore.html", title=escape(title or "Every order of every question"), data=embedded(data)), about)
+    data: dict[str, Any] = {"about": about, "note": note, "labels": labels, "students": list(known)}
+    data |= {"sets": cells.sets, "items": cells.items}
+    title = escape(title or "Every order of every question")
+    return Explorer(filled("explore.html", title=title, data=embedded(data)), about)
+
+
+def _like(P: np.ndarray, name: str, student: np.ndarray) -> np.ndarray:
+    """A student's scores in the shape of the teacher's. Raises ValueError where they do not fit."""
+    own = check_scores(broadcast(student, P.shape[1]) if np.ndim(student) == 2 else student)
+    if own.shape != P.shape:
+        raise ValueError(f"student {name!r}: scores of shape {np.shape(student)}, the teacher's are {P.shape}")
+    return own

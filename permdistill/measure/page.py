@@ -89,7 +89,7 @@ class Cells:
         return self.known[key]
 
     def weigh(self, P: np.ndarray, orders: np.ndarray) -> None:
-        """Give the set of ``orders`` (order, K) the prior-matching weights of P (item, order, option), where there are any."""
+        """Give ``orders`` (order, K) the prior-matching weights of P (item, order, option), where there are any."""
         try:
             weights = prior_weights(to_positions(P, orders).reshape(-1, P.shape[2])).tolist()
         except ValueError:

@@ -13,6 +13,10 @@ function element(tag, attributes, ...children) {
 }
 
 const UNIT = 1e5; // probabilities come as whole numbers of 1/UNIT; -1: the verdict failed
+const READ = {
+  position: "A column a position; cells name the option that stood there. A full column is a preference for a position.",
+  option: "A column an option; cells name the label that it had. Without bias all rows are alike.",
+};
 const percent = share => (100 * share).toFixed(share > 0 && share < 0.0095 ? 1 : 0) + "%";
 const unseen = text => element("span", {class: "hidden"}, text);
 
@@ -55,8 +59,5 @@ function grid(item, set, labels, view, chosen, choose) {
     }
     body.append(line);
   });
-  const what = byPosition
-    ? "A column a position; cells name the option that stood there. A full column is a preference for a position."
-    : "A column an option; cells name the label that it had. Without bias all rows are alike.";
-  return element("table", {class: "grid"}, element("caption", {}, what), element("thead", {}, head), body);
+  return element("table", {class: "grid"}, element("caption", {class: "hidden"}, READ[view]), element("thead", {}, head), body);
 }
