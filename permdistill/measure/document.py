@@ -206,7 +206,8 @@ def _plotted(own: pd.DataFrame, k: int, report: Report) -> str:
     lines, start = [], x(own[name].iloc[0])
     for row in own.itertuples():
         value, *reach = (getattr(row, column) for column in columns)
-        marks = f'<line class="even" x1="{start:.1f}" x2="{start:.1f}" y1="0" y2="22"/>{_reach(x(reach[0]), x(reach[1]), x(value), 11)}'
+        marks = f'<line class="even" x1="{start:.1f}" x2="{start:.1f}" y1="0" y2="22"/>'
+        marks += _reach(x(reach[0]), x(reach[1]), x(value), 11)
         svg = f'<svg viewBox="0 0 220 22" width="220" height="22" aria-hidden="true">{marks}</svg>'
         cells = [escape(str(row.Index)), f"{row.calls:g}"]
         if name == "accuracy":

@@ -47,8 +47,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "",
         f'<tr><th scope="row">{shown(first)}</th>{"".join(f"<td>{shown(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{said}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    said = f'<p class="quiet">{escape(caption)}</p>' if caption else ""
+    return f'{said}<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 @dataclass(frozen=True)
