@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,16 @@ def embedded(data: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()  # half a character, as JSON writes it
 
 
-def filled(template: str, **parts: str) -> str:
-    """``web/<template>`` with {{look}} and {{grid}}, and each {{name}} of ``parts``, which are HTML already."""
+def filled(template: str | Path, **parts: str) -> str:
+    """A template, of ``web/`` or of a path, {{look}}, {{grid}} and each {{name}} of ``parts`` filled in (HTML already)."""
     web = files("permdistill.measure") / "web"
     own = {"look": "look.css", "grid": "grid.js"}
+    source = template if isinstance(template, Path) else web / template
 
     def part(found: re.Match[str]) -> str:
         return parts[found[1]] if found[1] in parts else (web / own[found[1]]).read_text(encoding="utf-8")
 
-    return re.sub(r"\{\{(\w+)\}\}", part, (web / template).read_text(encoding="utf-8"))
+    return re.sub(r"\{\{(\w+)\}\}", part, source.read_text(encoding="utf-8"))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", plain: bool = True) -> str:

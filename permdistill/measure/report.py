@@ -158,7 +158,12 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Which way the judge leans, how often the order decides, and what averaging gains, a sentence each."""
+        """Which way the judge leans, how often the order decides, and what averaging gains."""
+        return " ".join(self.sentences)
+
+    @property
+    def sentences(self) -> list[str]:
+        """Those of the verdict."""
         parts, lean = [], self.leaning
         if lean is not None:
             where = {0: "the first answer", lean.K - 1: "the last answer"}.get(lean.position, f"position {lean.label}")
@@ -180,7 +185,7 @@ class Report:
         if (gain := self.gain).value == gain.value:
             does = "gains" if gain.low > 0 else "changes accuracy by"
             parts.append(f"Averaging the orders {does} {gain.percent().replace(' [', ' points [', 1)}.")
-        return " ".join(parts)
+        return parts
 
     @property
     def header(self) -> str:
@@ -212,7 +217,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = self._rows(headline=True)
-        return "\n".join([self.verdict, "", self.header, "", *rows, *([""] + self.hints if self.hints else [])])
+        return "\n".join([*self.sentences, "", self.header, "", *rows, *([""] + self.hints if self.hints else [])])
 
     def _rows(self, headline: bool) -> list[str]:
         width = max(len(line.name) for line in self.lines)

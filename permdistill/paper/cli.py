@@ -121,6 +121,12 @@ def _results(args: argparse.Namespace) -> None:
     results.write()
 
 
+def _site(args: argparse.Namespace) -> None:
+    from permdistill.paper import site
+
+    print(site.write(args.build))
+
+
 def _manifest(args: argparse.Namespace) -> None:
     from permdistill.paper import manifest
 
@@ -181,6 +187,10 @@ def parser() -> argparse.ArgumentParser:
 
     text = "bring figures/README.md and the README's table up to date with figures/*.csv"
     commands.add(found, "results", _results, text, f"{program} results")
+
+    text = "executed notebooks, the explorer and a report as static pages: BUILD/site"
+    command = commands.add(found, "site", _site, text, f"{program} site build")
+    command.add_argument("build", metavar="BUILD")
 
     text = "what was run, on what, and what came of it: BUILD [--measure NAME -- COMMAND ..]"
     command = commands.add(found, "manifest", _manifest, text, f"{program} manifest build")
