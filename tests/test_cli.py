@@ -87,7 +87,7 @@ def test_errors_are_one_message_before_any_scoring(planted, questions, tmp_path)
 
 
 CORE = ("score", "audit", "measure", "ask", "sweep")
-PAPER = ("plan", "fetch", "score", "audit", "students", "manifest")
+PAPER = ("plan", "fetch", "score", "audit", "students", "site", "manifest")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from permdistill.measure.report import HEADLINE, measure
 from permdistill.orders import LETTERS, all_orders, cyclic_orders, to_positions
 from permdistill.paper import experiments
 from permdistill.paper import site as pages
+from permdistill.paper.tasks import TASKS
 from permdistill.questions import Question
 
 NASTY = "</script><script>document.title = 'taken'</script><!-- \u2028 & \"quoted\" 'and' {{data}}"
@@ -203,7 +204,7 @@ def test_site_is_static_pages_with_an_index(site, tmp_path):
     assert links == ["01_one.html", "explore.html", "report.html"] and all((site / link).exists() for link in links)
     assert "1. A title</a>" in index and "Does x_k matter?" in index
     assert "<msub><mi>x</mi><mi>k</mi></msub>" in page and "$6." in page and "68.3" in page
-    assert "CC BY-SA 4.0" in (site / "explore.html").read_text(encoding="utf-8")
+    assert f"{TASKS['arc_easy'].licence}." in (site / "explore.html").read_text(encoding="utf-8")
     assert not [
         found for path in site.iterdir() for found in re.findall('(?:src|href)="(http[^"]*)"', path.read_text("utf-8"))
     ]
