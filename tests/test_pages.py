@@ -150,6 +150,14 @@ def test_the_light_is_in_words(tmp_path):
     assert of(judge(300, 0.25)).startswith("Amber") and of(judge(20, 0.4)[::2]).startswith("No light")
 
 
+def test_six_debiasers_cheapest_first_the_average_among_them(tmp_path):
+    page = document(measure(write(tmp_path / "r.jsonl", records_of(leaning(12, 4), all_orders(4)))))
+    shown = page.split("What debiasing buys")[1].split("</table>")[0]
+    names = re.findall('<th scope="row">(.*?)</th><td>([^<]*)</td>', shown)
+    assert len(names) == 6 and names[0] == (debias.BIASED, "1") and (debias.DEBIASED, "24") == names[-1]
+    assert [float(calls) for _, calls in names] == sorted(float(calls) for _, calls in names)
+
+
 def test_every_measure_has_a_definition(tmp_path):
     names = {metric.title for metric in evaluate.METRICS.values()}
     path = write(tmp_path / "j.jsonl", judge(60, 0.5, 0.1, 0.05))
