@@ -153,6 +153,10 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
 paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks (an hour or more on 2 cores)
 	@echo "$(if $(MADE),done,nothing to do): tables and figures are up to date, see $(BUILD)/ and $(BUILD)/manifest.json"
 
+.PHONY: site
+site: $(BUILD)/manifest.json ## executed notebooks, explorer and report as static pages: BUILD/site/index.html
+	$(PAPER) site "$(BUILD)"
+
 .PHONY: plan
 plan: $(INSTALLED) ## what PROFILE takes: questions, tokens, FLOPs, GPU-hours, downloads and disk
 	$(PAPER) plan --profile $(PROFILE)

@@ -35,6 +35,7 @@ def add(commands: Any, name: str, run: Callable[[argparse.Namespace], object], t
 def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     """Parse and run; an error whose message says all that a user needs ends the program with that message alone."""
     args = parser.parse_args(argv)
+    args.typed = list(sys.argv[1:] if argv is None else argv)
     try:
         args.run(args)
     except (ValueError, OSError, LookupError, ImportError, RuntimeError) as error:

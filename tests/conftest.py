@@ -44,3 +44,18 @@ def tiny(hub_folder, monkeypatch):
     yield hub_folder
     for function in cached:
         function.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser (Playwright's interface, the machine's Chromium); without one the test says so and is skipped."""
+    import shutil
+
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no browser test: the package playwright is missing")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no browser test: neither chromium nor google-chrome is installed")
+    with sync_api.sync_playwright() as playwright:  # per module: its event loop is in the way of tests with their own
+        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()

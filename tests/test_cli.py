@@ -98,7 +98,7 @@ def test_numbers_that_make_no_sense_are_refused(planted, questions, tmp_path, wo
 
 
 CORE = ("score", "audit", "measure", "ask", "sweep")
-PAPER = ("plan", "fetch", "score", "audit", "students", "manifest")
+PAPER = ("plan", "fetch", "score", "audit", "students", "site", "manifest")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -72,7 +73,7 @@ def test_own_questions_and_a_student_of_them(tmp_path):
     assert re.match(r"0\.\d+ \[\[0\.\d+ +0\.\d+ +0\.\d+ *\]", shown), shown
     (answer,) = re.findall(rf"^\[({number}) +({number}) +({number}) *\]$", shown, re.M)
     assert sum(map(float, answer)) == pytest.approx(1, abs=1e-4)
-    assert (tmp_path / "my-student" / "permdistill.json").exists()
+    assert (tmp_path / "my-student" / "permdistill.json").exists() and (tmp_path / "explore.html").exists()
 
 
 @pytest.mark.slow
@@ -89,12 +90,19 @@ def test_own_model_and_questions_in_the_notebook(tmp_path):
     assert (tmp_path / "build" / "mine" / "scores" / "smollm2-135m").is_dir()
 
 
+def test_first_minute(tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    done = command_line("README.md", "examples/judge.jsonl", tmp_path)
+    assert done.stdout == blocks("README.md", "text")[0]
+    assert "Red: do not trust a single order" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_scores_from_another_harness(tmp_path):
     several_questions(tmp_path / "mine.jsonl")
     record = json.loads(block("README.md", "json", '"probabilities"'))
     lines = [json.dumps(record | {"id": f"q{i}", "order": order.tolist()}) for i in (1, 2, 3) for order in cyclic_orders(3)]
     (tmp_path / "my-scores.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    command_line("README.md", "permdistill measure", tmp_path)
+    command_line("README.md", "permdistill measure my-scores", tmp_path)
     table = pd.read_csv(tmp_path / "measured.csv").set_index("debiaser")
     # Always the third position: right in one rotation of three, and never the same option twice.
     assert table.loc["biased", ["accuracy", "consistency", "circular"]].tolist() == pytest.approx([1 / 3, 0, 0])

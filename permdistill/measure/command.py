@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,8 +24,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_map(command)
     add("--format", choices=FORMATS, help="whose files they are; records: the package's own (default: as the content looks)")
     add("--complete", action="store_true", help="leave out items with a failed verdict or a missing order")
-    add("--all", action="store_true", help="each position, and every debiaser and metric, too")
+    add("--all", action="store_true", help="every measure, each position, every debiaser and metric, too")
     add("--csv", help="write every debiaser and metric to this file")
+    add("--html", help="write all of it to this file: one page, offline, printable")
     add("--max-flip-rate", type=float, help=f"exit with status {REJECTED} when the interval lies above this share")
     text = f"exit with status {REJECTED} when a position's share lies further from even than this, interval and all"
     add("--max-position-preference", type=float, help=text)
@@ -42,6 +44,13 @@ def run(args: argparse.Namespace) -> None:
     if args.csv:
         with replacing(Path(args.csv)) as part:
             report.table.to_csv(part, index=False)
+    if args.html:
+        from permdistill.measure.document import document
+
+        sources = [*args.records, *([args.questions] if args.questions else [])]
+        page = document(report, sources, shlex.join(["permdistill", *args.typed]))
+        with replacing(Path(args.html)) as part:
+            part.write_text(page, encoding="utf-8")
     if rejected := report.rejected:
         print("\n".join(["", *(f"rejected: {reason}" for reason in rejected)]), file=sys.stderr)
         sys.exit(REJECTED)

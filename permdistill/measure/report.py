@@ -1,7 +1,7 @@
 """What records say about a judge: which way it leans, how often the order decides, how often it is right; a gate for CI.
 
 All of it for whatever orders there are, items with few or many options together; shares carry 95% intervals over items. A
-verdict comes first, then a line a measure, then (``--all``) each position, each debiaser and metric.
+verdict comes first, then six measures, then (``--all``) the others, each position, each debiaser and metric.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from permdistill.measure.tally import RESAMPLED, Tally, mean_of, share_of
 from permdistill.orders import LETTERS
 from permdistill.prompts import LOW_MASS
 from permdistill.questions import Question
+
+HEADLINE = ("first position", "flip rate", "consistency", "ps (TV)", "accuracy", "accuracy of the mean over orders")
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,27 @@ class Report:
         frame = self.positions
         if "share" not in frame or frame.share.isna().all():
             return None
-        return frame.loc[(frame.share - frame.even).abs().idxmax()]
+        return frame.loc[(frame.share - frame.even).abs().round(9).idxmax()]  # of two equally far ones the first
+
+    @cached_property
+    def gain(self) -> Interval:
+        """What averaging adds to the accuracy of the verdicts averaged, paired; NaN where no item allows it."""
+        t = self.tally
+        some = (self.records.answers >= 0) & (t.n - t.failed > 1)
+        return (
+            mean_of(t.averaged[some] - t.right[some] / (t.n - t.failed)[some], counts=False)[0]
+            if some.any()
+            else Interval(*[np.nan] * 3)
+        )
 
     @property
     def verdict(self) -> str:
-        """Which way the judge leans, and how often the order decides, in a sentence or two."""
+        """Which way the judge leans, how often the order decides, and what averaging gains."""
+        return " ".join(self.sentences)
+
+    @property
+    def sentences(self) -> list[str]:
+        """Those of the verdict."""
         parts, lean = [], self.leaning
         if lean is not None:
             where = {0: "the first answer", lean.K - 1: "the last answer"}.get(lean.position, f"position {lean.label}")
@@ -170,7 +188,10 @@ class Report:
             parts.append(
                 f"Another order changes the verdict in {flips.interval.percent().replace(' [', '% [', 1)} of cases."
             )
-        return " ".join(parts)
+        if (gain := self.gain).value == gain.value:
+            does = "gains" if gain.low > 0 else "changes accuracy by"
+            parts.append(f"Averaging the orders {does} {gain.percent().replace(' [', ' points [', 1)}.")
+        return parts
 
     @property
     def header(self) -> str:
@@ -197,12 +218,16 @@ class Report:
             found.append(
                 "no item has verdicts in two orders: ask in a second order (the reverse) to see what the order changes"
             )
+        found += [f"label mass {line}" for line in self.lines if line.name == "label mass" and line.note]
         return found
 
     def __str__(self) -> str:
+        rows = self._rows(headline=True)
+        return "\n".join([*self.sentences, "", self.header, "", *rows, *([""] + self.hints if self.hints else [])])
+
+    def _rows(self, headline: bool) -> list[str]:
         width = max(len(line.name) for line in self.lines)
-        rows = [f"{line.name:<{width}}  {line}" for line in self.lines]
-        return "\n".join([self.verdict, "", self.header, "", *rows, *([""] + self.hints if self.hints else [])])
+        return [f"{line.name:<{width}}  {line}" for line in self.lines if (line.name in HEADLINE) == headline]
 
     @property
     def rejected(self) -> list[str]:
@@ -249,7 +274,7 @@ class Report:
         return frame
 
     def everything(self) -> str:
-        """What ``--all`` adds: positions, and every debiaser and metric."""
+        """What ``--all`` adds: the other measures, positions, and every debiaser and metric."""
         positions = self.positions.copy()
         for name in ("share", "recall"):
             if name in positions:
@@ -257,7 +282,7 @@ class Report:
                 triples = zip(positions[name], low, high, strict=True)
                 positions[name] = [Interval(*t).percent() if t[0] == t[0] else "" for t in triples]
         positions["even"] = [f"{100 * even:.1f}" for even in positions.even]
-        parts = [f"by position\n{positions.to_string(index=False)}"]
+        parts = ["\n".join(self._rows(headline=False)), f"by position\n{positions.to_string(index=False)}"]
         if pairs := rates(self.records):
             width = max(map(len, pairs))
             lines = [f"{name:<{width}}  {Line('', *mean_of(values))}" for name, values in pairs.items()]
@@ -413,7 +438,3 @@ def measure(
     if len(records.ids) < 2 and len(records.k) < 2 and not (records.answers >= 0).any():
         raise ValueError("one record without a gold answer measures nothing: add items, its other orders, or --questions")
     return Report(records, gate or Gate(), dropped)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Command line

@@ -127,6 +127,12 @@ def _withheld(args: argparse.Namespace) -> None:
     withheld.write()
 
 
+def _site(args: argparse.Namespace) -> None:
+    from permdistill.paper import site
+
+    print(site.write(args.build))
+
+
 def _manifest(args: argparse.Namespace) -> None:
     from permdistill.paper import manifest
 
@@ -190,6 +196,9 @@ def parser() -> argparse.ArgumentParser:
 
     text = "note answers and keys of RACE's test questions beside their scores; needs RACE's texts, of the model hub"
     commands.add(found, "withheld", _withheld, text, f"{program} withheld")
+    text = "executed notebooks, the explorer and a report as static pages: BUILD/site"
+    command = commands.add(found, "site", _site, text, f"{program} site build")
+    command.add_argument("build", metavar="BUILD")
 
     text = "what was run, on what, and what came of it: BUILD [--measure NAME -- COMMAND ..]"
     command = commands.add(found, "manifest", _manifest, text, f"{program} manifest build")
