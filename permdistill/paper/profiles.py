@@ -266,7 +266,7 @@ PROFILES = {
         n_others=(350, 150, 10 * 28),
         n_prompts=(80, 5 * 28),
         matrix=True,
-        # About an hour on 2 cores: the small encoder, one seed; the rest is in MATRIX. For summaries the lengths leave all
+        # The small encoder, one seed; an hour on 2 cores. For summaries the lengths leave all
         # heads about the same share of the article, since the joint head's sequence holds two summaries.
         pools=_pools(
             (350, 25 * 28),
@@ -373,6 +373,11 @@ class Cell:
         return names.get(self.tasks, "-".join(self.tasks))
 
 
+def cells_of(settings: Profile, pool: Pool) -> tuple[Cell, ...]:
+    """The students of a pool, taught by the profile's first teacher."""
+    return tuple(Cell(settings.teachers[0], pool.tasks, run) for run in pool.runs)
+
+
 SEEDS = (0, 1, 2)
 _MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
 LENGTH = {"joint": 256, "per_option": 128, "bi_encoder": 128}
@@ -427,6 +432,8 @@ SIZES = {  # the same student, small and large
 # Students that `make paper` does not train, since together they take hours: `make students` does, and their predictions
 # are kept. The first of each part matter most. A cell may belong to several parts.
 MATRIX: dict[str, tuple[Cell, ...]] = {
+    # T2's and T3's.
+    "tables": tuple(cell for pool in PROFILES["full"].pools.values() for cell in cells_of(PROFILES["full"], pool)),
     # The bi-encoder with everything; the other heads where there is something to learn, with the stronger teacher.
     "heads and inputs": tuple(
         _cell(teacher, head=head, training={"seed": seed}, **method)
