@@ -185,6 +185,12 @@ def own_student(k: int) -> Run:
     return Run(StudentConfig("all-MiniLM-L6-v2", "bi_encoder", "plain", k, 256), TrainingConfig(learning_rate=1e-4))
 
 
+def untrained(k: int) -> Run:
+    """:func:`own_student` before it is taught: what the encoder knows by itself."""
+    run = own_student(k)
+    return replace(run, training=replace(run.training, epochs=0))
+
+
 def _bi_encoder(encoder: str, k: int, length: int, training: TrainingConfig, inputs: str = "plain") -> Run:
     return Run(StudentConfig(encoder, "bi_encoder", inputs, k, length), training)
 

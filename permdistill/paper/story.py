@@ -52,13 +52,15 @@ def teachers(t1: pd.DataFrame) -> Words:
             up, down = (debiased.gain_low > 0).sum(), (debiased.gain_high < 0).sum()
             best = debiased.loc[debiased.gain.idxmax()]
             words += f" Averaging gains accuracy on {(debiased.gain > 0).sum()} of {len(debiased)} tasks, with the whole "
-            words += f"interval above 0 on {up} (below 0 on {down}); most on {title(str(best.name))}, {_points(best, 'gain')} points."
+            words += f"interval above 0 on {up} (below 0 on {down}); "
+            words += f"most on {title(str(best.name))}, {_points(best, 'gain')} points."
         lines.append(words)
     published = claims.targets("paper")
     race = published[published.table == "paper_RACE++"].set_index("teacher").value
     before, after = 100 * race["biased teacher"], 100 * race["debiased teacher"]
     paper = f"In the paper, on RACE++, averaging takes a teacher from {before:.1f} to {after:.1f}: a gain of "
-    paper += f"{after - before:.1f} points. RACE is not among the sets that a laptop downloads here; `make paper PROFILE=paper` runs it."
+    paper += f"{after - before:.1f} points. RACE is not among the sets that a laptop downloads here; "
+    paper += "`make paper PROFILE=paper` runs it."
     return _list([*lines, paper, claim("ad")])
 
 
