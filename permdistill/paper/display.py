@@ -122,13 +122,13 @@ def source(scores: str | None = None, students: str = "") -> str:
 
 def contents(scored: Sequence[Scored]) -> pd.DataFrame:
     """What scores were read: by teacher, tasks, questions, prompts, and a fingerprint of the probabilities (sha256 over
-    three digits of each), so that no score can change without a notebook's showing it."""
+    six digits of each), so that no score can change without a notebook's showing it."""
     rows = []
     for teacher in dict.fromkeys(s.teacher for s in scored):
         own = [s for s in scored if s.teacher == teacher]
         digest = sha256()
         for s in own:
-            digest.update(np.round(1000 * s.P).astype(np.int16).tobytes())
+            digest.update(np.round(1e6 * s.P).astype(np.int32).tobytes())
         row = {"teacher": Path(teacher).name, "tasks": len(own), "questions": sum(len(s.P) for s in own)}
         rows.append(row | {"prompts": sum(s.P[..., 0].size for s in own), "fingerprint": digest.hexdigest()[:12]})
     return pd.DataFrame(rows)

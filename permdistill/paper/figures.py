@@ -127,8 +127,8 @@ def _label(task: str) -> str:
 def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: Any) -> None:
     """Points with 95% intervals, in points of 100, at heights y."""
     value, low, high = (100 * frame[c].to_numpy() for c in (name, f"{name}_low", f"{name}_high"))
-    style = {"fmt": "o", "capsize": 1.5, "lw": 1, "ms": 3.5} | style
-    ax.errorbar(value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], **style)
+    shown: dict[str, Any] = {"fmt": "o", "capsize": 1.5, "lw": 1, "ms": 3.5} | style
+    ax.errorbar(value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], **shown)
 
 
 def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
@@ -330,13 +330,11 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
     for ax, task in zip(axes[0], wholes, strict=True):
         part = systems[systems.task == task]
         for row in part.to_dict("records"):
-            spread = {
-                n: [[100 * (row[n] - row[f"{n}_low"])], [100 * (row[f"{n}_high"] - row[n])]] for n in ("ps", "accuracy")
-            }
-            spread = {n: np.maximum(ends, 0) for n, ends in spread.items()}
-            style = {"fmt": heads.get(row["head"], SHAPES[row["kind"]]), "ms": 4, "lw": 0.8, "capsize": 1.5}
             x, y = 100 * row["ps"], 100 * row["accuracy"]
-            ax.errorbar(x, y, spread["accuracy"], spread["ps"], color=COLOURS[row["kind"]], **style)
+            halves = [(100 * row[f"{n}_low"], 100 * row[f"{n}_high"]) for n in ("accuracy", "ps")]
+            spread = [np.maximum([[v - low], [high - v]], 0) for v, (low, high) in zip((y, x), halves, strict=True)]
+            style = {"fmt": heads.get(row["head"], SHAPES[row["kind"]]), "ms": 4, "lw": 0.8, "capsize": 1.5}
+            ax.errorbar(x, y, *spread, color=COLOURS[row["kind"]], **style)
         parts = {"all of T2": "multiple choice (T2)", "all of T3": "SummEval (T3)"}
         ax.set(title=parts.get(task, _label(task)), xlabel="ps (TV x 100)", xlim=(-4, None))
     axes[0, 0].set_ylabel("accuracy (%)")
