@@ -1,4 +1,4 @@
-"""What notebooks show: every cell of a table, words with the numbers, names that hide nothing; and that what is stored holds."""
+"""What notebooks show: all of a table, words with its numbers, names that hide nothing; and that what is stored holds."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _INTERVAL = re.compile(r" \[(-?[\d.]+), (-?[\d.]+)\]")
 _COMMON = ("model", "teacher", "task", "seeds", "n")  # stands above a table in which it is always the same
 _NAMES = {"parameters_millions": "parameters (M)", "n_train": "training questions", "left out before sampling": "left out"}
 _STYLE = [
-    {"selector": "", "props": "border-collapse: collapse; font-size: 12px; margin: 4px 0;"},
+    {"selector": "", "props": "border-collapse: collapse; font-size: 12px; margin: 4px 0; table-layout: auto; width: auto;"},
     {"selector": "th", "props": "text-align: left; padding: 2px 8px; vertical-align: bottom;"},
     {"selector": "td", "props": "text-align: left; padding: 2px 8px; vertical-align: top;"},
 ]
@@ -73,7 +73,7 @@ class Shown:
 def _cell(value: object) -> str:
     """Text of a cell: four digits of a number, nothing where there is none, an interval without a break."""
     if isinstance(value, (float, np.floating)):
-        return "" if np.isnan(value) else f"{value:.4g}"
+        return "" if np.isnan(value) else f"{float(f'{value:.4g}'):,g}"
     return "" if value is pd.NA or value is None else _INTERVAL.sub("\u00a0[\\1,\u00a0\\2]", str(value))
 
 

@@ -1,9 +1,9 @@
-"""The paper's figures, one function each: tables or scores -> a matplotlib Figure, for a page of two columns: 7 inches
-wide or 3.3, text of at least 7 points, fonts that a PDF keeps as text, shapes and names beside colours."""
+"""The paper's figures, one function each: tables or scores -> a matplotlib Figure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from permdistill import debias, fewcalls
 from permdistill.measure import metrics
 from permdistill.orders import to_positions
 from permdistill.paper import tasks as registry
 from permdistill.paper.experiments import Scored
+from permdistill.paper.style import COLOURS, NAMES, NARROW, SHAPES, SMALL, WIDE, columns_style, logarithmic, write_names
 from permdistill.paper.systems import BIASED as BIASED_TEACHER
 from permdistill.paper.systems import (
     CORRECTION,
@@ -30,32 +30,10 @@ from permdistill.paper.systems import (
     WHITE_BOX,
     Description,
     described,
+    head_title,
     title,
 )
 from permdistill.paper.tables import BIASED, DEBIASED
-
-WIDE, NARROW, SMALL = 7.0, 3.3, 7  # inches of both columns and of one, points of the smallest text
-COLOURS = dict(zip(("teacher", "debiased", "copy", "student"), sns.color_palette("colorblind"), strict=False))
-NAMES = {"teacher": "biased teacher", "debiased": "all-orders average", "copy": "copied decision", "student": "student"}
-SHAPES = {"teacher": "o", "debiased": "s", "copy": "X", "student": "^"}
-
-
-def _style() -> None:
-    sizes = ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
-    rc = {"figure.dpi": 110, "savefig.dpi": 200, "pdf.fonttype": 42, "ps.fonttype": 42, "axes.titlepad": 4}
-    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=rc | dict.fromkeys(sizes, 7.5))
-
-
-def _logarithmic(ax: Axes, ticks: Iterable[float] = (1, 2, 5), base: float = 10) -> None:
-    """A log x axis with plain numbers (exponents would be smaller than the smallest text), as wide as it was set, or else as
-    what is drawn."""
-    low, high = (ax.dataLim.x0 / 1.2, ax.dataLim.x1 * 1.2) if ax.get_autoscalex_on() else ax.get_xlim()
-    ax.set_xscale("log", base=base)
-    ax.set_xlim(low, high)
-    places = [t * 10.0**n for n in range(-4, 5) for t in ticks] if base == 10 else list(ticks)
-    ax.xaxis.set_major_locator(FixedLocator([place for place in places if low <= place <= high]))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _name(what: Description) -> str:
@@ -72,54 +50,6 @@ def _name(what: Description) -> str:
     return ", ".join(word for word in words if word)
 
 
-_SIDES = ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (2, 1), (2, -1), (-2, 1), (-2, -1))
-
-
-def _drawn(ax: Axes) -> np.ndarray:
-    """Places along the lines of a panel, in pixels (place, 2): what a name should not lie on."""
-    share, found = np.linspace(0, 1, 30)[:, None], [np.empty((0, 2))]
-    for line in ax.lines:
-        at = ax.transData.transform(np.asarray(line.get_xydata(), dtype=float))
-        found += [a + share * (b - a) for a, b in zip(at[:-1], at[1:], strict=True)] if line.get_linestyle() == "-" else []
-    return np.concatenate(found)
-
-
-def _names(ax: Axes, x: Any, y: Any, names: Sequence[str]) -> None:
-    """Write each name beside its point, where it hides least: no other name or point, then no line, then near. The last
-    thing done to a figure."""
-    ax.figure.draw_without_rendering()  # from here on the layout is fixed
-    lines, scale = _drawn(ax), ax.figure.dpi / 72
-    points = ax.transData.transform(np.column_stack([x, y]))
-    taken = [Bbox.from_bounds(px - 4 * scale, py - 4 * scale, 8 * scale, 8 * scale) for px, py in points]
-
-    def price(far: float, box: Bbox) -> float:
-        inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
-        crossed = ((lines > box.min) & (lines < box.max)).all(axis=1).sum()
-        return 100 * box.count_overlaps(taken) + 200 * (not inside) + 2 * crossed + far / 4
-
-    for i in np.argsort(-points[:, 1], kind="stable"):
-        (px, py), name = points[i], names[i]
-        width, height = 0.56 * SMALL * scale * len(name), 1.15 * SMALL * scale
-        places = []
-        for far in (6, 10, 15, 20, 28, 38, 50):
-            for dx, dy in _SIDES:
-                left = px + dx * far * scale - (width if dx < 0 else width / 2 if dx == 0 else 0)
-                box = Bbox.from_bounds(left, py + dy * far * scale - height / 2, width, height)
-                places.append((price(far * (1 + abs(dy) / 4), box), (dx * far, dy * far), box))
-        _, offset, box = min(places, key=lambda place: place[0])
-        taken.append(box)
-        style = {
-            "ha": "right" if offset[0] < 0 else "center" if offset[0] == 0 else "left",
-            "va": "center",
-            "fontsize": SMALL,
-        }
-        style["bbox"] = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 0.3}
-        if max(map(abs, offset)) > 9:
-            style["arrowprops"] = {"arrowstyle": "-", "lw": 0.4, "color": "0.4", "shrinkA": 0, "shrinkB": 2}
-        at = ((px - ax.bbox.x0) / ax.bbox.width, (py - ax.bbox.y0) / ax.bbox.height)
-        ax.annotate(name, at, xycoords="axes fraction", xytext=offset, textcoords="offset points", **style)
-
-
 def _label(task: str) -> str:
     return "all tasks" if task == "all" else registry.title(task).replace("all of", "all tasks of")
 
@@ -134,7 +64,7 @@ def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: 
 def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
     """T1 as a picture, a column a teacher. Above: permutation sensitivity by task. Below, where there are gold answers:
     accuracy, biased and debiased."""
-    _style()
+    columns_style()
     teachers, tasks = list(dict.fromkeys(table.teacher)), list(dict.fromkeys(table.task))
     n_rows = 2 if "accuracy" in table else 1
     figure, axes = plt.subplots(
@@ -172,7 +102,7 @@ def one_question(scored: Scored) -> Figure:
     Left by label position: dark stripes are preferences for positions. In the middle the same numbers by option, which an
     unbiased teacher would give in all rows alike. Right their average, which no order changes.
     """
-    _style()
+    columns_style()
     P, k = scored.P[int(np.argmax(metrics.permutation_sensitivity(scored.P)))], scored.task.k
     letters, options = [label.strip() for label in scored.task.template.labels[:k]], [str(i + 1) for i in range(k)]
     panels = (
@@ -200,7 +130,7 @@ def one_question(scored: Scored) -> Figure:
 
 def preferred_positions(scored: Sequence[Scored]) -> Figure:
     """Probability of each label position over all items and orders; an unbiased teacher gives 1/K to each (dashed)."""
-    _style()
+    columns_style()
     rows = [
         {"teacher": s.teacher, "task": s.task.name, "position": label.strip(), "share": 100 * share}
         for s in scored
@@ -225,8 +155,10 @@ def preferred_positions(scored: Sequence[Scored]) -> Figure:
     return figure
 
 
-LINES = {debias.RANDOM_FAMILY: ("random orders", "v"), debias.BLACK_BOX_FAMILY: ("sampled decisions", "x")}
-CALLED = {  # debiasers in few words, and the shape of each kind
+LINES = (debias.RANDOM_FAMILY, debias.BLACK_BOX_FAMILY)
+FAMILIES = {  # of debiasers: in few words, and a shape for each kind
+    debias.RANDOM_FAMILY: ("random orders", "v"),
+    debias.BLACK_BOX_FAMILY: ("sampled decisions", "x"),
     debias.BIASED: ("biased", "o"),
     debias.PRIOR_MATCHING: ("prior-matching", "D"),
     fewcalls.BATCH_CALIBRATION: ("batch calibration", "D"),
@@ -251,14 +183,14 @@ def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> F
     kinds  {title: tasks}: the kind with most tasks is drawn, the mean over its tasks with the interval of that mean, the
            tasks' own intervals taken as independent
     """
-    _style()
+    columns_style()
     kind, tasks = max(kinds.items(), key=lambda item: len(item[1]))
     part = table[table.task.isin(list(tasks))]
     groups = [own for _, own in part.groupby("debiaser", sort=False)]
     families, calls = np.array([own.family.iloc[0] for own in groups]), np.array([own.calls.iloc[0] for own in groups])
-    single = [i for i, family in enumerate(families) if family in CALLED]
+    single = [i for i, family in enumerate(families) if family not in LINES]
     several = [f", {calls[i]:.2g} calls" if (families == families[i]).sum() > 1 else "" for i in single]
-    names = [CALLED[families[i]][0] + more for i, more in zip(single, several, strict=True)]
+    names = [FAMILIES[families[i]][0] + more for i, more in zip(single, several, strict=True)]
     figure, axes = plt.subplots(2, 1, figsize=(WIDE, 5.2), sharex=True, layout="constrained")
     axes[0].set(title=f"{kind}: mean over {len(tasks)} tasks", ylabel="accuracy (%)", xlim=(0.6, 1.6 * calls.max()))
     axes[1].set(xlabel="teacher calls a question", ylabel="ps (TV x 100)")
@@ -266,22 +198,23 @@ def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> F
     for ax, metric in zip(axes, ("accuracy", "ps"), strict=True):
         y = 100 * np.array([own[metric].mean() for own in groups])
         half = 100 * np.array([_half(own, metric) for own in groups])
-        for (family, (called, shape)), colour in zip(LINES.items(), ("0.35", COLOURS["copy"]), strict=True):
+        for family, colour in zip(LINES, ("0.35", COLOURS["copy"]), strict=True):
+            called, shape = FAMILIES[family]
             at = np.flatnonzero(families == family)
             at = at[np.argsort(calls[at])]
             ax.errorbar(calls[at], y[at], half[at], fmt=f"{shape}-", ms=4, lw=1, capsize=1.5, color=colour, label=called)
         for i in single:
             style = {
-                "fmt": CALLED[families[i]][1],
+                "fmt": FAMILIES[families[i]][1],
                 "color": COLOURS["teacher" if families[i] == debias.BIASED else "debiased"],
             }
             ax.errorbar(calls[i], y[i], half[i], ms=4, lw=0.8, capsize=1.5, **style)
-        _logarithmic(ax)
+        logarithmic(ax)
         heights.append(y[single])
     axes[1].set_ylim(-1.5, None)
     axes[0].legend(loc="lower right")
     for ax, y in zip(axes, heights, strict=True):
-        _names(ax, calls[single], y, names)
+        write_names(ax, calls[single], y, names)
     return figure
 
 
@@ -292,7 +225,7 @@ def _half(group: pd.DataFrame, name: str) -> float:
 
 def students(table: pd.DataFrame) -> Figure:
     """T2 or T3 as a picture: accuracy of every system on every task, the biased teacher's as a line."""
-    _style()
+    columns_style()
     table = table.assign(system=[_name(what) if what.kind == "student" else title(what) for what in described(table)])
     tasks, systems = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.system))
     y = np.arange(len(systems))[::-1]
@@ -322,7 +255,7 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
 
     ``systems`` has the columns of the students' tables; of several together, "all" is called "all of <table>".
     """
-    _style()
+    columns_style()
     wholes = [task for task in dict.fromkeys(systems.task) if str(task).startswith("all")]
     size = (WIDE if len(wholes) > 1 else NARROW, 3.4)
     figure, axes = plt.subplots(1, len(wholes), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
@@ -341,7 +274,7 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
     for ax, task in zip(axes[0], wholes, strict=True):
         part = systems[systems.task == task]
         names = [_name(what).removeprefix("MiniLM, ") for what in described(part)]
-        _names(ax, 100 * part.ps, 100 * part.accuracy, names)
+        write_names(ax, 100 * part.ps, 100 * part.accuracy, names)
     return figure
 
 
@@ -350,7 +283,7 @@ def scoring_time(table: pd.DataFrame) -> Figure:
 
     ``table`` is :func:`permdistill.paper.bench.table`'s.
     """
-    _style()
+    columns_style()
     models, workloads, arms = (list(dict.fromkeys(table[name])) for name in ("model", "workload", "arm"))
     y = np.arange(len(arms))[::-1]
     size = (WIDE, 0.5 + 1.2 * len(models))
@@ -374,7 +307,7 @@ def scoring_time(table: pd.DataFrame) -> Figure:
         axes[row, 0].set_ylabel(model)
     axes[0, 0].set_xlim(0.8 * table.ratio_low.min(), 8 * table.ratio_high.max())
     for ax in axes.flat:
-        _logarithmic(ax, (1, 3))
+        logarithmic(ax, (1, 3))
     text = "time a question / the trie's time, from 1 on; in brackets: share of the measured matmul peak"
     figure.supxlabel(text, fontsize=SMALL)
     return figure
@@ -386,7 +319,7 @@ def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> F
     table  :func:`permdistill.paper.ablations.effects` over ``x``, one teacher's
     lines  {name: accuracy} of systems that do not depend on it, drawn as lines
     """
-    _style()
+    columns_style()
     figure, ax = plt.subplots(figsize=(NARROW, 2.5), layout="constrained")
     rows = table.sort_values(x)
     y = 100 * rows.accuracy
@@ -394,10 +327,13 @@ def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> F
     ax.errorbar(rows[x], y, yerr=spread, fmt="o-", capsize=2, lw=1, ms=4, color=COLOURS["student"], label="student")
     for (name, accuracy), style in zip(lines.items(), ("--", "-.", ":"), strict=False):
         ax.axhline(100 * accuracy, color="black", lw=1, ls=style, label=name)
-    _logarithmic(ax, rows[x], 2)
+    logarithmic(ax, rows[x], 2)
     ax.set(xlabel=label, ylabel="accuracy (%)")
     ax.legend(fontsize=SMALL, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
+
+
+_UNTRAINED = "0.55"
 
 
 def _front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -409,47 +345,53 @@ def _front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     """P2: accuracy against what an answer costs, a panel a teacher: seconds a question on one machine, log scale. Up and to
     the left is better. The line is what more orders of the teacher buy, the grey steps the Pareto front. Named are that
-    ladder, prior-matching, and of each method the best student; the others are dots.
+    ladder, prior-matching, and of each method the best student; the others are pale.
 
     systems  :func:`permdistill.paper.cost.of_systems`, over all tasks
     """
-    _style()
+    columns_style()
     teachers = list(dict.fromkeys(systems.teacher))
-    size = (WIDE if len(teachers) > 1 else NARROW, 3.2)
+    size = (WIDE if len(teachers) > 1 else NARROW, 3.6)
     figure, axes = plt.subplots(1, len(teachers), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    labels = []
+    heads, labels = {"joint": "s", "per_option": "o", "bi_encoder": "D"}, []
     for ax, teacher in zip(axes[0], teachers, strict=True):
         own = systems[systems.teacher == teacher].reset_index(drop=True)
-        x, y = own.seconds.to_numpy(), 100 * own.accuracy.to_numpy()
+        x, y, student = own.seconds.to_numpy(), 100 * own.accuracy.to_numpy(), own.kind == "student"
         half = np.maximum([y - 100 * own.accuracy_low, 100 * own.accuracy_high - y], 0)
-        ladder = own.method.isin([BIASED_TEACHER, TWO_ORDERS, debias.CYCLIC, debias.DEBIASED]).to_numpy()
-        taught = own[(own.kind == "student") & (own.method != UNTRAINED)]
-        best = taught.groupby("method").accuracy.idxmax().tolist()
-        named = [*np.flatnonzero(ladder), *np.flatnonzero(own.method == debias.PRIOR_MATCHING), *best]
-        rest = np.setdiff1d(np.arange(len(own)), named)
-        front = _front(x, y)
-        ax.step(x[front], y[front], where="post", color="0.7", lw=2.5, zorder=0, label="Pareto front")
-        ax.plot(x[rest], y[rest], ".", ms=4, color="0.6", label="other systems")
-        steps = np.flatnonzero(ladder)[np.argsort(x[ladder])]
-        ax.plot(x[steps], y[steps], "-", lw=1, color=COLOURS["debiased"], label="the teacher, more orders")
-        for i in named:
-            kind = own.kind[i]
-            style = {"fmt": SHAPES[kind], "ms": 4.5, "lw": 0.8, "capsize": 1.5, "color": COLOURS[kind]}
-            ax.errorbar(x[i], y[i], half[:, [i]], **style | {"mfc": "white" if kind == "student" and own.calls[i] else None})
+        ladder = np.flatnonzero(own.method.isin([BIASED_TEACHER, TWO_ORDERS, debias.CYCLIC, debias.DEBIASED]))
+        best = own[student & (own.method != UNTRAINED)].groupby("method").accuracy.idxmax()
+        named = [*ladder, *np.flatnonzero(own.method == debias.PRIOR_MATCHING), *best]
+        front, steps = _front(x, y), ladder[np.argsort(x[ladder])]
+        ax.step(x[front], y[front], where="post", color="0.8", lw=2.5, zorder=0)
+        ax.plot(x[steps], y[steps], "-", lw=1, color=COLOURS["debiased"])
+        for i, row in own.iterrows():
+            colour = _UNTRAINED if row.method == UNTRAINED else COLOURS[row.kind]
+            style = {"fmt": heads.get(row["head"], "o"), "ms": 4.5, "lw": 0.8, "capsize": 1.5, "color": colour}
+            style |= {"mfc": "white" if student[i] and row.calls else colour, "alpha": 1 if i in named else 0.35}
+            ax.errorbar(x[i], y[i], half[:, [i]], **style)
         labels.append((ax, x[named], y[named], [_name(what) for what in described(own.iloc[named])]))
         ax.set(title=teacher, xlabel="seconds a question", xlim=(systems.seconds.min() / 3, systems.seconds.max() * 8))
-        _logarithmic(ax, (1,))
+        logarithmic(ax, (1,))
     axes[0, 0].set_ylabel("accuracy (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    dot = partial(plt.Line2D, [], [], ls="none")
+    shown = {COLOURS[kind]: name for kind, name in (NAMES | {"debiased": "debiased teacher"}).items()}
+    handles = [
+        dot(marker="o", color=colour, label=name) for colour, name in {**shown, _UNTRAINED: "untrained student"}.items()
+    ]
+    handles += [dot(marker=shape, mfc="none", color="black", label=head_title(head)) for head, shape in heads.items()]
+    handles.append(dot(marker="o", mfc="white", color=COLOURS["student"], label="white: with a teacher's call"))
+    handles.append(plt.Line2D([], [], color=COLOURS["debiased"], label="the teacher, more orders"))
+    handles.append(plt.Line2D([], [], color="0.8", lw=2.5, label="Pareto front"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL)
     for where in labels:
-        _names(*where)
+        write_names(*where)
     return figure
 
 
 def draws(table: pd.DataFrame) -> Figure:
     """F2 on a real server, from :func:`permdistill.paper.tables.draws`: KL of the histogram to the white-box average
     (where there is one) and accuracy (where there are gold answers) against the number of decisions."""
-    _style()
+    columns_style()
     histograms, rest = table[table.draws.notna()], table[table.draws.isna()]
     kinds = [name for name in ("kl", "accuracy") if name in table]
     figure, axes = plt.subplots(1, len(kinds), figsize=(NARROW * len(kinds), 2.7), squeeze=False, layout="constrained")
@@ -470,7 +412,7 @@ def draws(table: pd.DataFrame) -> Figure:
             for value in rest.accuracy:
                 ax.axhline(100 * value, color="black", lw=1, ls="--", label="white-box average")
             ax.set(ylabel="accuracy (%)")
-        _logarithmic(ax, histograms.draws, 2)
+        logarithmic(ax, histograms.draws, 2)
         ax.set(xlabel="decisions a question")
         ax.legend(fontsize=SMALL, loc="lower center", bbox_to_anchor=(0.5, 1))  # above: error bars may be anywhere
     return figure
