@@ -61,7 +61,7 @@ class Shown:
         name = sha256(repr(self).encode()).hexdigest()[:8]  # the same table has the same name in every run
         styler = self.frame.style.hide(axis="index").format(_cell, escape="html").set_table_styles(_STYLE).set_uuid(name)
         small = "<div style='font-size: 12px; margin: 4px 0'>{}</div>"
-        above, note = (small.format(escape(text)) if text else "" for text in (self.above, self.note))
+        above, note = (small.format(escape(text).replace("`", "")) if text else "" for text in (self.above, self.note))
         whole = f"{above}{styler.to_html(cell_ids=False)}{note}" if len(self.frame) else f"{above}<p>None.</p>{note}"
         return f"<details><summary>{escape(self.fold)}</summary>{whole}</details>" if self.fold else whole
 

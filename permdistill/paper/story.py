@@ -104,7 +104,7 @@ def students(table: pd.DataFrame) -> Words:
                 best = rows.loc[rows.accuracy.idxmax()]
                 above, below = (rows.gain_low > 0).sum(), (rows.gain_high < 0).sum()
                 lines.append(
-                    f"{start}{method}, {best.calls} call{'s' * (best.calls != 1)} of the teacher an answer: the best of "
+                    f"{start}{method}, {best.calls} call{'s' * int(best.calls != 1)} of the teacher an answer: the best of "
                     f"{len(rows)} is {best.system} with {_points(best, 'accuracy')}, {_points(best, 'gain')} against the "
                     f"biased teacher. Measurably above it: {above} of {len(rows)}; measurably below: {below}."
                 )
