@@ -132,7 +132,7 @@ NAMES := $(basename $(notdir $(sort $(wildcard $(NOTEBOOKS)/*.ipynb))))
 RUNS := $(foreach name,$(NAMES),$(if $(filter $(POOLED),$(name)),$(POOLS:%=$(name)_%),$(name)))
 EXECUTED := $(RUNS:%=$(BUILD)/notebooks/%.ipynb)
 source = $(NOTEBOOKS)/$(if $(filter $(POOLED)_%,$(1)),$(POOLED),$(1)).ipynb
-pool = $(patsubst $(POOLED)_%,-r pool % -r students $(STUDENTS),$(filter $(POOLED)_%,$(1)))
+pool = $(patsubst $(POOLED)_%,-r students $(STUDENTS) -r pool %,$(filter $(POOLED)_%,$(1)))
 .SECONDEXPANSION:
 
 # The executed copy appears under its name only when every cell has run.

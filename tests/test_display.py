@@ -119,9 +119,9 @@ def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monk
     assert found.ok.all() and found["mean TV"][0] < 1e-5 and found["same answer"][0] == 1
     assert not list((tmp_path / "again").rglob("*.safetensors"))
     _, test = ablations.data("planted", cell.tasks)
-    stored = ablations.answer(cell, folder)
-    _, orders, _, about = experiments.read_predictions(ablations.path(cell, folder))
-    experiments.save_predictions(ablations.path(cell, folder), test, orders, stored.P[..., ::-1], about)
+    _, orders, P, about = experiments.read_predictions(ablations.path(cell, folder))
+    sure = np.eye(P.shape[-1])[np.zeros(P.shape[:2], dtype=int)]
+    experiments.save_predictions(ablations.path(cell, folder), test, orders, sure, about)
     monkeypatch.setitem(profiles.MATRIX, "tables", (cell,))
     with pytest.raises(SystemExit, match="mean TV above 0.05: train the students live"):
         main(["students", "--audit", "--predictions", str(folder), "--work", str(tmp_path / "again")])

@@ -12,7 +12,7 @@ from permdistill import debias, fewcalls
 from permdistill.measure.metrics import Interval
 from permdistill.paper import claims, tables
 from permdistill.paper.display import Words
-from permdistill.paper.systems import CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, described, titled
+from permdistill.paper.systems import CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, described
 from permdistill.paper.systems import title as system_title
 from permdistill.paper.tasks import title
 
@@ -185,13 +185,13 @@ def own(table: pd.DataFrame) -> Words:
     """Of a student of one's own questions, beside the untrained encoder (:func:`permdistill.paper.tables.students`)."""
     if "accuracy" not in table or table.accuracy.isna().all():
         return _list(["Without gold answers nothing can be said about accuracy: look at ps, and at held-out KL in the log."])
-    whole = titled(_all(table)).set_index(_all(table).method)
-    n, taught = int(whole.n.iloc[0]), whole.loc[DISTILLATION]
+    whole = _all(table)
+    n, taught = int(whole.n.iloc[0]), whole[whole.method == DISTILLATION].iloc[-1]
     lines = [
         f"On {n} test questions: biased teacher {_points(whole.iloc[0], 'accuracy')}, student {_points(taught, 'accuracy')}."
     ]
-    if UNTRAINED in whole.index:
-        before = whole.loc[UNTRAINED]
+    if (whole.method == UNTRAINED).any():
+        before = whole[whole.method == UNTRAINED].iloc[-1]
         lines[0] = lines[0][:-1] + f", the same encoder untrained {_points(before, 'accuracy')}."
         if before.accuracy_high >= taught.accuracy_low:
             lines.append(
