@@ -109,6 +109,13 @@ def test_students_are_stored_or_live(cell, tmp_path, monkeypatch):  # noqa: F811
         ablations.students(*over, "maybe")
 
 
+def test_students_of_one_attribute_are_asked_what_those_of_all_are():
+    full = profiles.PROFILES["full"]
+    pool = full.pools["summeval"]
+    assert profiles.n_test(full, pool.tasks) == profiles.n_test(full, pool.tasks[:1]) == pool.n_test == 700
+    assert profiles.n_test(full, ("piqa",)) > 10**6
+
+
 def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monkeypatch):  # noqa: F811
     folder, other = tmp_path / "kept", with_run(cell, draws=2)
     ablations.make([cell, other], folder, tmp_path / "work")

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from transformers.utils import logging
 
 from permdistill.paper import ablations, experiments, tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.systems import titled
 from permdistill.paper.tasks import title
 
+logging.disable_progress_bar()  # of loading weights: seconds, and dead bars in a stored notebook
 _INTERVAL = re.compile(r" \[(-?[\d.]+), (-?[\d.]+)\]")
 _COMMON = ("model", "teacher", "task", "seeds", "n")  # stands above a table in which it is always the same
 _NAMES = {"parameters_millions": "parameters (M)", "n_train": "training questions", "left out before sampling": "left out"}

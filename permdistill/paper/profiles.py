@@ -360,8 +360,8 @@ def repositories(settings: Profile) -> list[Repo]:
 
 
 def n_test(settings: Profile, tasks: Sequence[str]) -> int:
-    """How many test questions of each task students of these tasks are asked: a pool's number, or else all."""
-    return next((pool.n_test for pool in settings.pools.values() if pool.tasks == tuple(tasks)), 10**9)
+    """How many test questions of each task students of these tasks are asked: that of the pool they belong to, or else all."""
+    return next((pool.n_test for pool in settings.pools.values() if set(tasks) <= set(pool.tasks)), 10**9)
 
 
 @dataclass(frozen=True)
