@@ -360,7 +360,7 @@ def repositories(settings: Profile) -> list[Repo]:
 
 
 def n_test(settings: Profile, tasks: Sequence[str]) -> int:
-    """How many test questions of each task students of these tasks are asked: that of the pool they belong to, or else all."""
+    """How many test questions of each task students of these tasks are asked: that of their pool, or else all."""
     return next((pool.n_test for pool in settings.pools.values() if set(tasks) <= set(pool.tasks)), 10**9)
 
 
