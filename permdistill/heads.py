@@ -5,6 +5,9 @@
     per_option  each option in a sequence of its own, one score each, softmax over the options. No sequence depends on the
                 order, so the student is exactly order-equivariant, and an option that occurs in many questions (one summary
                 in many pairs) is scored once.
+    shared_prefix  as per_option, but context and question are read once for all options: they stand before the options of
+                one sequence, and each option sees them and itself, not the other options; nor do they see an option. One
+                score an option, the mean over its tokens. A fraction of the tokens where the context is long.
     bi_encoder  question and options each in a sequence of their own, the cosine of their embeddings times a scale as logit.
                 Exactly order-equivariant too, and the only head that starts from what a sentence encoder already knows.
 
@@ -14,19 +17,29 @@ Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoModelForMultipleChoice, AutoModelForSequenceClassification, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from permdistill.orders import LETTERS
 from permdistill.questions import Question
 
-Row = dict[str, np.ndarray]  # one tokenised sequence: input_ids and, where the encoder has them, token_type_ids
+# One tokenised sequence: input_ids, "option" (1 from the first token of its second text on) and, where the encoder has them,
+# token_type_ids.
+Row = dict[str, np.ndarray]
 
 
 class Text(NamedTuple):
@@ -54,8 +67,9 @@ class Head:
     equivariant  whether no sequence depends on the order: then logits go by option, else by position
     scaled       whether the logits are multiplied by the student's scale
     settings     K -> what the model's configuration has to say
+    packs        whether rows say where their second text begins
     columns      texts -> what the tokenizer takes
-    forward      (one forward pass, sequences) -> outputs, by that pass or by several
+    forward      (one forward pass, sequences) -> outputs, by that pass or by several, or of other sequences made of these
     """
 
     model: Any
@@ -65,6 +79,7 @@ class Head:
     logits: Callable[[torch.Tensor, float], torch.Tensor]
     equivariant: bool = True
     scaled: bool = False
+    packs: bool = False
     settings: Callable[[int], dict[str, Any]] = lambda k: {}
     columns: Callable[[Sequence[Text]], tuple[list[str], ...]] = lambda texts: (
         [text.first for text in texts],
@@ -121,6 +136,72 @@ def _short_and_long(once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequenc
     return outputs[np.argsort(order)]
 
 
+def pack(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
+    """Sequences that begin alike -> one each, with what is the same once and the options one after the other; and where
+    each went: (row, 2), its packed sequence and the number that its tokens have there in "option" (0: the beginning).
+
+    Positions ("place") go on from the beginning in each option, as if it stood there alone.
+    """
+    packed: dict[bytes, list[int]] = {}
+    places = np.empty((len(rows), 2), dtype=np.int64)
+    for i, row in enumerate(rows):
+        beginning = row["input_ids"][row["option"] == 0].tobytes()
+        own = packed.setdefault(beginning, [])
+        own.append(i)
+        places[i] = len(packed) - 1 if len(own) == 1 else places[own[0], 0], len(own)
+    result = []
+    for members in packed.values():
+        first = rows[members[0]]
+        n = int((first["option"] == 0).sum())
+        whole = {name: [values[:n]] + [rows[i][name][n:] for i in members] for name, values in first.items()}
+        whole["option"] = [np.full(len(part), j, dtype=np.int32) for j, part in enumerate(whole["option"])]
+        whole["place"] = [np.arange(len(part), dtype=np.int32) + n * (j > 0) for j, part in enumerate(whole["option"])]
+        result.append({name: np.concatenate(parts) for name, parts in whole.items()})
+    return result, places
+
+
+def _of_options(once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
+    """The mean of the scores of each option's tokens, (sequence, 1), by one pass over packed sequences."""
+    packed, places = pack(rows)
+    scores = once(packed)  # (packed sequence, token)
+    option = pad_sequence([torch.from_numpy(row["option"]) for row in packed], batch_first=True).to(scores.device)
+    own = (option[places[:, 0]] == torch.from_numpy(places[:, 1:]).to(scores.device)).float()  # (sequence, token)
+    return ((scores[places[:, 0]] * own).sum(dim=1) / own.sum(dim=1))[:, None]
+
+
+def _scored(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A score for each token of packed sequences."""
+    option, place, there = inputs.pop("option"), inputs.pop("place"), inputs.pop("attention_mask").bool()
+    allowed = (option[:, None] == 0) | (option[:, None] == option[:, :, None])  # (sequence, query, key)
+    allowed = allowed & there[:, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)
+    mask = torch.zeros(allowed.shape).to(allowed.device).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
+    if model.config.model_type in OFFSET_POSITIONS:
+        place = place + model.config.pad_token_id + 1
+    with _relative_to(model, place):
+        return model(**inputs, attention_mask=mask[:, None], position_ids=place).logits[..., 0].float()
+
+
+@contextmanager
+def _relative_to(model: PreTrainedModel, place: torch.Tensor) -> Iterator[None]:
+    """MPNet's bias by distance, with the distances of these places (sequence, token); it takes those of a plain sequence."""
+    encoder: Any = getattr(model.base_model, "encoder", None)
+    if not hasattr(encoder, "relative_attention_bias"):
+        yield
+        return
+
+    def bias(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        buckets = encoder.relative_position_bucket(place[:, None] - place[:, :, None])
+        return encoder.relative_attention_bias(buckets).permute(0, 3, 1, 2)
+
+    encoder.compute_position_bias = bias
+    try:
+        yield
+    finally:
+        del encoder.compute_position_bias
+
+
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
+
 HEADS = {  # as in configs.HEADS
     "joint": Head(
         model=AutoModelForSequenceClassification,
@@ -137,6 +218,16 @@ HEADS = {  # as in configs.HEADS
         width=lambda k: (k,),
         outputs=lambda model, inputs: _classified(model, {name: v[:, None] for name, v in inputs.items()}),  # (sequence, 1)
         logits=lambda found, scale: found[..., 0],
+    ),
+    "shared_prefix": Head(
+        model=AutoModelForTokenClassification,
+        texts=_per_option,
+        width=lambda k: (k,),
+        outputs=_scored,  # (packed sequence, token)
+        logits=lambda found, scale: found[..., 0],
+        packs=True,
+        settings=lambda k: {"num_labels": 1},
+        forward=_of_options,
     ),
     "bi_encoder": Head(
         model=AutoModel,

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,11 @@ from permdistill.debias import EPSILON
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
 from permdistill.files import sha256_of
-from permdistill.heads import HEADS, Head, Row, Text
+from permdistill.heads import HEADS, OFFSET_POSITIONS, Head, Row, Text
 from permdistill.orders import to_options, to_positions
 from permdistill.questions import Question
 
 CONFIG_FILE = "permdistill.json"
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,12 @@ class Student:
         orders (item, order, K) and decisions (item, order) -> (sequences, index). ``index`` says which sequence belongs
         where: (item, order) for the joint head, (item, order, option) for the per-option head, (item, order, 1 + option)
         for the bi-encoder, whose first is the question's. A sequence that is too long loses the end of its context, then
-        the beginning of its question, never options or the prediction; raises ValueError when that is not enough, and
-        when questions or decisions do not fit the config.
+        the beginning of its question, never the prediction. Options that are too long by themselves (:meth:`overlong`) lose
+        their ends, with one warning that counts and names their questions. Raises ValueError when questions or decisions do
+        not fit the config.
         """
         self._check(questions, orders, decisions)
+        questions = self._cut_options(questions)
         seen: dict[Text, int] = {}
         ids: list[str] = []  # of the first question that needs the sequence, for error messages
         index = []
@@ -151,6 +153,42 @@ class Student:
                     index.append(seen.setdefault(text, len(seen)))
         shape = (*orders.shape[:2], *self.head.width(self.config.k))
         return self._tokenise(list(seen), ids), np.array(index, dtype=np.int64).reshape(shape)
+
+    def overlong(self, questions: Sequence[Question]) -> dict[int, int]:
+        """Questions with options that max_length has no room for beside 1 token of the question: {item: the most tokens that
+        an option of it can keep}."""
+        k, decision = self.config.k, 0 if self.config.inputs == "prediction" else None
+        texts = self.head.texts(Question("", "", "?", ("",) * k), range(k), decision)
+        around = max(len(self._tokens(text.second)) for text in texts)  # labels and marks
+        pair = len(self.head.columns(texts)) > 1
+        room = self.config.max_length - self.tokenizer.num_special_tokens_to_add(pair) - around - pair
+        found = {}
+        for i, question in enumerate(questions):
+            if sum(len(option.encode()) for option in question.options) <= room:  # no token without a byte
+                continue
+            sizes = [len(self._tokens(option)) for option in question.options]
+            if (max(sizes) if self.head.equivariant else sum(sizes)) > room:
+                fits = (n for n in range(room, 0, -1) if sum(min(size, n) for size in sizes) <= room)
+                found[i] = room if self.head.equivariant else next(fits, 1)
+        return found
+
+    def _tokens(self, text: str) -> list[tuple[int, int]]:
+        """Where the tokens of a text begin and end."""
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+
+    def _cut_options(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """The questions, without the ends of options that are too long."""
+        if not (long := self.overlong(questions)):
+            return questions
+        ids = ", ".join(repr(questions[i].id) for i in list(long)[:5]) + ", .." * (len(long) > 5)
+        what = f"{len(long)} of {len(questions)} questions have options that max_length {self.config.max_length} cuts off"
+        warnings.warn(f"{what}: {ids}", stacklevel=3)
+        result = list(questions)
+        for i, n in long.items():
+            ends = [(option, self._tokens(option)) for option in questions[i].options]
+            options = tuple(option[: places[n - 1][1]] if len(places) > n else option for option, places in ends)
+            result[i] = replace(questions[i], options=options)
+        return result
 
     def _check(self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None) -> None:
         k = self.config.k
@@ -179,7 +217,10 @@ class Student:
             names = [name for name in encoded if name != "attention_mask"]
             for i, text in enumerate(part):
                 cut = self._cut(encoded[i], text, ids[start + i])
-                rows.append({name: np.delete(np.array(encoded[name][i], dtype=np.int32), cut) for name in names})
+                own = {name: encoded[name][i] for name in names}
+                if self.head.packs:
+                    own["option"] = np.maximum.accumulate([part == 1 for part in encoded[i].sequence_ids])
+                rows.append({name: np.delete(np.array(values, dtype=np.int32), cut) for name, values in own.items()})
         return rows
 
     def _cut(self, encoding: Encoding, text: Text, id_: str) -> list[int]:
@@ -381,7 +422,7 @@ def _load(config: StudentConfig, source: sources.Source, seed: int = 0, whole: b
     if whole and (lacking := sorted({*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])})):
         raise ValueError(f"{source.location()}: its weights lack {lacking[0]} ({len(lacking)} in all): restore the file")
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
-    if model.config.model_type in _OFFSET_POSITIONS:
+    if model.config.model_type in OFFSET_POSITIONS:
         positions -= model.config.pad_token_id + 1
     if config.max_length > positions:
         raise ValueError(

@@ -34,8 +34,8 @@ from permdistill.questions import Question
 from permdistill.students import Student, build, encoder_key, fit_correction, fit_scale, mixed_precision
 
 RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
-SAVE_SECONDS = 30.0  # at most so much training is lost to a kill (see TrainingConfig.save_every), or SAVE_SHARE allows more
-SAVE_SHARE = 0.02  # of the time, at most, goes into checkpoints
+SAVE_SECONDS = 30.0  # at most so much training is lost to a kill, see TrainingConfig.save_every; more where one checkpoint
+SAVE_SHARE = 0.02  # takes more than this share of the time
 CHECKPOINT, BEST, LOG = "checkpoint.pt", "best.pt", "train.json"
 _MEGA = 16  # batches within which questions are sorted by length: little padding, still random company
 
@@ -279,9 +279,9 @@ class _Trainer:
                     bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                     if on_step is not None:
                         on_step(len(losses), losses[-1])
-                    since = time.monotonic() - saved
-                    due = len(losses) % self.training.save_every == 0 or since > SAVE_SECONDS
-                    if len(losses) < self.total and (due and since > pause or len(losses) % self.per_epoch == 0):
+                    steps = (self.training.save_every, self.per_epoch)
+                    due = any(len(losses) % n == 0 for n in steps) or time.monotonic() - saved > max(SAVE_SECONDS, pause)
+                    if len(losses) < self.total and due:
                         started = time.monotonic()
                         checkpoint.save(self._state())
                         saved = time.monotonic()

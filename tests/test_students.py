@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from itertools import permutations
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from transformers import (
     AutoModel,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
     MPNetConfig,
+    MPNetForTokenClassification,
     MPNetModel,
     PreTrainedTokenizerFast,
 )
@@ -142,6 +145,10 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
                 cosines = torch.stack([torch.cosine_similarity(embedded[0], option, dim=0) for option in embedded[1:]])
                 assert np.abs(p[i, j] - (3 * cosines).softmax(-1).numpy()).max() < 1e-6
                 continue
+            if head == "shared_prefix":
+                scores = torch.stack([score_alone(student, *pair) for pair in pairs])
+                assert np.abs(p[i, j] - scores.softmax(-1).numpy()).max() < 1e-6
+                continue
             inputs = student.tokenizer(*map(list, zip(*pairs, strict=True)), return_tensors="pt", padding=True)
             if head == "per_option":
                 inputs = {name: value[None] for name, value in inputs.items()}  # the model's own (1, K, token)
@@ -150,6 +157,62 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
             naive = naive if head == "per_option" else to_options(naive, order)
             assert np.abs(p[i, j] - naive).max() < 1e-6
     assert p.std(axis=(0, 1)).min() > 1e-4  # the random student does tell the inputs apart
+
+
+def score_alone(student: Student, first: str, second: str) -> torch.Tensor:
+    """What the shared-prefix head says of one option: a plain pair, of which the first text does not see the second."""
+    inputs = student.tokenizer(first, second, return_tensors="pt")
+    option = inputs["token_type_ids"][0].bool()  # of BERT's pairs, with the last separator
+    hidden = option[None, :] & ~option[:, None]  # (query, key)
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9)[None, None]
+    with torch.no_grad():
+        scores = student.model(**{**inputs, "attention_mask": mask}).logits[0, :, 0].double()
+    return scores[option].mean()
+
+
+def test_the_shared_prefix_is_read_once():
+    rows = [
+        {"input_ids": np.array(ids), "token_type_ids": np.array(part), "option": np.array(part)}
+        for ids, part in (([7, 8, 9, 1], [0, 0, 0, 1]), ([5, 2], [0, 1]), ([7, 8, 9, 3, 4], [0, 0, 0, 1, 1]))
+    ]
+    packed, places = heads.pack(rows)
+    assert [row["input_ids"].tolist() for row in packed] == [[7, 8, 9, 1, 3, 4], [5, 2]]
+    assert packed[0]["option"].tolist() == [0, 0, 0, 1, 2, 2] and packed[0]["place"].tolist() == [0, 1, 2, 3, 3, 4]
+    assert packed[0]["token_type_ids"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert places.tolist() == [[0, 1], [1, 1], [0, 2]]
+
+
+def test_the_shared_prefix_head_reads_mpnet_as_it_reads_itself(tmp_path):
+    """MPNet adds a bias by distance: of a plain sequence it has to be its own; options packed together get the scores that
+    they have alone."""
+    config = MPNetConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    model = MPNetForTokenClassification(MPNetConfig(**{**config.to_dict(), "num_labels": 1})).eval()
+    states, encoder = torch.zeros(1, 9, 16), model.base_model.encoder
+    plain = encoder.compute_position_bias(states)
+    with heads._relative_to(model, torch.arange(9)[None]):
+        assert torch.equal(encoder.compute_position_bias(states), plain)
+    assert torch.equal(encoder.compute_position_bias(states), plain)
+    rng = np.random.default_rng(0)
+    start = rng.integers(3, 40, 6)
+    rows = [
+        {"input_ids": np.r_[start, rng.integers(3, 40, n)], "option": np.r_[np.zeros(6, int), np.ones(n, int)]}
+        for n in (1, 4, 2)
+    ]
+
+    def once(packed):
+        ids, place, option = (
+            torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[name]).long() for row in packed], batch_first=True)
+            for name in ("input_ids", "place", "option")
+        )
+        there = (torch.arange(ids.shape[1]) < torch.tensor([[len(row["input_ids"])] for row in packed])).long()
+        inputs = {"input_ids": ids, "place": place, "option": option, "attention_mask": there}
+        return heads.HEADS["shared_prefix"].outputs(model, inputs)
+
+    with torch.no_grad():
+        together = heads.HEADS["shared_prefix"].forward(once, rows)
+        alone = torch.cat([heads.HEADS["shared_prefix"].forward(once, [row]) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-6) and together.std() > 1e-3
 
 
 def test_different_sequences_are_scored_once(encoder):
@@ -178,7 +241,7 @@ def test_all_heads_but_joint_are_exactly_order_equivariant(encoder):
 
     same, order = np.full((6, 24), 2), [2, 0, 3, 1]
     shown = [Question(q.id, q.context, q.question, tuple(q.options[o] for o in order)) for q in questions]
-    for head in ("per_option", "bi_encoder"):
+    for head in ("per_option", "shared_prefix", "bi_encoder"):
         student = build(StudentConfig(encoder, head), 0)
         assert spread(student) == 0.0
         # The same decision in all orders leaves nothing that depends on the order.
@@ -215,6 +278,7 @@ def test_decisions_must_fit_the_inputs(encoder, head):
     [
         ("joint", AutoModelForSequenceClassification),
         ("per_option", AutoModelForMultipleChoice),
+        ("shared_prefix", AutoModelForTokenClassification),
         ("bi_encoder", AutoModel),
     ],
 )
@@ -311,12 +375,35 @@ def test_truncation_cuts_the_context_and_never_the_options(encoder, head):
         assert second.replace(" ", "").removesuffix("[SEP]") == text.second.replace(" ", "")
         assert first.replace(" ", "").endswith("whichisold?[SEP]")  # the question stays, after the beginning of the context
         assert first.count("story") == 40 - 3 - 4 - len(student.tokenizer.tokenize(text.second)) and "river" not in first
-    # No context left to cut: the question loses its beginning; then it is an error, by id, with the fix.
+    # No context left to cut: the question loses its beginning.
     rows, _ = student.encode([Question("q", "", "it " * 50 + "old ?", options)], np.array([[[2, 0, 1]]]), np.array([[1]]))
     assert all("old ? [SEP]" in student.tokenizer.decode(row["input_ids"]) and len(row["input_ids"]) == 40 for row in rows)
-    with pytest.raises(ValueError, match="question 'long'.*max_length is 40: give a larger one"):
-        long = Question("long", context, "which ?", tuple(" ".join([w] * 50) for w in ("cat", "dog", "bird")))
-        student.encode([long], np.array([[[0, 1, 2]]]), np.array([[0]]))
+
+
+@pytest.mark.parametrize("inputs", ["plain", "prediction"])
+@pytest.mark.parametrize("head", HEADS)
+def test_options_too_long_by_themselves_lose_their_ends_and_are_named(encoder, head, inputs):
+    """PIQA has an option of 550 tokens: what no max_length has room for must not stop the other questions."""
+    student = build(StudentConfig(encoder, head, inputs, 3, max_length=40), 0)
+    long = Question("long", "story", "which ?", (" ".join(["cat"] * 200), "dog", "bird bird"))
+    short = Question("short", "story", "which ?", ("cat", "dog", "bird"))
+    decisions = np.array([[0], [0]]) if inputs == "prediction" else None
+    orders = np.broadcast_to(np.arange(3), (2, 1, 3))
+    with pytest.warns(UserWarning, match=r"1 of 2 questions have options that max_length 40 cuts off: 'long'"):
+        rows, index = student.encode([short, long], orders, decisions)
+    decoded = [student.tokenizer.decode(row["input_ids"]) for row in rows]
+    whole = decoded[index[1, 0]] if head == "joint" else decoded[index[1, 0, 1 if head == "bi_encoder" else 0]]
+    # Room is left for "(not chosen)", a token more than "(chosen)".
+    assert 39 <= max(len(row["input_ids"]) for row in rows) <= 40 and whole.count("cat") > (10 if head == "joint" else 15)
+    if head == "joint":
+        assert "dog" in whole and "bird bird" in whole
+    if inputs == "prediction":
+        assert "Prediction : A" in whole if head == "joint" else "( chosen )" in whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone, at = student.encode([short], orders[:1], None if decisions is None else decisions[:1])
+    for row, place in zip(alone, dict.fromkeys(index[0].ravel()), strict=True):
+        assert row["input_ids"].tolist() == rows[place]["input_ids"].tolist()
 
 
 def test_max_length_beyond_the_encoders_positions_is_refused(encoder):

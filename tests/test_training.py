@@ -270,7 +270,7 @@ def test_a_student_that_says_the_targets_has_loss_zero(encoder, tmp_path, head, 
         if head == "joint":
             position = np.array([t.split("yes")[0].count(")") - 1 for t in text])  # "A) .. B) yes": 1
             known = np.log(soft(position))
-        elif head == "per_option":
+        elif head in ("per_option", "shared_prefix"):
             known = np.log([[0.9 if "yes" in t else 0.05] for t in text])
         else:  # the first step has to find the scale
             known = np.array([[1.0, 0.0] if "yes" in t or "which" in t else [0.0, 1.0] for t in text])
@@ -607,16 +607,17 @@ def test_held_out_kl_is_that_of_the_student_and_moves_nothing(encoder, tmp_path,
     """The log's value is KL by predict_batch, in one order: exact for the heads that have no other."""
     questions, right = toy(40, 0)
     config = replace(HELD, epochs=1)
-    student = train(StudentConfig(encoder, head, k=K), config, Lesson(questions, soft(right)), tmp_path / "held")
+    exact = {"autocast": False}  # bfloat16 rounds otherwise in other company
+    student = train(StudentConfig(encoder, head, k=K), config, Lesson(questions, soft(right)), tmp_path / "held", **exact)
     (kl,) = read_log(tmp_path / "held")["held_out_kl"]
     kept, out = Lesson(questions, soft(right)).split(0.25, config.seed)
-    P = student.predict_batch(out.questions, all_orders(K))
+    P = student.predict_batch(out.questions, all_orders(K), **exact)
     by_order = (out.targets[:, None] * (np.log(out.targets)[:, None] - np.log(P))).sum(-1)
     if head != "joint":
-        assert kl == pytest.approx(by_order[:, 0].mean(), rel=1e-4)
+        assert kl == pytest.approx(by_order[:, 0].mean(), rel=1e-5)
     assert by_order.min(axis=1).mean() - 1e-6 <= kl <= by_order.max(axis=1).mean() + 1e-6
     # Training on the rest alone is the same training.
-    alone = train(StudentConfig(encoder, head, k=K), replace(FAST, epochs=1), kept, tmp_path / "alone")
+    alone = train(StudentConfig(encoder, head, k=K), replace(FAST, epochs=1), kept, tmp_path / "alone", **exact)
     assert as_good_as_same(student, alone)
 
 

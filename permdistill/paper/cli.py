@@ -128,6 +128,12 @@ def _results(args: argparse.Namespace) -> None:
     results.write()
 
 
+def _withheld(args: argparse.Namespace) -> None:
+    from permdistill.paper import withheld
+
+    withheld.write()
+
+
 def _manifest(args: argparse.Namespace) -> None:
     from permdistill.paper import manifest
 
@@ -190,6 +196,9 @@ def parser() -> argparse.ArgumentParser:
 
     text = "bring figures/README.md and the README's table up to date with figures/*.csv"
     commands.add(found, "results", _results, text, f"{program} results")
+
+    text = "note answers and keys of RACE's test questions beside their scores; needs RACE's texts, of the model hub"
+    commands.add(found, "withheld", _withheld, text, f"{program} withheld")
 
     text = "what was run, on what, and what came of it: BUILD [--measure NAME -- COMMAND ..]"
     command = commands.add(found, "manifest", _manifest, text, f"{program} manifest build")

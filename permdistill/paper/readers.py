@@ -81,6 +81,7 @@ class OlmoFiles:
     sha256     {split: of its file}
     fields     one item's "doc" -> (context, question)
     id_column  of a row; HellaSwag numbers its two sources alike, there it is "doc_id"
+    alphabetical  whether options are put in this order, in place of the file's
     """
 
     name: str
@@ -88,6 +89,7 @@ class OlmoFiles:
     sha256: Mapping[str, str]
     fields: Callable[[Row], tuple[str, str]]
     id_column: str = "native_id"
+    alphabetical: bool = False
     repo: Repo | None = None
 
     def _asset(self, split: str) -> Asset:
@@ -111,7 +113,9 @@ class OlmoFiles:
             seen.add(row["doc_id"])
             context, question = self.fields(row["doc"])
             record = {"id": f"{self.name}/{split}/{row[self.id_column]}", "context": context, "question": question}
-            records.append(record | {"options": row["doc"]["choices"], "answer": row["label"]})
+            choices = row["doc"]["choices"]
+            options = sorted(choices) if self.alphabetical else choices
+            records.append(record | {"options": options, "answer": options.index(choices[row["label"]])})
         return _proper(records, str(path))
 
 

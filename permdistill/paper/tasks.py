@@ -207,6 +207,11 @@ def _plain(doc: Row) -> tuple[str, str]:
     return "", doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
 
 
+def _passage(doc: Row) -> tuple[str, str]:
+    passage, question = doc["query"].removesuffix("\nAnswer:").rsplit("\nQuestion:", 1)
+    return passage.strip(), question.strip()
+
+
 def _trained(title: str, licence: str, name: str, train: str, val: str, test: str, papers: str = "") -> Task:
     reader = OlmoFiles(name, licence, {"train": train, "val": val, "test": test}, _plain)
     return Task(title, 4, reader, {"test": "test", "train": "train"}, _SAMPLE, held_out=_TRAINED, papers=papers)
@@ -279,6 +284,25 @@ _LAPTOP: dict[str, Task] = {
         {"test": "val", "train": "train"},
         {"test": 1923, "train": 33177},
         held_out=("socialiqa",),
+        evaluated=("val",),
+    ),
+    "boolq": Task(
+        "BoolQ",
+        2,
+        OlmoFiles(
+            "boolq",
+            "CC-BY-SA-3.0",
+            {
+                "train": "999f85f66f66663af1d01892102682632809e10a46b4def4b6008087dc705d60",
+                "val": "d5ed2e5115f49d24c37ec17fb7b4a6ec6bc58c65ce15410bed2b40342f08fbc9",
+            },
+            _passage,
+            id_column="doc_id",
+            alphabetical=True,
+        ),
+        {"test": "val", "train": "train"},
+        {"test": 3270},
+        held_out=("boolq",),
         evaluated=("val",),
     ),
     # PIQA's students learn from others of its validation questions, about other goals than those of the test.

@@ -1,0 +1,105 @@
+"""Tasks whose texts may not be passed on: their tables from numbers alone.
+
+RACE is for non-commercial research, so that neither its texts nor a sample of them lie in the repository. What does: the
+teacher's scores, in the store, and ``scores/withheld.parquet``, which says of each question which row is its own and which
+option is right::
+
+    id      the question's; for RACE a hash of its texts
+    key     content key of its scores, see :mod:`permdistill.scores`
+    answer  index of the right option
+
+    read_scores()    the tasks as one, without texts, with the stored scores
+    write()          makes the file, where the texts can be had (``python -m permdistill.paper withheld``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from permdistill import debias, scores
+from permdistill.files import replacing
+from permdistill.orders import all_orders
+from permdistill.paper import tables
+from permdistill.paper.ablations import rivals
+from permdistill.paper.experiments import COMMITTED, Scored
+from permdistill.paper.models import TEACHERS
+from permdistill.paper.systems import BIASED, CORRECTION, DISTILLATION, described_rows
+from permdistill.paper.tasks import TaskSplit, load_task
+from permdistill.prompts import TEMPLATES
+from permdistill.questions import Question
+from permdistill.teachers import model_key
+
+FILE, TEMPLATE = "withheld.parquet", "letters"
+RACE = ("race_middle", "race_high")
+
+
+def _published(kind: str, method: str, calls: float, accuracy: float, encoder: str | None = None) -> dict[str, Any]:
+    head = "joint" if encoder else None
+    own = {"kind": kind, "method": method, "calls": calls, "encoder": encoder, "head": head}
+    return own | {"accuracy": accuracy / 100}
+
+
+# Accuracy on RACE++ (M, H and C together) in the paper's table.
+PAPER = (
+    _published("teacher", BIASED, 1, 61.2),
+    _published("debiased", debias.DEBIASED, 24, 68.3),
+    *(
+        _published("student", DISTILLATION, 0, a, e)
+        for e, a in (("BERT-base", 45.6), ("RoBERTa-base", 26.7), ("RoBERTa-large", 26.9))
+    ),
+    *(
+        _published("student", CORRECTION, 1, accuracy, encoder)
+        for encoder, accuracy in (
+            ("BERT-base", 58.7),
+            ("RoBERTa-base", 61.4),
+            ("DeBERTa-base", 64.1),
+            ("RoBERTa-large", 68.0),
+            ("DeBERTa-large", 68.1),
+        )
+    ),
+)
+
+
+def found(tasks: Sequence[str] = RACE, teacher: str = TEACHERS[0]) -> pd.DataFrame:
+    """What :func:`write` writes, from the texts: a row for each test question. Raises AssetError where they are not."""
+    rows, template, key = [], TEMPLATES[TEMPLATE], model_key(teacher)
+    for task in tasks:
+        for q in load_task(task, "test", TEMPLATE).questions:
+            own = scores.content_key(q, all_orders(len(q.options)), template, key)
+            rows.append({"id": q.id, "key": own, "answer": q.answer})
+    return pd.DataFrame(rows).astype({"answer": "int8"})
+
+
+def write(folder: Path = COMMITTED) -> None:
+    """Make the file in ``folder``, where the texts can be had."""
+    with replacing(folder / FILE) as part:
+        found().to_parquet(part, index=False, compression="zstd")
+
+
+def read_scores(tasks: Sequence[str] = RACE, teacher: str = TEACHERS[0], folder: Path = COMMITTED) -> Scored:
+    """The test questions of these tasks as one, with stored scores and answers and without texts, so that nothing can be
+    asked about them. Raises MissingScores."""
+    rows = pd.read_parquet(folder / FILE)
+    rows = rows[rows.id.str.split("/").str[0].isin(tasks)]
+    store = scores.Store(folder / Path(teacher).name)
+    if lacking := [key for key in rows.key if key not in store]:
+        raise scores.MissingScores(f"{len(lacking)} of {len(rows)} rows of {folder / FILE} are not in {store.folder}")
+    P = scores.probabilities(np.stack([store.get(key) for key in rows.key]))
+    blank = tuple(f"option {i}" for i in range(P.shape[2]))
+    questions = [Question(id_, "", "", blank, int(answer)) for id_, answer in zip(rows.id, rows.answer, strict=True)]
+    members = [id_.split("/")[0] for id_ in rows.id]
+    return Scored(Path(teacher).name, TaskSplit("all", questions, TEMPLATES[TEMPLATE], list(rows.id), members, {}), P)
+
+
+def table() -> pd.DataFrame:
+    """RACE in the form of the paper's table: our teacher, biased and debiased, on M, H and both, with intervals; below the
+    paper's own on RACE++ (M, H and C), which have none. Column ``source`` tells them apart."""
+    test = read_scores()
+    ours = tables.students(test, rivals(test)).assign(source="stored")
+    theirs = [{"source": "published", "task": "RACE++", **row} for row in PAPER]
+    return described_rows([*ours.to_dict("records"), *theirs])
