@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ## TEACHER=committed    committed: read scores/ and check a sample of it live; live: score everything anew (hours)
 TEACHER ?= committed
+## STUDENTS=stored      stored: read predictions/, train one student of each head anew and compare; live: train all (an hour)
+STUDENTS ?= stored
 ## PROFILE=full         full: the paper's tables and figures; smoke: in small, to see that it runs; paper: its own models, on GPUs;
 ##                      full-60, paper-150, ..: the same with so many questions of each task
 PROFILE ?= full
@@ -15,7 +17,7 @@ BUILD ?= build
 NOTEBOOKS ?= notebooks
 
 one_word = $(if $(filter 1,$(words $($(1)))),,$(error $(1) is '$($(1))': give one word, without spaces))
-$(foreach name,PYTHON VENV TEACHER PROFILE BUILD NOTEBOOKS,$(call one_word,$(name)))
+$(foreach name,PYTHON VENV TEACHER STUDENTS PROFILE BUILD NOTEBOOKS,$(call one_word,$(name)))
 # The shell reads recipes: no setting may hold what it takes for its own, and no quoted path what it reads inside quotes.
 # Python makes no environment in a path with a colon.
 open := (
@@ -34,9 +36,16 @@ endif
 ifeq ($(filter smoke full paper smoke-% full-% paper-%,$(PROFILE)),)
 $(error PROFILE is '$(PROFILE)': give smoke, full or paper, or one of them with a limit: full-60)
 endif
+ifeq ($(filter stored live,$(STUDENTS)),)
+$(error STUDENTS is '$(STUDENTS)': give stored or live)
+endif
 # No scores of the paper's own models are committed.
 ifneq ($(filter paper paper-%,$(PROFILE)),)
 override TEACHER := live
+endif
+# What is stored was taught by the committed scores of the full profile.
+ifneq ($(PROFILE) $(TEACHER),full committed)
+override STUDENTS := live
 endif
 # What TEACHER=live makes. The smoke profile reads a part of what the full one does.
 SCORED_PROFILE := $(if $(filter smoke,$(PROFILE)),full,$(PROFILE))
@@ -95,6 +104,8 @@ SCORES := $(abspath scores)
 SCORED := $(wildcard scores/*/scores.parquet)
 AUDITED := $(BUILD)/audit.ok
 endif
+PREDICTED := $(wildcard predictions/*/*/*.parquet)
+RETRAINED := $(if $(filter stored,$(STUDENTS)),$(BUILD)/students.ok)
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
 SCORING := $(addprefix permdistill/,commands.py orders.py prompts.py questions.py scores.py sources.py teachers.py $(addprefix paper/,assets.py cli.py hub.py models.py profiles.py readers.py tasks.py)) $(wildcard permdistill/engine/*.py)
@@ -109,8 +120,13 @@ $(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
 	$(PAPER) manifest "$(OUT)" --measure audit -- $(PAPER) audit --profile full
 	@touch $@
 
-# Another PROFILE or TEACHER makes the notebooks out of date: this file changes only when they do.
-SETTINGS := PROFILE=$(PROFILE) TEACHER=$(TEACHER)
+$(BUILD)/students.ok: $(PREDICTED) $(CODE) | $(INSTALLED)
+	@mkdir -p $(@D)
+	$(PAPER) manifest "$(OUT)" --measure students -- $(PAPER) students --audit --work "$(OUT)/audit"
+	@touch $@
+
+# Another PROFILE, TEACHER or STUDENTS makes the notebooks out of date: this file changes only when they do.
+SETTINGS := PROFILE=$(PROFILE) TEACHER=$(TEACHER) STUDENTS=$(STUDENTS)
 $(BUILD)/settings: FORCE
 	@mkdir -p $(@D)
 	@echo "$(SETTINGS)" | cmp -s - $@ || echo "$(SETTINGS)" > $@
@@ -119,19 +135,21 @@ FORCE:
 
 # The students' notebook runs once for each pool of tasks.
 POOLS := multiple_choice summeval
-STUDENTS := 02_students
+POOLED := 03_students
+# Progress is for what takes long: a notebook that reads what is stored shows none.
+QUIET := $(if $(filter stored,$(STUDENTS)),TQDM_DISABLE=1,TQDM_MININTERVAL=15)
 NAMES := $(basename $(notdir $(sort $(wildcard $(NOTEBOOKS)/*.ipynb))))
-RUNS := $(foreach name,$(NAMES),$(if $(filter $(STUDENTS),$(name)),$(POOLS:%=$(name)_%),$(name)))
+RUNS := $(foreach name,$(NAMES),$(if $(filter $(POOLED),$(name)),$(POOLS:%=$(name)_%),$(name)))
 EXECUTED := $(RUNS:%=$(BUILD)/notebooks/%.ipynb)
-source = $(NOTEBOOKS)/$(if $(filter $(STUDENTS)_%,$(1)),$(STUDENTS),$(1)).ipynb
-pool = $(patsubst $(STUDENTS)_%,-r pool %,$(filter $(STUDENTS)_%,$(1)))
+source = $(NOTEBOOKS)/$(if $(filter $(POOLED)_%,$(1)),$(POOLED),$(1)).ipynb
+pool = $(patsubst $(POOLED)_%,-r students $(STUDENTS) -r pool %,$(filter $(POOLED)_%,$(1)))
 .SECONDEXPANSION:
 
 # The executed copy appears under its name only when every cell has run.
-$(EXECUTED): $(BUILD)/notebooks/%.ipynb: $$(call source,$$*) $(CODE) $(SCORED) $(BUILD)/settings requirements.lock | $(INSTALLED)
+$(EXECUTED): $(BUILD)/notebooks/%.ipynb: $$(call source,$$*) $(CODE) $(SCORED) $(PREDICTED) $(BUILD)/settings requirements.lock | $(INSTALLED)
 	@mkdir -p $(@D)
 	@echo "== $* ($(PROFILE))"
-	@TQDM_MININTERVAL=15 $(PAPER) manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
+	@$(QUIET) $(PAPER) manifest "$(OUT)" --measure $* -- $(PY) -m papermill --kernel python3 --log-output --progress-bar \
 	    -r profile $(PROFILE) -r output "$(OUT)/$(PROFILE)" -r scores "$(SCORES)" $(call pool,$*) "$<" "$(@:.ipynb=.part.ipynb)"
 	@mv "$(@:.ipynb=.part.ipynb)" "$@"
 
@@ -142,7 +160,7 @@ previous :=
 $(foreach target,$(EXECUTED),$(eval $(target): $(previous))$(eval previous := $(target)))
 
 # The figures and tables that git keeps are those of the full profile.
-$(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
+$(BUILD)/manifest.json: $(EXECUTED) $(AUDITED) $(RETRAINED)
 	@$(if $(EXECUTED),,echo "there are no notebooks in $(NOTEBOOKS)/" >&2; exit 1)
 	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/full/figures" ]; then \
 	    mkdir -p figures && cp $(BUILD)/full/figures/* $(BUILD)/full/tables/* figures/; fi
@@ -150,7 +168,7 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED)
 	$(eval MADE := yes)
 
 .PHONY: paper
-paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks (an hour or more on 2 cores)
+paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks and two audits (20 minutes on 2 cores)
 	@echo "$(if $(MADE),done,nothing to do): tables and figures are up to date, see $(BUILD)/ and $(BUILD)/manifest.json"
 
 .PHONY: site
@@ -173,20 +191,30 @@ students: $(INSTALLED) ## train the matrix of students and keep their prediction
 	$(PAPER) students
 
 .PHONY: cost
-cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 3
+cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 6
 	$(PY) -m permdistill.paper.cost --output figures/cost.json
 
 .PHONY: bench
-bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 5
+bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 6
 	@mkdir -p $(BUILD)
 	$(PY) -m permdistill.paper.bench --output $(BUILD)/bench.json
 	@cp $(BUILD)/bench.json figures/bench.json
 	$(MAKE) --no-print-directory performance
 
+# Without times in the file: executing a notebook again changes nothing but what it shows.
+IN_PLACE := TQDM_DISABLE=1 $(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	--ExecutePreprocessor.startup_timeout=600
+
 .PHONY: performance
-performance: $(INSTALLED) ## what `make bench` measured, into notebook 5, figures/ and the README
-	TQDM_DISABLE=1 $(PY) -m nbconvert --to notebook --execute --inplace notebooks/05_shared_prefixes.ipynb
-	cp build/smoke/figures/P1_* build/smoke/tables/P1_* figures/
+performance: $(INSTALLED) ## what `make bench` and `make cost` measured, into notebook 6, figures/ and the README
+	$(IN_PLACE) notebooks/06_cost.ipynb
+	cp build/full/figures/P[12]_* build/full/tables/P[12]_* figures/
+	$(PAPER) results
+
+.PHONY: notebooks
+notebooks: $(INSTALLED) ## execute the repository's notebooks in place; their tables and figures go into figures/
+	$(IN_PLACE) notebooks/*.ipynb
+	cp build/full/figures/* build/full/tables/* figures/
 	$(PAPER) results
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,10 @@ def test_the_figure_shows_every_system():
     table = table.assign(accuracy_low=0.4, accuracy_high=0.6, parameters_millions=20.0, seconds=range(1, 8))
     figure = figures.accuracy_and_cost(table)
     (ax,), (legend,) = figure.axes, figure.legends
-    assert {text.get_text() for text in ax.texts} == {"biased", "all orders", ""}
+    named = {"biased", "all orders", "mini, bi-encoder, distilled", "mini, joint, white-box"}  # the best of each method
+    assert {text.get_text() for text in ax.texts} == named
+    ladder, front = ax.lines[1], ax.lines[0]
+    assert ladder.get_xdata().tolist() == [1, 2] and front.get_xdata().tolist() == [1]  # all are equally accurate
     assert len(ax.containers) == len(names)
     points = [container.lines[0] for container in ax.containers]
     assert [point.get_marker() for point in points] == ["o", "o", "D", "D", "D", "D", "s"]

@@ -153,8 +153,10 @@ def test_students_table_compares_with_the_biased_teacher_and_keeps_losers():
     assert tables.worse_than_teacher(frame).method.tolist() == ["bad"]
     # (students' ps is 0, the teacher's is not)
     assert tables.less_sensitive(frame)["below teacher"].tolist() == ["2 of 2"] * 3
-    for draw in (figures.students, figures.sensitivity_against_accuracy):
-        assert len(draw(frame).axes) >= 3
+    assert len(figures.students(frame).axes) >= 3
+    (ax,) = figures.sensitivity_against_accuracy(frame).axes  # all tasks together
+    assert sorted(text.get_text() for text in ax.texts) == ["all orders", "bad", "biased", "copy", "good"]
+    assert len(ax.containers) == 5
 
 
 def test_figures_are_files_that_do_not_change(tmp_path):

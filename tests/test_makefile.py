@@ -19,7 +19,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 POOLS = tuple(PROFILES["full"].pools)
 NOTEBOOKS = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
-RUNS = NOTEBOOKS - {"02_students"} | {f"02_students_{pool}" for pool in POOLS}
+RUNS = NOTEBOOKS - {"03_students"} | {f"03_students_{pool}" for pool in POOLS}
 
 
 def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -37,7 +37,10 @@ def test_help_lists_every_target_and_setting():
     assert make().stdout == shown
 
 
-@pytest.mark.parametrize("setting, known", [("TEACHER=alive", "committed or live"), ("PROFILE=ful", "smoke, full or paper")])
+@pytest.mark.parametrize(
+    "setting, known",
+    [("TEACHER=alive", "committed or live"), ("STUDENTS=dead", "stored or live"), ("PROFILE=ful", "smoke, full or paper")],
+)
 def test_unknown_values_are_refused_with_the_known_ones(setting, known):
     result = make("paper", setting)
     assert result.returncode != 0
@@ -85,10 +88,11 @@ def test_notebooks_run_one_after_the_other_in_the_order_of_their_numbers(tmp_pat
     ran = re.findall(r"^echo \"== (\S+) \(full\)\"", planned, re.M)
     assert ran == sorted(RUNS)
     for pool in POOLS:  # the students' notebook, once for each pool of tasks
-        assert re.search(rf"-r pool {pool} \"notebooks/02_students.ipynb\" \S*02_students_{pool}.part.ipynb", planned), pool
+        assert re.search(rf"-r pool {pool} \"notebooks/03_students.ipynb\" \S*03_students_{pool}.part.ipynb", planned), pool
     # The teachers' table is there within minutes; what takes longer waits for the audit.
     first, second = [place.start() for place in re.finditer("== ", planned)][:2]
     assert first < planned.index("permdistill.paper audit --profile full") < second
+    assert "permdistill.paper students --audit" in planned and "-r students stored" in planned
 
 
 def test_live_scores_take_the_place_of_the_committed_ones(tmp_path):
@@ -96,6 +100,9 @@ def test_live_scores_take_the_place_of_the_committed_ones(tmp_path):
     assert "permdistill.paper audit" not in planned
     assert f'permdistill.paper score --profile full --scores "{tmp_path}/build/scores"' in planned
     assert f'-r scores "{tmp_path}/build/scores"' in planned
+    assert "-r students live" in planned and "students --audit" not in planned  # theirs are other scores
+    alone = make("-n", "paper", "STUDENTS=live", f"BUILD={tmp_path}/build").stdout
+    assert "-r students live" in alone and "students --audit" not in alone and "audit --profile full" in alone
     limited = make("-n", "paper", "TEACHER=live", "PROFILE=full-12", f"BUILD={tmp_path}/build").stdout
     assert "permdistill.paper score --profile full-12 " in limited and "-r profile full-12 " in limited
 

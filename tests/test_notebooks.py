@@ -28,13 +28,12 @@ class TestNotebook:
         values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
         own = {
             "01_teachers": {"teacher": "", "questions": ""},
-            "02_students": {"pool": "multiple_choice"},
-            "07_claims": {"profile": "full"},
-            "08_your_own_student": {"teacher": "smollm2-135m", "questions": ""},
-            "09_api_to_student": {"base_url": "", "model": "", "api": {}, "questions": ""}
+            "03_students": {"pool": "multiple_choice", "students": "stored"},
+            "08_your_own_student": {"profile": "smoke", "teacher": "smollm2-135m", "questions": ""},
+            "09_api_to_student": {"profile": "smoke", "base_url": "", "model": "", "api": {}, "questions": ""}
             | {"price_in": 0.15, "price_out": 0.6, "max_cost": 1.0},
         }
-        assert values == {"profile": "smoke", "output": "", "scores": ""} | own.get(path.stem, {})
+        assert values == {"profile": "full", "output": "", "scores": ""} | own.get(path.stem, {})
         assert values["profile"] in profiles.PROFILES
 
     def test_something_is_compared(self, path):
@@ -59,4 +58,4 @@ class TestNotebook:
         code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
         used = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
         constants = {node.attr for node in used if ast.unparse(node.value) == "profiles" and node.attr.isupper()}
-        assert not constants or path.stem == "03_matrix"
+        assert not constants or path.stem == "05_ablations"

@@ -4,6 +4,8 @@
     answer(cell, folder) -> System           the kept answers, or MissingPredictions
     compare(cells, folder) -> table          students beside what they have to beat, teacher by teacher
     effects(cells, "draws") -> table         what a setting does; distances(..): from the targets
+    students(settings, pool, ..)             those of a table: stored, or trained now
+    audit(cells, work) -> table              some trained anew, against their stored predictions
 
 Predictions are found by content, as scores are: their key covers whatever the student was trained on and asked, so that
 stored ones are never taken for those of another recipe, store of scores or question. Weights are not kept.
@@ -35,6 +37,7 @@ from permdistill.paper.experiments import (
     System,
     baselines,
     black_box_decisions,
+    distil,
     in_cyclic_orders,
     lesson_of,
     read_predictions,
@@ -44,12 +47,14 @@ from permdistill.paper.experiments import (
     together,
 )
 from permdistill.paper.paths import ROOT
-from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Run, n_test
+from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Pool, Profile, Run, cells_of, n_test
 from permdistill.paper.systems import COPY, TWO_ORDERS, Description, described_rows, title
 from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
 
 COMMITTED = ROOT / "predictions"
+STORED, LIVE = "stored", "live"
+AUDIT_TV = 0.05  # measured: see tests/test_matrix.py
 RIVAL = ("kind", "method", "calls", "encoder", "head", "greedy")  # what tells rivals apart
 
 
@@ -65,9 +70,10 @@ def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
     return train_on, together([read_scores(teacher, task, "test", n=n) for task in tasks])
 
 
-def key(cell: Cell) -> str:
-    """sha256 over whatever the predictions depend on: training, its data, and what the student is asked."""
-    train_on, test = data(cell.teacher, cell.tasks)
+def key(cell: Cell, over: tuple[Scored, Scored] | None = None) -> str:
+    """sha256 over whatever the predictions depend on: training, its data, and what the student is asked. ``over``: questions
+    to train and test on, by default those of :func:`data`."""
+    train_on, test = over or data(cell.teacher, cell.tasks)
     asked = test_inputs(cell.run, test)
     weights = content_key(cell.run.student, cell.run.training, lesson_of(cell.run, train_on))
     return digest(weights, asked["questions"], asked["orders"], asked["decisions"], asked["distributions"])
@@ -78,21 +84,60 @@ def path(cell: Cell, folder: str | Path = "") -> Path:
     return Path(folder or COMMITTED) / Path(cell.teacher).name / cell.about / f"{cell.run.name}.parquet"
 
 
-def answer(cell: Cell, folder: str | Path = "") -> System:
+def answer(cell: Cell, folder: str | Path = "", over: tuple[Scored, Scored] | None = None) -> System:
     """The stored predictions of a cell. Raises MissingPredictions when there are none, or those of other data or recipe."""
-    P, orders, about = _kept(cell, folder)
+    P, orders, about = _kept(cell, folder, over)
     return System(cell.run.what, P, orders, about["parameters"])
 
 
-def _kept(cell: Cell, folder: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _kept(
+    cell: Cell, folder: str | Path, over: tuple[Scored, Scored] | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Probabilities (item, order, option), their orders, and what :func:`make` wrote beside them."""
     file = path(cell, folder)
     if file.exists():
         _, orders, P, about = read_predictions(file)
-        if about["key"] == key(cell):
+        if about["key"] == key(cell, over):
             return P, orders, about
     found = "are those of another recipe, scores or questions" if file.exists() else "are not stored"
-    raise MissingPredictions(f"predictions of {cell.run.name}, taught by {cell.teacher}, {found}: run `make students`")
+    raise MissingPredictions(
+        f'predictions of {cell.run.name}, taught by {cell.teacher}, {found}: run `make students`, or set students = "live"'
+    )
+
+
+def students(
+    settings: Profile, pool: Pool, train_on: Scored, test: Scored, folder: Path, made: str = STORED
+) -> list[System]:
+    """The students of a pool. ``made``: :data:`STORED`, by their committed predictions, or :data:`LIVE`, trained now into
+    ``folder`` (:func:`permdistill.paper.experiments.distil`). Raises MissingPredictions."""
+    if made not in (STORED, LIVE):
+        raise ValueError(f"students = {made!r}: give {STORED!r} or {LIVE!r}")
+    if made == LIVE:
+        return [distil(run, train_on, test, folder) for run in pool.runs]
+    return [answer(cell, over=(train_on, test)) for cell in cells_of(settings, pool)]
+
+
+def cheapest(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
+    """Of each head the student that took the fewest seconds to train."""
+    by_time = sorted(cells, key=lambda cell: _kept(cell, folder)[2]["seconds"])
+    return list({cell.run.student.head: cell for cell in reversed(by_time)}.values())
+
+
+def audit(cells: Iterable[Cell], work: Path, folder: str | Path = "") -> pd.DataFrame:
+    """Train students anew and compare what they answer with their stored predictions: total variation between the two,
+    over questions and orders, and whether its mean is at most :data:`AUDIT_TV`. Training sums in another order on other
+    cores, and what differs by rounding at first differs by more in the end. Finished weights are deleted."""
+    rows = []
+    for cell in cells:
+        train_on, test = data(cell.teacher, cell.tasks)
+        student = train(cell.run.student, cell.run.training, lesson_of(cell.run, train_on), work / cell.run.name)
+        stored, P = answer(cell, folder).P, student.predict_batch(**test_inputs(cell.run, test))
+        tv = np.abs(P - stored).sum(axis=-1) / 2
+        same = (P.argmax(axis=-1) == stored.argmax(axis=-1)).mean()
+        row = {"tasks": cell.about, "student": cell.run.title, "mean TV": tv.mean(), "max TV": tv.max(), "same answer": same}
+        rows.append(row | {"ok": tv.mean() <= AUDIT_TV})
+        shutil.rmtree(work / cell.run.name)
+    return pd.DataFrame(rows)
 
 
 def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:

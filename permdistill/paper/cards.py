@@ -70,10 +70,13 @@ def card(folder: str | Path, measured: pd.DataFrame, teacher: str, train_tasks: 
 
 
 def write(folder: Path, table: pd.DataFrame, runs: Sequence[Run], train_on: Scored) -> list[Path]:
-    """A card for each student of ``runs`` in ``folder``/students, from the students' ``table``. Returns their paths."""
+    """A card for each student of ``runs`` whose weights are in ``folder``/students, from the students' ``table``. Returns
+    their paths."""
     paths = []
     for run in runs:
         home = folder / "students" / run.name
+        if not home.is_dir():  # stored predictions come without weights
+            continue
         whole = table[table.task == "all"]
         trained = np.array([what == run.what for what in described(whole)])
         own = whole[(whole.kind != "student") | trained].drop(columns=["task", "teacher"])

@@ -83,6 +83,13 @@ def _students(args: argparse.Namespace) -> None:
     from permdistill.paper import ablations
 
     folder = args.predictions or ablations.COMMITTED
+    if args.audit:
+        chosen = ablations.cheapest(profiles.MATRIX["tables"], folder)
+        found = ablations.audit(chosen, Path(args.work or "build/audit"), folder)
+        print(found.to_string(index=False, float_format="{:.4f}".format))
+        if not found.ok.all():
+            sys.exit(f"mean TV above {ablations.AUDIT_TV}: train the students live, and report it")
+        return
     cells = list(dict.fromkeys(cell for part in args.parts for cell in profiles.MATRIX[part]))
     cells.sort(key=lambda cell: cell.run.training.seed)  # one seed of everything before the second of anything
     if args.list:
@@ -95,7 +102,7 @@ def _students(args: argparse.Namespace) -> None:
 
 
 def _students_of(settings: profiles.Profile, args: argparse.Namespace) -> None:
-    """Train what notebook 2 trains, into the folder in which it looks for it."""
+    """Train what notebook 3 trains, into the folder in which it looks for it."""
     from permdistill.paper import experiments
     from permdistill.training import LOG, train
 
@@ -148,7 +155,9 @@ def _add_students(command: argparse.ArgumentParser) -> None:
     parts = list(profiles.MATRIX)
     which = command.add_mutually_exclusive_group()
     which.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
-    text = "the students of this profile's notebook 2 instead, into --work, where it looks for them"
+    text = "train the cheapest student of each head anew, and compare with the stored predictions"
+    which.add_argument("--audit", action="store_true", help=text)
+    text = "the students of this profile's notebook 3 instead, into --work, where it looks for them"
     which.add_argument("--profile", help=text)
     command.add_argument("--predictions", default="", help="folder (default: the committed ones)")
     text = "folder for checkpoints (build/matrix); with --profile, for students (where `make paper` puts its own)"

@@ -172,6 +172,11 @@ def table(result: dict[str, Any]) -> pd.DataFrame:
     return by
 
 
+def _short(values: pd.Series) -> list[str]:
+    """Three digits, e.g. "6,040"."""
+    return [f"{float(f'{value:.3g}'):,g}" for value in values]
+
+
 def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     """:func:`table` for people."""
     teacher, student = frame.teacher + ", " + frame.arm, frame.encoder + ", " + frame["head"].map(head_title, "ignore")
@@ -179,10 +184,10 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
         {
             "system": teacher.fillna(student),
             "parameters, millions": (frame.parameters / 1e6).round(1),
-            "questions/s": [f"{1 / s:.3g}" for s in frame.seconds],
-            "GFLOP a question": [f"{f / 1e9:.3g}" for f in frame.flops],
-            "times as fast as one order": [f"{v:.3g}" for v in frame["times one order"]],
-            "times as fast as all orders one by one": [f"{v:.3g}" for v in frame["times all orders"]],
+            "questions/s": _short(1 / frame.seconds),
+            "GFLOP a question": _short(frame.flops / 1e9),
+            "times as fast as one order": _short(frame["times one order"]),
+            "times as fast as all orders one by one": _short(frame["times all orders"]),
         }
     )
 

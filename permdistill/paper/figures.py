@@ -13,22 +13,41 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from permdistill import debias, fewcalls
 from permdistill.measure import metrics
 from permdistill.orders import to_positions
 from permdistill.paper import tasks as registry
 from permdistill.paper.experiments import Scored
+from permdistill.paper.style import COLOURS, NAMES, NARROW, SHAPES, SMALL, WIDE, columns_style, logarithmic, write_names
 from permdistill.paper.systems import BIASED as BIASED_TEACHER
-from permdistill.paper.systems import TWO_ORDERS, UNTRAINED, described, head_title, title
+from permdistill.paper.systems import (
+    CORRECTION,
+    DISTILLATION,
+    TWO_ORDERS,
+    UNTRAINED,
+    WHITE_BOX,
+    Description,
+    described,
+    head_title,
+    title,
+)
 from permdistill.paper.tables import BIASED, DEBIASED
 
-COLOURS = dict(zip(("teacher", "debiased", "copy", "student"), sns.color_palette("colorblind"), strict=False))
-NAMES = {"teacher": "biased teacher", "debiased": "all-orders average", "copy": "copied decision", "student": "student"}
 
-
-def _style() -> None:
-    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc={"figure.dpi": 110, "savefig.dpi": 200})
+def _name(what: Description) -> str:
+    """A system in few words, for a figure."""
+    if what.kind != "student":
+        orders = {debias.CYCLIC: f"{what.calls:g} orders", TWO_ORDERS: "2 orders", debias.DEBIASED: "all orders"}
+        copies = f"copy{', greedy' if what.greedy else ''}"
+        return orders.get(
+            what.method, {BIASED_TEACHER: "biased", debias.PRIOR_MATCHING: "prior-matching"}.get(what.method, copies)
+        )
+    encoder = (what.encoder or "").replace("all-MiniLM-L6-v2", "MiniLM").replace("all-mpnet-base-v2", "mpnet")
+    method = {DISTILLATION: "distilled", CORRECTION: "corrected", WHITE_BOX: "white-box"}.get(what.method, what.method)
+    words = (encoder, (what.head or "").replace("_", "-"), f"{method}{' (greedy)' if what.greedy else ''}")
+    return ", ".join(word for word in words if word)
 
 
 def _label(task: str) -> str:
@@ -38,21 +57,20 @@ def _label(task: str) -> str:
 def _interval(ax: Axes, frame: pd.DataFrame, name: str, y: np.ndarray, **style: Any) -> None:
     """Points with 95% intervals, in points of 100, at heights y."""
     value, low, high = (100 * frame[c].to_numpy() for c in (name, f"{name}_low", f"{name}_high"))
-    ax.errorbar(
-        value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="o", capsize=2, lw=1, ms=4, **style
-    )
+    shown: dict[str, Any] = {"fmt": "o", "capsize": 1.5, "lw": 1, "ms": 3.5} | style
+    ax.errorbar(value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], **shown)
 
 
 def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
     """T1 as a picture, a column a teacher. Above: permutation sensitivity by task. Below, where there are gold answers:
     accuracy, biased and debiased."""
-    _style()
+    columns_style()
     teachers, tasks = list(dict.fromkeys(table.teacher)), list(dict.fromkeys(table.task))
     n_rows = 2 if "accuracy" in table else 1
     figure, axes = plt.subplots(
         n_rows,
         len(teachers),
-        figsize=(2.2 + 2.6 * len(teachers), 1 + 0.23 * n_rows * len(tasks)),
+        figsize=(WIDE, 1 + 0.16 * n_rows * len(tasks)),
         sharey=True,
         sharex="row",
         squeeze=False,
@@ -66,7 +84,8 @@ def sensitivity_and_gain(table: pd.DataFrame) -> Figure:
         above.set(title=teacher, xlabel="permutation sensitivity (TV x 100)")
         for ax in below:
             _interval(ax, biased, "accuracy", y + 0.15, color=COLOURS["teacher"], label="biased, mean over orders")
-            _interval(ax, debiased, "accuracy", y - 0.15, color=COLOURS["debiased"], label="all-orders average")
+            style = {"color": COLOURS["debiased"], "fmt": SHAPES["debiased"], "label": "all-orders average"}
+            _interval(ax, debiased, "accuracy", y - 0.15, **style)
             ax.set(xlabel="accuracy (%)")
     for ax in axes[:, 0]:
         ax.set_yticks(y, [_label(task) for task in tasks])
@@ -83,7 +102,7 @@ def one_question(scored: Scored) -> Figure:
     Left by label position: dark stripes are preferences for positions. In the middle the same numbers by option, which an
     unbiased teacher would give in all rows alike. Right their average, which no order changes.
     """
-    _style()
+    columns_style()
     P, k = scored.P[int(np.argmax(metrics.permutation_sensitivity(scored.P)))], scored.task.k
     letters, options = [label.strip() for label in scored.task.template.labels[:k]], [str(i + 1) for i in range(k)]
     panels = (
@@ -91,7 +110,7 @@ def one_question(scored: Scored) -> Figure:
         ("by option", "option", P, options),
         ("average over all orders", "option", P.mean(axis=0)[None], options),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(6.8, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(WIDE, 2.8), layout="constrained")
     for ax, (name, label, values, ticks) in zip(axes, panels, strict=True):
         extent = (-0.5, k - 0.5, len(P) - 0.5, -0.5)
         image = ax.imshow(100 * values, cmap="Blues", vmin=0, vmax=100, aspect="auto", extent=extent)
@@ -111,7 +130,7 @@ def one_question(scored: Scored) -> Figure:
 
 def preferred_positions(scored: Sequence[Scored]) -> Figure:
     """Probability of each label position over all items and orders; an unbiased teacher gives 1/K to each (dashed)."""
-    _style()
+    columns_style()
     rows = [
         {"teacher": s.teacher, "task": s.task.name, "position": label.strip(), "share": 100 * share}
         for s in scored
@@ -120,7 +139,7 @@ def preferred_positions(scored: Sequence[Scored]) -> Figure:
     frame = pd.DataFrame(rows)
     tasks = list(dict.fromkeys(frame.task))
     columns = min(4, len(tasks))
-    size = (2.6 * columns, 1.9 * -(-len(tasks) // columns) + 0.4)
+    size = (WIDE, 1.35 * -(-len(tasks) // columns) + 0.4)
     figure, axes = plt.subplots(-(-len(tasks) // columns), columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(tasks) :]:
         ax.set_visible(False)
@@ -136,56 +155,66 @@ def preferred_positions(scored: Sequence[Scored]) -> Figure:
     return figure
 
 
-FAMILIES = {  # of debiasers, and their markers
-    debias.BIASED: "o",
-    debias.BLACK_BOX_FAMILY: "x",
-    debias.RANDOM_FAMILY: "v",
-    debias.CYCLIC: "^",
-    debias.DEBIASED: "s",
-    debias.MAJORITY: "P",
-    debias.PRIOR_MATCHING: "D",
-    debias.CONTEXT_PRIOR_MATCHING: "d",
-    debias.PRIDE: "*",
-    debias.CALIBRATION: "h",
-    fewcalls.REVERSE_PAIR: "<",
-    fewcalls.WILLIAMS: ">",
-    fewcalls.ADAPTIVE_FAMILY: "p",
-    fewcalls.GEOMETRIC: "H",
-    fewcalls.BATCH_CALIBRATION: "X",
+LINES = (debias.RANDOM_FAMILY, debias.BLACK_BOX_FAMILY)
+FAMILIES = {  # of debiasers: in few words, and a shape for each kind
+    debias.RANDOM_FAMILY: ("random orders", "v"),
+    debias.BLACK_BOX_FAMILY: ("sampled decisions", "x"),
+    debias.BIASED: ("biased", "o"),
+    debias.PRIOR_MATCHING: ("prior-matching", "D"),
+    fewcalls.BATCH_CALIBRATION: ("batch calibration", "D"),
+    debias.CALIBRATION: ("contextual calibration", "D"),
+    debias.PRIDE: ("PriDe", "D"),
+    fewcalls.REVERSE_PAIR: ("reverse pair", "^"),
+    debias.CYCLIC: ("cyclic", "^"),
+    fewcalls.WILLIAMS: ("Williams", "^"),
+    fewcalls.ADAPTIVE_FAMILY: ("adaptive", "P"),
+    debias.DEBIASED: ("all orders", "s"),
+    fewcalls.GEOMETRIC: ("geometric mean", "s"),
+    debias.MAJORITY: ("majority vote", "s"),
+    debias.CONTEXT_PRIOR_MATCHING: ("context prior-m.", "s"),
 }
 
 
 def cost_and_accuracy(table: pd.DataFrame, kinds: dict[str, Sequence[str]]) -> Figure:
-    """Every debiaser: teacher calls a question against accuracy (above) and permutation sensitivity (below).
+    """D1: every debiaser, teacher calls a question against accuracy (above) and permutation sensitivity (below). Lines are
+    what more of the same buys: random orders, and sampled decisions; all others stand by their names.
 
     table  :func:`permdistill.paper.tables.debiasers` of one teacher
-    kinds  {title: tasks}: a column each, with the mean over its tasks and the interval of that mean, the tasks' own
-           intervals taken as independent
+    kinds  {title: tasks}: the kind with most tasks is drawn, the mean over its tasks with the interval of that mean, the
+           tasks' own intervals taken as independent
     """
-    _style()
-    size = (2.2 * len(kinds) + 0.6, 5.4)
-    figure, axes = plt.subplots(2, len(kinds), figsize=size, sharex="col", squeeze=False, layout="constrained")
-    palette = dict(zip(FAMILIES, sns.color_palette("colorblind", len(FAMILIES)), strict=True))
-    for (above, below), (kind, tasks) in zip(axes.T, kinds.items(), strict=True):
-        part = table[table.task.isin(list(tasks))]
-        for number, (family, marker) in enumerate(FAMILIES.items()):
-            own = part[part.family == family]
-            for ax, name in ((above, "accuracy"), (below, "ps")):
-                points = [
-                    (group.calls.iloc[0], group[name].mean(), _half(group, name))
-                    for _, group in own.groupby("debiaser", sort=False)
-                ]
-                if points:
-                    x, y, half = 100 * np.array(points).T
-                    style = {"fmt": marker, "ms": 5, "lw": 0.8, "capsize": 1.5, "alpha": 0.85, "label": family}
-                    aside = 1.02 ** (number - len(FAMILIES) // 2)  # what costs the same stands side by side
-                    ax.errorbar(aside * x / 100, y, yerr=half, color=palette[family], **style)
-        above.set(title=kind, xscale="log")
-        below.set(xlabel="teacher calls a question", ylim=(-1, None))
-    axes[0, 0].set_ylabel("accuracy (%)")
-    axes[1, 0].set_ylabel("ps (TV x 100)")
-    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    columns_style()
+    kind, tasks = max(kinds.items(), key=lambda item: len(item[1]))
+    part = table[table.task.isin(list(tasks))]
+    groups = [own for _, own in part.groupby("debiaser", sort=False)]
+    families, calls = np.array([own.family.iloc[0] for own in groups]), np.array([own.calls.iloc[0] for own in groups])
+    single = [i for i, family in enumerate(families) if family not in LINES]
+    several = [f", {calls[i]:.2g} calls" if (families == families[i]).sum() > 1 else "" for i in single]
+    names = [FAMILIES[families[i]][0] + more for i, more in zip(single, several, strict=True)]
+    figure, axes = plt.subplots(2, 1, figsize=(WIDE, 5.2), sharex=True, layout="constrained")
+    axes[0].set(title=f"{kind}: mean over {len(tasks)} tasks", ylabel="accuracy (%)", xlim=(0.6, 1.6 * calls.max()))
+    axes[1].set(xlabel="teacher calls a question", ylabel="ps (TV x 100)")
+    heights = []
+    for ax, metric in zip(axes, ("accuracy", "ps"), strict=True):
+        y = 100 * np.array([own[metric].mean() for own in groups])
+        half = 100 * np.array([_half(own, metric) for own in groups])
+        for family, colour in zip(LINES, ("0.35", COLOURS["copy"]), strict=True):
+            called, shape = FAMILIES[family]
+            at = np.flatnonzero(families == family)
+            at = at[np.argsort(calls[at])]
+            ax.errorbar(calls[at], y[at], half[at], fmt=f"{shape}-", ms=4, lw=1, capsize=1.5, color=colour, label=called)
+        for i in single:
+            style = {
+                "fmt": FAMILIES[families[i]][1],
+                "color": COLOURS["teacher" if families[i] == debias.BIASED else "debiased"],
+            }
+            ax.errorbar(calls[i], y[i], half[i], ms=4, lw=0.8, capsize=1.5, **style)
+        logarithmic(ax)
+        heights.append(y[single])
+    axes[1].set_ylim(-1.5, None)
+    axes[0].legend(loc="lower right")
+    for ax, y in zip(axes, heights, strict=True):
+        write_names(ax, calls[single], y, names)
     return figure
 
 
@@ -196,14 +225,14 @@ def _half(group: pd.DataFrame, name: str) -> float:
 
 def students(table: pd.DataFrame) -> Figure:
     """T2 or T3 as a picture: accuracy of every system on every task, the biased teacher's as a line."""
-    _style()
-    table = table.assign(system=[title(what) for what in described(table)])
+    columns_style()
+    table = table.assign(system=[_name(what) if what.kind == "student" else title(what) for what in described(table)])
     tasks, systems = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.system))
     y = np.arange(len(systems))[::-1]
     figure, axes = plt.subplots(
         1,
         len(tasks),
-        figsize=(2.6 + 2.1 * len(tasks), 1 + 0.3 * len(systems)),
+        figsize=(WIDE, 0.7 + 0.18 * len(systems)),
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -213,51 +242,39 @@ def students(table: pd.DataFrame) -> Figure:
         for kind, colour in COLOURS.items():
             mine = (part.kind == kind).to_numpy()
             if mine.any():
-                _interval(ax, part[mine], "accuracy", y[mine], color=colour)
+                _interval(ax, part[mine], "accuracy", y[mine], color=colour, fmt=SHAPES[kind])
         ax.axvline(100 * part.accuracy.iloc[0], color=COLOURS["teacher"], lw=1, ls="--")
-        ax.set(title=_label(task), xlabel="accuracy (%)")
+        ax.set(title=_label(task).replace(" ", "\n", 1), xlabel="accuracy (%)", ylim=(-0.7, len(systems) - 0.3))
     axes[0, 0].set_yticks(y, systems)
     return figure
 
 
 def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
-    """F5: every system as a point per task, permutation sensitivity against accuracy. Up and to the left is better.
+    """F5: every system over all tasks of a table, permutation sensitivity against accuracy with 95% intervals. Up and to the
+    left is better.
 
-    ``systems`` has the columns of the students' tables (task, kind, head, accuracy, ps).
+    ``systems`` has the columns of the students' tables; of several together, "all" is called "all of <table>".
     """
-    _style()
-    tasks = list(dict.fromkeys(systems.task))
-    columns = min(4, len(tasks))
-    figure, axes = plt.subplots(
-        -(-len(tasks) // columns),
-        columns,
-        figsize=(2.7 * columns, 2.7 * -(-len(tasks) // columns) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat[len(tasks) :]:
-        ax.set_visible(False)
-    for ax, task in zip(axes.flat, tasks, strict=False):
+    columns_style()
+    wholes = [task for task in dict.fromkeys(systems.task) if str(task).startswith("all")]
+    size = (WIDE if len(wholes) > 1 else NARROW, 3.4)
+    figure, axes = plt.subplots(1, len(wholes), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    heads = {"joint": "s", "per_option": "^", "bi_encoder": "D"}
+    for ax, task in zip(axes[0], wholes, strict=True):
         part = systems[systems.task == task]
-        for kind, colour in COLOURS.items():
-            mine = part[part.kind == kind]
-            joint = mine["head"] == "joint"
-            for chosen, marker, suffix in ((~joint, "o", ""), (joint, "s", ", joint head")):
-                if chosen.any():
-                    ax.scatter(
-                        100 * mine.ps[chosen],
-                        100 * mine.accuracy[chosen],
-                        color=colour,
-                        marker=marker,
-                        s=34,
-                        alpha=0.85,
-                        edgecolor="white",
-                        linewidth=0.5,
-                        label=NAMES[kind] + (suffix if kind == "student" else ""),
-                    )
-        ax.set(title=_label(task), xlabel="ps (TV x 100)", ylabel="accuracy (%)", xlim=(-3, None))
-    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        for row in part.to_dict("records"):
+            x, y = 100 * row["ps"], 100 * row["accuracy"]
+            halves = [(100 * row[f"{n}_low"], 100 * row[f"{n}_high"]) for n in ("accuracy", "ps")]
+            spread = [np.maximum([[v - low], [high - v]], 0) for v, (low, high) in zip((y, x), halves, strict=True)]
+            style = {"fmt": heads.get(row["head"], SHAPES[row["kind"]]), "ms": 4, "lw": 0.8, "capsize": 1.5}
+            ax.errorbar(x, y, *spread, color=COLOURS[row["kind"]], **style)
+        parts = {"all of T2": "multiple choice (T2)", "all of T3": "SummEval (T3)"}
+        ax.set(title=parts.get(task, _label(task)), xlabel="ps (TV x 100)", xlim=(-4, None))
+    axes[0, 0].set_ylabel("accuracy (%)")
+    for ax, task in zip(axes[0], wholes, strict=True):
+        part = systems[systems.task == task]
+        names = [_name(what).removeprefix("MiniLM, ") for what in described(part)]
+        write_names(ax, 100 * part.ps, 100 * part.accuracy, names)
     return figure
 
 
@@ -266,10 +283,10 @@ def scoring_time(table: pd.DataFrame) -> Figure:
 
     ``table`` is :func:`permdistill.paper.bench.table`'s.
     """
-    _style()
+    columns_style()
     models, workloads, arms = (list(dict.fromkeys(table[name])) for name in ("model", "workload", "arm"))
     y = np.arange(len(arms))[::-1]
-    size = (1.2 + 2.6 * len(workloads), 0.5 + 1.7 * len(models))
+    size = (WIDE, 0.5 + 1.2 * len(models))
     figure, axes = plt.subplots(
         len(models), len(workloads), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
@@ -278,16 +295,21 @@ def scoring_time(table: pd.DataFrame) -> Figure:
             part = table[(table.model == model) & (table.workload == workload)].set_index("arm").loc[arms]
             ax, error = axes[row, column], [part.ratio - part.ratio_low, part.ratio_high - part.ratio]
             colours = [COLOURS["debiased"] if arm == "trie" else COLOURS["teacher"] for arm in arms]
-            ax.barh(y, part.ratio, xerr=np.array(error), color=colours, capsize=2, error_kw={"lw": 1})
-            for place, high, share in zip(y, part.ratio_high, part.share, strict=True):
-                ax.text(high * 1.15, place, f"{share:.0%}", va="center", fontsize="small")
-            ax.set(xscale="log", title=workload if row == 0 else "")
+            ax.barh(y, part.ratio - 1, left=1, xerr=np.array(error), color=colours, capsize=2, error_kw={"lw": 1})
+            ax.plot(1, y[arms.index("trie")], "D", ms=4, color=COLOURS["debiased"])
+            for place, high, ratio, share in zip(y, part.ratio_high, part.ratio, part.share, strict=True):
+                text = f"{ratio:.2g} ({share:.0%})"
+                ax.text(max(high, 1) * 1.15, place, text, va="center", fontsize=SMALL)
+            ax.set(title=workload if row == 0 else "")
             ax.axvline(1, color="black", lw=1, ls="--")
             ax.grid(axis="y", visible=False)
         axes[row, 0].set_yticks(y, arms)
         axes[row, 0].set_ylabel(model)
-    axes[0, 0].set_xlim(0.5 * table.ratio_low.min(), 3 * table.ratio_high.max())
-    figure.supxlabel("time a question / the trie's time; percentages: share of the measured matmul peak", fontsize="small")
+    axes[0, 0].set_xlim(0.8 * table.ratio_low.min(), 8 * table.ratio_high.max())
+    for ax in axes.flat:
+        logarithmic(ax, (1, 3))
+    text = "time a question / the trie's time, from 1 on; in brackets: share of the measured matmul peak"
+    figure.supxlabel(text, fontsize=SMALL)
     return figure
 
 
@@ -297,80 +319,82 @@ def curve(table: pd.DataFrame, x: str, label: str, lines: dict[str, float]) -> F
     table  :func:`permdistill.paper.ablations.effects` over ``x``, one teacher's
     lines  {name: accuracy} of systems that do not depend on it, drawn as lines
     """
-    _style()
-    figure, ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+    columns_style()
+    figure, ax = plt.subplots(figsize=(NARROW, 2.5), layout="constrained")
     rows = table.sort_values(x)
     y = 100 * rows.accuracy
     spread = [np.maximum(y - 100 * rows.accuracy_low, 0), np.maximum(100 * rows.accuracy_high - y, 0)]
     ax.errorbar(rows[x], y, yerr=spread, fmt="o-", capsize=2, lw=1, ms=4, color=COLOURS["student"], label="student")
     for (name, accuracy), style in zip(lines.items(), ("--", "-.", ":"), strict=False):
         ax.axhline(100 * accuracy, color="black", lw=1, ls=style, label=name)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(rows[x], [f"{value:g}" for value in rows[x]])
+    logarithmic(ax, rows[x], 2)
     ax.set(xlabel=label, ylabel="accuracy (%)")
-    ax.legend()
+    ax.legend(fontsize=SMALL, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
-
-
-_SHORT = {
-    BIASED_TEACHER: "biased",
-    debias.PRIOR_MATCHING: "prior-matching",
-    TWO_ORDERS: "2 orders",
-    debias.CYCLIC: "{} orders",
-    debias.DEBIASED: "all orders",
-}
 
 
 _UNTRAINED = "0.55"
 
 
+def _front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points are the Pareto front: no other is at most as dear and more accurate. From cheap to dear."""
+    order = np.lexsort((-y, x))
+    return order[np.r_[True, y[order][1:] > np.maximum.accumulate(y[order])[:-1]]]
+
+
 def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
-    """Accuracy against what an answer costs, a panel a teacher: seconds a question on one machine, log scale. Up and to the
-    left is better.
+    """P2: accuracy against what an answer costs, a panel a teacher: seconds a question on one machine, log scale. Up and to
+    the left is better. The line is what more orders of the teacher buy, the grey steps the Pareto front. Named are that
+    ladder, prior-matching, and of each method the best student; the others are pale.
 
     systems  :func:`permdistill.paper.cost.of_systems`, over all tasks
     """
-    _style()
+    columns_style()
     teachers = list(dict.fromkeys(systems.teacher))
-    figure, axes = plt.subplots(
-        1, len(teachers), figsize=(4.6 * len(teachers), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    markers = {"joint": "s", "per_option": "o", "bi_encoder": "D"}
+    size = (WIDE if len(teachers) > 1 else NARROW, 3.6)
+    figure, axes = plt.subplots(1, len(teachers), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    heads, labels = {"joint": "s", "per_option": "o", "bi_encoder": "D"}, []
     for ax, teacher in zip(axes[0], teachers, strict=True):
-        for row in systems[systems.teacher == teacher].itertuples():
-            student = row.kind == "student"
-            large = student and row.parameters_millions > 50
-            spread = [[100 * (row.accuracy - row.accuracy_low)], [100 * (row.accuracy_high - row.accuracy)]]
+        own = systems[systems.teacher == teacher].reset_index(drop=True)
+        x, y, student = own.seconds.to_numpy(), 100 * own.accuracy.to_numpy(), own.kind == "student"
+        half = np.maximum([y - 100 * own.accuracy_low, 100 * own.accuracy_high - y], 0)
+        ladder = np.flatnonzero(own.method.isin([BIASED_TEACHER, TWO_ORDERS, debias.CYCLIC, debias.DEBIASED]))
+        best = own[student & (own.method != UNTRAINED)].groupby("method").accuracy.idxmax()
+        named = [*ladder, *np.flatnonzero(own.method == debias.PRIOR_MATCHING), *best]
+        front, steps = _front(x, y), ladder[np.argsort(x[ladder])]
+        ax.step(x[front], y[front], where="post", color="0.8", lw=2.5, zorder=0)
+        ax.plot(x[steps], y[steps], "-", lw=1, color=COLOURS["debiased"])
+        for i, row in own.iterrows():
             colour = _UNTRAINED if row.method == UNTRAINED else COLOURS[row.kind]
-            style = {"marker": markers.get(row.head, "o"), "ms": 8 if large else 5, "lw": 0.8, "capsize": 1.5}
-            style |= {"color": colour, "mfc": "white" if student and row.calls else colour}
-            ax.errorbar(row.seconds, 100 * row.accuracy, yerr=spread, ls="none", **style)
-            # Students are told apart by the legend: their names would lie on top of each other.
-            where, near = (row.seconds, 100 * row.accuracy), {"ha": "right", "fontsize": 7}
-            ax.annotate(
-                _SHORT.get(row.method, "").format(row.calls), where, xytext=(-6, 3), textcoords="offset points", **near
-            )
-        ax.set_xlim(systems.seconds.min() / 4, systems.seconds.max() * 2)
-        ax.set(title=teacher, xscale="log", xlabel="seconds a question")
+            style = {"fmt": heads.get(row["head"], "o"), "ms": 4.5, "lw": 0.8, "capsize": 1.5, "color": colour}
+            style |= {"mfc": "white" if student[i] and row.calls else colour, "alpha": 1 if i in named else 0.35}
+            ax.errorbar(x[i], y[i], half[:, [i]], **style)
+        labels.append((ax, x[named], y[named], [_name(what) for what in described(own.iloc[named])]))
+        ax.set(title=teacher, xlabel="seconds a question", xlim=(systems.seconds.min() / 3, systems.seconds.max() * 8))
+        logarithmic(ax, (1,))
     axes[0, 0].set_ylabel("accuracy (%)")
     dot = partial(plt.Line2D, [], [], ls="none")
-    shown = {k: NAMES[k] for k in COLOURS} | {"debiased": "debiased teacher"}
-    kinds = [dot(marker="o", color=COLOURS[k], label=name) for k, name in shown.items()]
-    kinds.append(dot(marker="o", color=_UNTRAINED, label="untrained student"))
-    kinds += [dot(marker=marker, mfc="none", color="black", label=head_title(head)) for head, marker in markers.items()]
-    kinds.append(dot(marker="o", ms=8, color="black", label="large: over 50M parameters"))
-    kinds.append(dot(marker="o", mfc="white", color=COLOURS["student"], label="white: with a teacher's call"))
-    figure.legend(handles=kinds, loc="outside lower center", ncols=4, fontsize="small")
+    shown = {COLOURS[kind]: name for kind, name in (NAMES | {"debiased": "debiased teacher"}).items()}
+    handles = [
+        dot(marker="o", color=colour, label=name) for colour, name in {**shown, _UNTRAINED: "untrained student"}.items()
+    ]
+    handles += [dot(marker=shape, mfc="none", color="black", label=head_title(head)) for head, shape in heads.items()]
+    handles.append(dot(marker="o", mfc="white", color=COLOURS["student"], label="white: with a teacher's call"))
+    handles.append(plt.Line2D([], [], color=COLOURS["debiased"], label="the teacher, more orders"))
+    handles.append(plt.Line2D([], [], color="0.8", lw=2.5, label="Pareto front"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=SMALL)
+    for where in labels:
+        write_names(*where)
     return figure
 
 
 def draws(table: pd.DataFrame) -> Figure:
     """F2 on a real server, from :func:`permdistill.paper.tables.draws`: KL of the histogram to the white-box average
     (where there is one) and accuracy (where there are gold answers) against the number of decisions."""
-    _style()
+    columns_style()
     histograms, rest = table[table.draws.notna()], table[table.draws.isna()]
     kinds = [name for name in ("kl", "accuracy") if name in table]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(kinds), figsize=(NARROW * len(kinds), 2.7), squeeze=False, layout="constrained")
     for ax, kind in zip(axes[0], kinds, strict=True):
         if kind == "kl":
             ax.plot(
@@ -379,6 +403,8 @@ def draws(table: pd.DataFrame) -> Figure:
             own = histograms.kl_drawn_from_white_box
             ax.plot(histograms.draws, own, "--", lw=1, color="black", label="drawn from the white-box scores")
             ax.set(yscale="log", ylabel="KL(histogram || average), nats")
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         else:
             y, low, high = (100 * histograms[c] for c in ("accuracy", "accuracy_low", "accuracy_high"))
             style = {"fmt": "o-", "ms": 4, "lw": 1, "capsize": 2, "color": COLOURS["student"], "label": "histogram"}
@@ -386,10 +412,9 @@ def draws(table: pd.DataFrame) -> Figure:
             for value in rest.accuracy:
                 ax.axhline(100 * value, color="black", lw=1, ls="--", label="white-box average")
             ax.set(ylabel="accuracy (%)")
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(histograms.draws, [f"{value:g}" for value in histograms.draws])
+        logarithmic(ax, histograms.draws, 2)
         ax.set(xlabel="decisions a question")
-        ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))  # above: error bars may be anywhere
+        ax.legend(fontsize=SMALL, loc="lower center", bbox_to_anchor=(0.5, 1))  # above: error bars may be anywhere
     return figure
 
 

@@ -185,6 +185,12 @@ def own_student(k: int) -> Run:
     return Run(StudentConfig("all-MiniLM-L6-v2", "bi_encoder", "plain", k, 256), TrainingConfig(learning_rate=1e-4))
 
 
+def untrained(k: int) -> Run:
+    """:func:`own_student` before it is taught: what the encoder knows by itself."""
+    run = own_student(k)
+    return replace(run, training=replace(run.training, epochs=0))
+
+
 def _bi_encoder(encoder: str, k: int, length: int, training: TrainingConfig, inputs: str = "plain") -> Run:
     return Run(StudentConfig(encoder, "bi_encoder", inputs, k, length), training)
 
@@ -266,7 +272,7 @@ PROFILES = {
         n_others=(350, 150, 10 * 28),
         n_prompts=(80, 5 * 28),
         matrix=True,
-        # About an hour on 2 cores: the small encoder, one seed; the rest is in MATRIX. For summaries the lengths leave all
+        # The small encoder, one seed; an hour on 2 cores. For summaries the lengths leave all
         # heads about the same share of the article, since the joint head's sequence holds two summaries.
         pools=_pools(
             (350, 25 * 28),
@@ -354,8 +360,8 @@ def repositories(settings: Profile) -> list[Repo]:
 
 
 def n_test(settings: Profile, tasks: Sequence[str]) -> int:
-    """How many test questions of each task students of these tasks are asked: a pool's number, or else all."""
-    return next((pool.n_test for pool in settings.pools.values() if pool.tasks == tuple(tasks)), 10**9)
+    """How many test questions of each task students of these tasks are asked: that of their pool, or else all."""
+    return next((pool.n_test for pool in settings.pools.values() if set(tasks) <= set(pool.tasks)), 10**9)
 
 
 @dataclass(frozen=True)
@@ -371,6 +377,11 @@ class Cell:
         """The tasks in a word: "multiple_choice", "summeval", or the one task's name."""
         names = {MULTIPLE_CHOICE: "multiple_choice", SUMMEVAL: "summeval"}
         return names.get(self.tasks, "-".join(self.tasks))
+
+
+def cells_of(settings: Profile, pool: Pool) -> tuple[Cell, ...]:
+    """The students of a pool, taught by the profile's first teacher."""
+    return tuple(Cell(settings.teachers[0], pool.tasks, run) for run in pool.runs)
 
 
 SEEDS = (0, 1, 2)
@@ -427,6 +438,8 @@ SIZES = {  # the same student, small and large
 # Students that `make paper` does not train, since together they take hours: `make students` does, and their predictions
 # are kept. The first of each part matter most. A cell may belong to several parts.
 MATRIX: dict[str, tuple[Cell, ...]] = {
+    # T2's and T3's.
+    "tables": tuple(cell for pool in PROFILES["full"].pools.values() for cell in cells_of(PROFILES["full"], pool)),
     # The bi-encoder with everything; the other heads where there is something to learn, with the stronger teacher.
     "heads and inputs": tuple(
         _cell(teacher, head=head, training={"seed": seed}, **method)

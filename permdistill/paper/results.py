@@ -21,33 +21,35 @@ SECTIONS = {
 Accuracy of the biased answers (mean over orders), with position weights fitted without labels (prior-matching),
 fitted for each question (context prior-matching), and averaged over all orders. "gain" is that average over the
 biased answers, paired. ps is permutation sensitivity (total variation). SummEval's pairs are K = 2, and the biased
-1.5B teacher names the first summary nearly always.""",
-    "T2_students_multiple_choice": """T2. Students on multiple choice (notebook 02_students)
+1.5B teacher names the first summary nearly always. Scores are stored (`scores/`); `make paper` computes a random
+sample anew.""",
+    "T2_students_multiple_choice": """T2. Students on multiple choice (notebook 03_students)
 
 ARC-Easy, ARC-Challenge and OpenBookQA as one. The 1.5B teacher taught them, with questions that have no gold answers.
-`make paper` trains these students.""",
-    "T3_students_summeval": """T3. Students on SummEval (notebook 02_students)
+Predictions are stored (`predictions/`); `make paper` trains the cheapest student of each head anew and compares.""",
+    "T3_students_summeval": """T3. Students on SummEval (notebook 03_students)
 
-Pairs of summaries, four attributes as one. `make paper` trains these students.""",
-    "T4_matrix": """T4. All students on multiple choice (notebook 03_matrix)
+Pairs of summaries, four attributes as one.
+Predictions are stored (`predictions/`); `make paper` trains the cheapest student of each head anew and compares.""",
+    "T4_matrix": """T4. All students on multiple choice (notebook 05_ablations)
 
 Students that take hours to train together: `make students` does it, and their predictions are kept in `predictions/`.
 One row for all seeds of a student. "Untrained" is the sentence encoder's own cosine between question and option,
 which no teacher taught anything.""",
-    "T5_summaries": """T5. Students on SummEval, stored (notebook 03_matrix)
+    "T5_summaries": """T5. Students on SummEval, stored (notebook 05_ablations)
 
 Trained at a rate of 1e-5, at which students stay near the encoder that they begin with. The rate was picked after
 accuracies on these test questions had been seen, so that rows above the biased teacher are no result.""",
-    "T6_piqa": """T6. Students on PIQA, stored (notebook 03_matrix)
+    "T6_piqa": """T6. Students on PIQA, stored (notebook 05_ablations)
 
 Pairs of which the averaged teacher knows more than of SummEval's.""",
-    "F2_draws": """F2. Black-box draws (notebook 03_matrix)
+    "F2_draws": """F2. Black-box draws (notebook 05_ablations)
 
 Targets are histograms of so many sampled decisions a question.""",
-    "F3_questions": """F3. Training questions (notebook 03_matrix)
+    "F3_questions": """F3. Training questions (notebook 05_ablations)
 
 The same student, taught by fewer questions.""",
-    "T4_collapse": """The collapse check (notebook 03_matrix)
+    "T4_collapse": """The collapse check (notebook 05_ablations)
 
 The joint head in plain distillation. Chance is 25%. A student whose training KL stays at that of 1/K ("uniform") has
 not even learnt the questions that it was shown.""",
@@ -55,21 +57,22 @@ not even learnt the questions that it was shown.""",
 
 "Not confirmed" means that the criterion is missed, which is not the same as refuted. Criteria:
 `permdistill/paper/claims.py`.""",
-    "P1_performance": """P1. What all orders cost (notebook 05_shared_prefixes)
+    "P1_performance": """P1. What all orders cost (notebook 06_cost)
 
 Two cores, all arms with the same packed weights and logits of last tokens only, taking turns (`make bench`). Time is
 in units of the trie's: the median over rounds, with the smallest and largest.""",
-    "P2_cost": """P2. What an answer costs (notebook 03_matrix)
+    "P2_cost": """P2. What an answer costs (notebook 06_cost)
 
 Measured by `make cost` on one machine.""",
 }
 FIGURES = {
     "F1_orders": "One question in all its orders (notebook 01_teachers): by label, by option, and the average.",
     "F_positions": "Which positions the teachers prefer (notebook 01_teachers). The dashed line is no preference.",
-    "D1_debiasers": "What a teacher call buys, for every debiaser of the field on the same scores (notebook 06_debiasers).",
-    "F4_encoders": "Encoder, head and input (notebook 03_matrix).",
+    "D1_debiasers": "What a call more buys, for every debiaser of the field on the same scores (notebook 02_debiasers): "
+    "questions with four options. The other tasks are in the CSV file.",
+    "F4_encoders": "Encoder, head and input (notebook 05_ablations).",
     "F5_sensitivity_accuracy": "Sensitivity against accuracy (notebook 04_sensitivity_accuracy).",
-    "P2_accuracy_cost": "Accuracy against what an answer costs (notebook 03_matrix).",
+    "P2_accuracy_cost": "Accuracy against what an answer costs (notebook 06_cost).",
 }
 
 

@@ -1,0 +1,223 @@
+"""What each notebook shows, in words: a function a notebook, from its tables to Markdown, with the numbers filled in from
+them. Nothing here is measured; where a table lacks what a sentence needs (no gold answers), the sentence is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from permdistill import debias, fewcalls
+from permdistill.measure.metrics import Interval
+from permdistill.paper import claims, tables
+from permdistill.paper.display import Words
+from permdistill.paper.systems import CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, described
+from permdistill.paper.systems import title as system_title
+from permdistill.paper.tasks import title
+
+
+def _points(row: pd.Series, name: str) -> str:
+    """A metric of a row with its interval, e.g. "6.9 [5.2, 8.6]"."""
+    return Interval(row[name], row[f"{name}_low"], row[f"{name}_high"]).percent()
+
+
+def _list(lines: Iterable[str]) -> Words:
+    return Words("\n".join(f"* {line}" for line in lines if line))
+
+
+def claim(letters: str) -> str:
+    """Which of the paper's claims this is about, and where in the paper they stand."""
+    named = [c for c in claims.CLAIMS if c.letter in letters]
+    words = "; ".join(f"({c.letter}) {c.text} ({c.place})" for c in named)
+    return f"*Claim{'s' * (len(named) > 1)} {words}. Verdicts: notebook 7.*"
+
+
+def _all(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table.task.isin(["all", "all of T2", "all of T3"])]
+
+
+def teachers(t1: pd.DataFrame) -> Words:
+    """Of T1 (:func:`permdistill.paper.tables.teachers`)."""
+    lines = []
+    for teacher, own in t1.groupby("teacher", sort=False):
+        biased, debiased = (own[own.treatment == name].set_index("task") for name in (tables.BIASED, tables.DEBIASED))
+        low, high = biased.loc[biased.ps.idxmin()], biased.loc[biased.ps.idxmax()]
+        after = debiased.ps.max()
+        words = f"**{teacher}**: the order moves {100 * low.ps:.1f} ({title(str(low.name))}) to "
+        words += (
+            f"{100 * high.ps:.1f} ({title(str(high.name))}) of 100 points of probability, after averaging {100 * after:.1f}."
+        )
+        if "gain" in own and debiased.gain.notna().any():
+            up, down = (debiased.gain_low > 0).sum(), (debiased.gain_high < 0).sum()
+            best = debiased.loc[debiased.gain.idxmax()]
+            words += f" Averaging gains accuracy on {(debiased.gain > 0).sum()} of {len(debiased)} tasks, with the whole "
+            words += f"interval above 0 on {up} (below 0 on {down}); "
+            words += f"most on {title(str(best.name))}, {_points(best, 'gain')} points."
+        lines.append(words)
+    published = claims.targets("paper")
+    race = published[published.table == "paper_RACE++"].set_index("teacher").value
+    before, after = 100 * race["biased teacher"], 100 * race["debiased teacher"]
+    paper = f"In the paper, on RACE++, averaging takes a teacher from {before:.1f} to {after:.1f}: a gain of "
+    paper += f"{after - before:.1f} points. RACE is not among the sets that a laptop downloads here; "
+    paper += "`make paper PROFILE=paper` runs it."
+    return _list([*lines, paper, claim("ad")])
+
+
+def debiasers(d1: pd.DataFrame, kinds: Mapping[str, Sequence[str]]) -> Words:
+    """Of D1 (:func:`permdistill.paper.tables.debiasers`) of one teacher, by kind of task."""
+    lines = []
+    for kind, tasks in kinds.items():
+        own = d1[d1.task.isin(list(tasks))]
+        by = own.groupby(["debiaser", "family"], sort=False)[["calls", "accuracy", "ps"]].mean().reset_index()
+        by = by.set_index("debiaser")
+        biased, average = by.loc[debias.BIASED], by.loc[debias.DEBIASED]
+        one = by[(by.calls < 1.5) & (by.family != debias.BLACK_BOX_FAMILY)]
+        few = by[(by.calls >= 1.5) & (by.calls < average.calls) & (by.family != debias.BLACK_BOX_FAMILY)]
+        best = one.accuracy.idxmax()
+        words = f"**{kind}**: {100 * biased.accuracy:.1f} biased, {100 * average.accuracy:.1f} after all "
+        words += f"{average.calls:.0f} orders. Best at about one call: {best}, {100 * one.accuracy[best]:.1f}."
+        if len(few):
+            near = few[few.accuracy >= few.accuracy.max() - 0.005].calls.idxmin()
+            words += f" With fewer calls than all: {near}, {100 * few.accuracy[near]:.1f} at {few.calls[near]:.1f} calls, "
+            words += f"sensitivity {100 * few.ps[near]:.1f}."
+        lines.append(words)
+    note = f'These are means over a column\'s tasks; rows "{fewcalls.ADAPTIVE_FAMILY}" were not chosen blindly, see above.'
+    return _list([*lines, note, claim("bc")])
+
+
+def students(table: pd.DataFrame) -> Words:
+    """Of T2, T3 or any other table of students (:func:`permdistill.paper.tables.answers`)."""
+    whole = _all(table)
+    whole = whole.assign(system=[system_title(what) for what in described(whole)])
+    lines = []
+    for teacher, own in whole.groupby("teacher", sort=False) if "teacher" in whole else [("", whole)]:
+        pupils, biased = own[own.kind == "student"], own[own.kind.isin(["teacher", "copy"])].iloc[0]
+        start = f"**{teacher}**: " if teacher else ""
+        words = f"{start}the biased answers are right on {_points(biased, 'accuracy')}"
+        if (own.kind == "debiased").any():
+            words += f", the average over all orders on {_points(own[own.method == debias.DEBIASED].iloc[0], 'accuracy')}"
+        lines.append(f"{words} of 100 questions.")
+        for method in (DISTILLATION, CORRECTION, WHITE_BOX, UNTRAINED):
+            rows = pupils[pupils.method == method]
+            if len(rows):
+                best = rows.loc[rows.accuracy.idxmax()]
+                above, below = (rows.gain_low > 0).sum(), (rows.gain_high < 0).sum()
+                lines.append(
+                    f"{start}{method}, {best.calls} call{'s' * int(best.calls != 1)} of the teacher an answer: the best of "
+                    f"{len(rows)} is {best.system} with {_points(best, 'accuracy')}, {_points(best, 'gain')} against the "
+                    f"biased teacher. Measurably above it: {above} of {len(rows)}; measurably below: {below}."
+                )
+    return _list([*lines, claim("efk")])
+
+
+def sensitivity(systems: pd.DataFrame) -> Words:
+    """Of the systems of T2 and T3 (:func:`permdistill.paper.tables.read`)."""
+    lines = []
+    for task, part in systems.groupby("task", sort=False):
+        if not str(task).startswith("all"):
+            continue
+        teacher, pupils = part[part.kind == "teacher"].iloc[0], part[part.kind == "student"]
+        below = pupils[pupils.ps < teacher.ps]
+        both = below[below.gain_low > 0]
+        words = f"**{task}**: {len(below)} of {len(pupils)} students depend less on the order than the biased teacher "
+        words += f"(median {100 * pupils.ps.median():.1f} against {100 * teacher.ps:.1f}); {len(both)} of them also answer "
+        words += f"measurably better, {(below.gain_high < 0).sum()} measurably worse."
+        lines.append(words)
+    return _list(
+        [*lines, "Being stable is easy: a student at chance is stable too. Being stable and right is not.", claim("j")]
+    )
+
+
+def makes(t4: pd.DataFrame, draws: pd.DataFrame, questions: pd.DataFrame, collapse: pd.DataFrame) -> Words:
+    """Of the ablations: T4, F2, F3 and the collapse check."""
+    found = students(t4).split("\n")[:-1]
+    first, last = draws.sort_values("draws").iloc[[0, -1]].itertuples()
+    few, many = questions.sort_values("n_train").iloc[[0, -1]].itertuples()
+    lines = [line[2:] for line in found]
+    lines.append(
+        f"**Draws** (F2): {first.draws:g} sampled decision a question teaches {100 * first.accuracy:.1f}, "
+        f"{last.draws:g} teach {100 * last.accuracy:.1f}."
+    )
+    lines.append(
+        f"**Questions** (F3): {few.n_train:g} teach {100 * few.accuracy:.1f}, "
+        f"{many.n_train:g} teach {100 * many.accuracy:.1f}."
+    )
+    stuck = (collapse.accuracy < 0.27).sum()
+    lines.append(
+        f"**Collapse**: {stuck} of {len(collapse)} settings of the joint head, distilled, stay at chance; the best reaches "
+        f"{_points(collapse.loc[collapse.accuracy.idxmax()], 'accuracy')}."
+    )
+    return _list([*lines, claim("efghi")])
+
+
+def cost(p1: pd.DataFrame, costs: pd.DataFrame) -> Words:
+    """Of P1 (:func:`permdistill.paper.bench.table`) and P2 (:func:`permdistill.paper.cost.table`)."""
+    lines = []
+    for (model, workload), own in p1.groupby(["model", "workload"], sort=False):
+        by = own.set_index("arm").ratio
+        lines.append(
+            f"**{model}, {workload}**: with shared prefixes all orders take {1 / by['one order']:.2g} times as long as one "
+            f"order; padded batches take {by['padded']:.2g} times the trie's time."
+        )
+    students = costs[costs.kind == "student"]
+    fast, slow = students.loc[students.seconds.idxmin()], students.loc[students.seconds.idxmax()]
+    lines.append(
+        f"A student without a call answers {slow['times all orders']:.0f} ({slow.encoder}, {slow['head']}) to "
+        f"{fast['times all orders']:,.0f} times ({fast.encoder}, {fast['head']}) as many questions a second as the first "
+        "teacher does in all orders, one by one."
+    )
+    return _list([*lines, "The paper says what it takes in calls, K! against 1; seconds are ours."])
+
+
+def verdicts(table: pd.DataFrame) -> Words:
+    """Of C1 (:func:`permdistill.paper.claims.verdicts`): which claims hold, by verdict."""
+    lines = []
+    for letter, own in table.groupby(table.claim.str[:3], sort=False):
+        by = {v: ", ".join(dict.fromkeys(rows.teacher)) for v, rows in own.groupby("verdict", sort=False)}
+        text = str(own.claim.iloc[0])[4:]
+        lines.append(f"**{letter}** {text}: " + "; ".join(f"**{verdict}** for {who}" for verdict, who in by.items()))
+    counts = table.groupby("verdict").size()
+    return _list([*lines, "Together: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "."])
+
+
+def own(table: pd.DataFrame) -> Words:
+    """Of a student of one's own questions, beside the untrained encoder (:func:`permdistill.paper.tables.students`)."""
+    if "accuracy" not in table or table.accuracy.isna().all():
+        return _list(["Without gold answers nothing can be said about accuracy: look at ps, and at held-out KL in the log."])
+    whole = _all(table)
+    n, taught = int(whole.n.iloc[0]), whole[whole.method == DISTILLATION].iloc[-1]
+    lines = [
+        f"On {n} test questions: biased teacher {_points(whole.iloc[0], 'accuracy')}, student {_points(taught, 'accuracy')}."
+    ]
+    if (whole.method == UNTRAINED).any():
+        before = whole[whole.method == UNTRAINED].iloc[-1]
+        lines[0] = lines[0][:-1] + f", the same encoder untrained {_points(before, 'accuracy')}."
+        if before.accuracy_high >= taught.accuracy_low:
+            lines.append(
+                "Intervals of the trained and the untrained one overlap: these questions do not show that teaching helped."
+            )
+    lines.append(
+        "So few questions show that everything runs, not how good a student is: give a few hundred." if n < 100 else ""
+    )
+    return _list(lines)
+
+
+def api(draws: pd.DataFrame, table: pd.DataFrame) -> Words:
+    """Of histograms of decisions (:func:`permdistill.paper.tables.draws`) and students taught by them."""
+    histograms = draws[draws.draws.notna()]
+    lines = []
+    if "kl" in histograms:
+        first, last = histograms.iloc[0], histograms.iloc[-1]
+        lines.append(
+            f"From {first.draws:g} to {last.draws:g} decisions a question, KL to the average over all orders falls from "
+            f"{first.kl:.2f} to {last.kl:.2f} nats; decisions drawn from the model's own probabilities give "
+            f"{last.kl_drawn_from_white_box:.2f}."
+        )
+    whole = _all(table)
+    if "accuracy" in whole:
+        copy, n = whole[whole.kind == "copy"].iloc[0], int(whole.n.iloc[0])
+        found = [f"{s.method} {_points(s, 'accuracy')}" for _, s in whole[whole.kind == "student"].iterrows()]
+        lines.append(f"On {n} test questions: the one decision, copied, {_points(copy, 'accuracy')}; {'; '.join(found)}.")
+        lines.append("So few questions show that everything runs, not how good a student is." if n < 100 else "")
+    return _list([*lines, claim("fg")])
