@@ -5,7 +5,7 @@ Inputs
     plain       context, question and options: pure distillation
     prediction  also the teacher's one decision for that order: error correction. joint appends "Prediction: A", the others
                 mark each option "(chosen)" or "(not chosen)".
-    distribution  the text of plain; the teacher's probabilities for that one order, calibrated by a :class:`Correction`,
+    distribution  the text of plain; the teacher's probabilities for that one order, calibrated by a :mod:`permdistill.corrections`,
                 are added to the logits: white-box error correction, of which the encoder learns what is left.
 
 Saved students are ordinary transformers checkpoints plus ``permdistill.json``, the :class:`StudentConfig`.
@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from scipy.special import softmax
 from tokenizers import Encoding
 from torch.nn.utils.rnn import pad_sequence
@@ -36,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from permdistill import sources
 from permdistill.configs import StudentConfig
-from permdistill.debias import EPSILON
+from permdistill.corrections import Correction
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
 from permdistill.files import disk_errors, sha256_of, sync
@@ -45,69 +44,6 @@ from permdistill.orders import to_options, to_positions
 from permdistill.questions import Question
 
 CONFIG_FILE = "permdistill.json"
-
-
-@dataclass(frozen=True)
-class Correction:
-    """What the teacher's probabilities in one order are turned into: logits scale * log P(position) + position[position].
-
-    scale     1 / temperature
-    position  (K,) what takes the preference for positions away
-    """
-
-    scale: float
-    position: tuple[float, ...]
-
-    def logits(self, distributions: np.ndarray, orders: np.ndarray) -> np.ndarray:
-        """P (..., order, option) and orders (..., order, K) -> logits by option (..., order, option)."""
-        by_position = np.log(np.maximum(to_positions(np.asarray(distributions, dtype=np.float64), orders), EPSILON))
-        return to_options(self.scale * by_position + np.array(self.position), orders)
-
-
-def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Correction:
-    """The scale and position logits that bring the teacher's answers in single orders closest to the targets.
-
-    P (item, order, option) over ``orders`` (order, K), targets (item, option). Minimises the mean over items and orders of
-    KL(target || softmax(scale log P + position logits)), which is convex. Like prior-matching it reads no gold answer;
-    unlike it, it takes the teacher's answers over the other orders of the same questions as its goal. Raises ValueError
-    when no minimum is found.
-    """
-    k = P.shape[2]
-    log_p = np.log(np.maximum(to_positions(np.asarray(P, dtype=np.float64), orders), EPSILON)).reshape(-1, k)
-    goals = to_positions(np.broadcast_to(targets[:, None], P.shape), orders).reshape(-1, k)
-
-    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = x[0] * log_p + x[1:]
-        log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        slope = (np.exp(log_q) - goals) / len(goals)
-        # The mean of the position logits changes nothing: the square picks 0.
-        value = -(goals * log_q).sum() / len(goals) + x[1:].mean() ** 2 / 2
-        return value, np.concatenate([[(slope * log_p).sum()], slope.sum(axis=0) + x[1:].mean() / k])
-
-    found = minimize(value_and_gradient, np.r_[1.0, np.zeros(k)], jac=True, method="BFGS", options={"gtol": 1e-6})
-    if not np.abs(found.jac).max() < 1e-4:  # BFGS stops short of gtol where the value rounds off
-        raise ValueError(f"no correction brings the teacher to the targets ({found.message}): use inputs='prediction'")
-    return Correction(float(found.x[0]), tuple(float(v) for v in found.x[1:] - found.x[1:].mean()))
-
-
-def fit_scale(cosines: np.ndarray, offsets: np.ndarray, targets: np.ndarray) -> float:
-    """What cosines are multiplied by to become logits; all arrays (item, option). It reads no gold answer.
-
-    The scale that brings softmax(scale cosine + offset) closest to the targets (least mean KL(target || answer), a convex
-    problem in one number); but where an untrained encoder's cosines do not follow the targets that is near 0, from where
-    nothing can be learnt, so at least what lets a difference of 1 between two cosines say what the median target says of
-    its most and least probable option, beyond the offsets. Targets below 0.01 count as that much here.
-    """
-
-    def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = x[0] * cosines + offsets
-        log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        slope = ((np.exp(log_q) - targets) * cosines).sum() / len(targets)
-        return -(targets * log_q).sum() / len(targets), np.array([slope])
-
-    closest = float(minimize(value_and_slope, np.ones(1), jac=True, method="BFGS").x[0])
-    unsaid = np.log(np.maximum(targets, 0.01)) - offsets
-    return max(closest, float(np.median(np.ptp(unsaid, axis=1))))
 
 
 @dataclass

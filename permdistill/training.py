@@ -24,13 +24,14 @@ import torch
 from tqdm import tqdm
 
 from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.corrections import fit_correction, fit_scale
 from permdistill.engine import ranks
 from permdistill.files import locked, replacing, seal, sealed
 from permdistill.heads import Row
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import to_positions
 from permdistill.questions import Question
-from permdistill.students import Student, build, encoder_key, fit_correction, fit_scale, mixed_precision
+from permdistill.students import Student, build, encoder_key, mixed_precision
 
 RECIPE = 1  # raise it when the code would train other weights from the same arguments: finished students are then void
 SAVE_SECONDS = 30.0  # at most so much training is lost to a kill, see TrainingConfig.save_every; more where one checkpoint

@@ -31,10 +31,11 @@ from permdistill.api.endpoint import Budget, CallFailed, Endpoint, EndpointError
 from permdistill.api.jobs import Job, calls_in_orders, drawn_calls, read_decision, read_logprobs
 from permdistill.api.replies import Replies
 from permdistill.configs import StudentConfig
+from permdistill.corrections import Correction
 from permdistill.measure.report import measure
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import BadRecords, from_dataset, from_jsonl
-from permdistill.students import Correction, Student, build
+from permdistill.students import Student, build
 from permdistill.training import Checkpoint
 
 N = int(os.environ.get("PERMDISTILL_FUZZ_N", "10000"))

@@ -18,10 +18,11 @@ from permdistill import configs
 from permdistill import students as students_module
 from permdistill import training as training_module
 from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.corrections import fit_correction, fit_scale
 from permdistill.lessons import Distributions, Draws, Lesson
 from permdistill.orders import all_orders, to_options
 from permdistill.questions import Question
-from permdistill.students import Student, build, fit_correction, fit_scale
+from permdistill.students import Student, build
 from permdistill.training import batches, kl_loss, pieces, rate, read_log, train
 
 K = 3

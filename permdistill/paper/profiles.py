@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.paper.hub import Repo
 from permdistill.paper.models import MODELS, TEACHERS
-from permdistill.paper.systems import CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, Description, title
+from permdistill.paper.runs import Run
 from permdistill.paper.tasks import (
     HUB_CHOICE,
     LAPTOP,
@@ -34,71 +33,6 @@ from permdistill.paper.tasks import (
 # Other ways to put the questions of some tasks; the first of each kind is the one that everything else uses.
 PROMPTS = {"letters": ("letters", "numbers", "brief"), "summaries": ("summaries", "summaries_letters")}
 PUT_DIFFERENTLY = {"letters": (*MULTIPLE_CHOICE, "mmlu", "socialiqa", "piqa"), "summaries": SUMMEVAL}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One student to train: what it is, how it is trained, and on what.
-
-    greedy   whether the decision that error correction sees is the teacher's most probable one, instead of a sampled one
-    power    targets are the debiased probabilities to this power, renormalised: 1 / temperature; infinity: hard targets
-    draws    targets are histograms of so many black-box calls a question; 0: averages of the probabilities over all orders
-    n_train  so many training questions, drawn at random, smaller samples inside larger ones; 0: all
-    orders   "all": every epoch shows a question in a new order; "original": always in the data set's
-    """
-
-    student: StudentConfig
-    training: TrainingConfig
-    greedy: bool = False
-    power: float = 1.0
-    draws: int = 0
-    n_train: int = 0
-    orders: str = "all"
-
-    def __post_init__(self) -> None:
-        if self.orders not in ("all", "original"):
-            raise ValueError(f"orders = {self.orders!r}: give 'all' or 'original'")
-        if min(self.draws, self.n_train) < 0:
-            raise ValueError(f"draws = {self.draws}, n_train = {self.n_train}: give numbers of at least 0")
-
-    @property
-    def calls(self) -> int:
-        """Of the teacher that an answer of the student takes: error correction sees one."""
-        return int(self.student.inputs != "plain")
-
-    @property
-    def _unusual(self) -> dict[str, bool]:
-        return {
-            "greedy": self.greedy,
-            f"power{self.power:g}": self.power != 1,
-            f"draws{self.draws}": self.draws > 0,
-            f"questions{self.n_train}": self.n_train > 0,
-            f"{self.orders}-order": self.orders != "all",
-        }
-
-    @property
-    def name(self) -> str:
-        """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4-4epochs-lr0.0001"; what is not the default is added."""
-        s, t = self.student, self.training
-        name = f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}-{t.epochs}epochs-lr{t.learning_rate:g}"
-        extra = self._unusual | {f"warmup{t.warmup:g}": t.warmup != TrainingConfig.warmup, f"seed{t.seed}": t.seed != 0}
-        return "-".join([name, *(word for word, wanted in extra.items() if wanted)])
-
-    @property
-    def what(self) -> Description:
-        """The columns of tables; the same for all seeds and learning rates."""
-        method = {
-            "plain": DISTILLATION if self.training.epochs else UNTRAINED,
-            "prediction": CORRECTION,
-            "distribution": WHITE_BOX,
-        }[self.student.inputs]
-        encoder, settings = Path(self.student.encoder).name, (self.greedy, self.power, self.draws, self.n_train, self.orders)
-        return Description("student", method, self.calls, encoder, self.student.head, *settings)
-
-    @property
-    def title(self) -> str:
-        """For people, see :func:`permdistill.paper.systems.title`."""
-        return title(self.what)
 
 
 def _runs(encoder: str, k: int, joint: int, per_option: int, training: TrainingConfig) -> tuple[Run, ...]:
