@@ -418,7 +418,11 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         *(_piqa_cell(_MPNET, inputs=inputs) for inputs in ("plain", "distribution")),
     ),
     # Whole training sets, whole test sets.
-    "scale": (_scale_cell("socialiqa"),),
+    "scale": (
+        _scale_cell("socialiqa"),
+        _scale_cell("socialiqa", n_train=1000),
+        _scale_cell("socialiqa", head="bi_encoder", epochs=0),
+    ),
     "rates": tuple(_pairs_cell(SUMMEVAL, learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4)),
 }
 

@@ -23,6 +23,11 @@ fitted for each question (context prior-matching), and averaged over all orders.
 biased answers, paired. ps is permutation sensitivity (total variation). SummEval's pairs are K = 2, and the biased
 1.5B teacher names the first summary nearly always. Scores are stored (`scores/`); `make paper` computes a random
 sample anew.""",
+    "T2_race": """T2 in the paper's form: RACE (notebook 01_teachers)
+
+The 1.5B teacher on RACE's test questions, M and H, by stored scores (made on a GPU; prompt "letters", answers in the
+cyclic orders), and the paper's own numbers on RACE++ (M, H and C), which come without intervals. No student of ours has
+learnt RACE yet: its training questions are not scored.""",
     "T2_students_multiple_choice": """T2. Students on multiple choice (notebook 03_students)
 
 ARC-Easy, ARC-Challenge and OpenBookQA as one. The 1.5B teacher taught them, with questions that have no gold answers.
@@ -43,6 +48,10 @@ accuracies on these test questions had been seen, so that rows above the biased 
     "T6_piqa": """T6. Students on PIQA, stored (notebook 05_ablations)
 
 Pairs of which the averaged teacher knows more than of SummEval's.""",
+    "T7_scale": """T7. Whole training sets (notebook 05_ablations)
+
+SocialIQA: one look at its training questions, the whole test set. "Untrained" is the sentence encoder's own cosine.
+"n_train" is the number of training questions where it is not all 33,177, of which 4% are held out.""",
     "F2_draws": """F2. Black-box draws (notebook 05_ablations)
 
 Targets are histograms of so many sampled decisions a question.""",

@@ -15,6 +15,7 @@ option is right::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ import pandas as pd
 from permdistill import debias, scores
 from permdistill.files import replacing
 from permdistill.orders import all_orders
-from permdistill.paper import tables
+from permdistill.paper import claims, tables
 from permdistill.paper.ablations import rivals
 from permdistill.paper.experiments import COMMITTED, Scored
 from permdistill.paper.models import TEACHERS
-from permdistill.paper.systems import BIASED, CORRECTION, DISTILLATION, described_rows
+from permdistill.paper.systems import BIASED, CORRECTION, Description, described_rows
 from permdistill.paper.tasks import TaskSplit, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
@@ -38,31 +39,13 @@ FILE, TEMPLATE = "withheld.parquet", "letters"
 RACE = ("race_middle", "race_high")
 
 
-def _published(kind: str, method: str, calls: float, accuracy: float, encoder: str | None = None) -> dict[str, Any]:
-    head = "joint" if encoder else None
-    own = {"kind": kind, "method": method, "calls": calls, "encoder": encoder, "head": head}
-    return own | {"accuracy": accuracy / 100}
-
-
-# Accuracy on RACE++ (M, H and C together) in the paper's table.
-PAPER = (
-    _published("teacher", BIASED, 1, 61.2),
-    _published("debiased", debias.DEBIASED, 24, 68.3),
-    *(
-        _published("student", DISTILLATION, 0, a, e)
-        for e, a in (("BERT-base", 45.6), ("RoBERTa-base", 26.7), ("RoBERTa-large", 26.9))
-    ),
-    *(
-        _published("student", CORRECTION, 1, accuracy, encoder)
-        for encoder, accuracy in (
-            ("BERT-base", 58.7),
-            ("RoBERTa-base", 61.4),
-            ("DeBERTa-base", 64.1),
-            ("RoBERTa-large", 68.0),
-            ("DeBERTa-large", 68.1),
-        )
-    ),
-)
+def _published(row: pd.Series) -> dict[str, Any]:
+    """A number of the paper's in the columns of a table of students."""
+    if row.teacher == "biased teacher":
+        return asdict(Description("teacher", BIASED, 1))
+    if row.teacher == "debiased teacher":
+        return asdict(Description("debiased", debias.DEBIASED, 24))
+    return asdict(Description("student", row.treatment, int(row.treatment == CORRECTION), row.teacher, "joint"))
 
 
 def found(tasks: Sequence[str] = RACE, teacher: str = TEACHERS[0]) -> pd.DataFrame:
@@ -101,5 +84,9 @@ def table() -> pd.DataFrame:
     paper's own on RACE++ (M, H and C), which have none. Column ``source`` tells them apart."""
     test = read_scores()
     ours = tables.students(test, rivals(test)).assign(source="stored")
-    theirs = [{"source": "published", "task": "RACE++", **row} for row in PAPER]
-    return described_rows([*ours.to_dict("records"), *theirs])
+    paper = claims.targets("paper")
+    rows = [
+        {"source": "published", "task": row.task, "accuracy": row.value, **_published(row)}
+        for _, row in paper[paper.table == "paper_RACE++"].iterrows()
+    ]
+    return described_rows([*ours.to_dict("records"), *rows])
