@@ -6,7 +6,8 @@ Inputs
     prediction  also the teacher's one decision for that order: error correction. joint appends "Prediction: A", the others
                 mark each option "(chosen)" or "(not chosen)".
     distribution  the text of plain; the teacher's probabilities for that one order, calibrated
-                (:mod:`permdistill.corrections`), are added to the logits: white-box error correction, of which the encoder learns what is left.
+                (:mod:`permdistill.corrections`), are added to the logits: white-box error correction, of which the encoder
+                learns what is left.
 
 Saved students are ordinary transformers checkpoints plus ``permdistill.json``, the :class:`StudentConfig`.
 """

@@ -145,7 +145,8 @@ def measure(
 
 
 def in_points(frame: pd.DataFrame) -> dict[str, list[str]]:
-    """The metrics of a table for people, by their titles: "68.3 [66.1, 70.2]" in points, nats with three digits."""
+    """The metrics of a table for people, by their titles: "68.3 [66.1, 70.2]" in points, nats with three digits. Without an
+    interval, as published numbers come, "68.3"."""
     shown = {}
     for name, metric in EVERY.items():
         if name not in frame or frame[name].isna().all():
@@ -153,7 +154,8 @@ def in_points(frame: pd.DataFrame) -> dict[str, list[str]]:
         scale, digits = (100, 1) if metric.points else (1, 3)
         columns = (name, f"{name}_low", f"{name}_high")
         shown[metric.title] = [
-            "" if np.isnan(v) else f"{scale * v:z.{digits}f} [{scale * lo:z.{digits}f}, {scale * hi:z.{digits}f}]"
+            ("" if np.isnan(v) else f"{scale * v:z.{digits}f}")
+            + ("" if np.isnan(lo) else f" [{scale * lo:z.{digits}f}, {scale * hi:z.{digits}f}]")
             for v, lo, hi in zip(*(frame[c] for c in columns), strict=True)
         ]
     return shown
