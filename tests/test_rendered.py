@@ -127,4 +127,4 @@ def test_nbval_fails_when_one_stored_score_changes_by_005(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
     done = subprocess.run([*command, "changed.ipynb"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "fingerprint" in done.stdout and "1 failed" in done.stdout, done.stdout[-2000:]
+    assert "Cell outputs differ" in done.stdout and "1 failed" in done.stdout, done.stdout[-2000:]
