@@ -63,17 +63,19 @@ def test_says_what_is_stored_and_what_is_live(tmp_path):
 
 def test_the_story_has_the_tables_numbers():
     t1, t2 = read("T1_teachers"), read("T2_students_multiple_choice")
-    words = story.teachers(t1)
+    words = story.teachers(t1, read("T2_race"))
     best = t1[(t1.teacher == t1.teacher[0]) & (t1.treatment == tables.DEBIASED)].sort_values("gain").iloc[-1]
     assert f"{100 * best.gain:.1f} [{100 * best.gain_low:.1f}, {100 * best.gain_high:.1f}] points" in words
-    assert "from 61.2 to 68.3: a gain of 7.1 points" in words  # the paper's, on RACE++
+    assert "a gain of 6.3 [5.6, 7.1] points; the paper's, on RACE++, goes from 61.2 to 68.3" in words
     whole = t2[t2.task == "all"].set_index("kind")
     assert f"right on {100 * whole.accuracy['teacher']:.1f} [" in story.students(t2)
     assert "(f) error correction" in story.students(t2) and "[Claim" not in words
     both = tables.read(FIGURES, "T2_students_multiple_choice", "T3_students_summeval")
     assert "**all of T2**: 6 of 6 students depend less" in story.sensitivity(both)
     t4, f2, f3, collapse = (read(n) for n in ("T4_matrix", "F2_draws", "F3_questions", "T4_collapse"))
-    assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in story.makes(t4, f2, f3, collapse)
+    t7 = read("T7_scale")
+    made = story.makes(t4, f2, f3, collapse, t7)
+    assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in made and "**SocialIQA whole** (T7): **qwen2.5-coder-1.5b**" in made
     c1 = read("C1_claims")
     counted = ", ".join(f"{n} {verdict}" for verdict, n in c1.groupby("verdict").size().items())
     assert story.verdicts(c1).endswith(f"Together: {counted}.") and len(story.verdicts(c1).splitlines()) == 12
