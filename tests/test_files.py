@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,13 +83,16 @@ def test_bytes_are_on_disk_before_a_file_takes_its_place(tmp_path, monkeypatch):
     assert done == ["fsync", "replace"]
 
 
-@pytest.fixture
+@contextmanager
 def full() -> Iterator[None]:
-    """A disk on which no file may have more than 400 bytes: the system's own error, in the middle of writing."""
+    """A disk on which no file may have more than 400 bytes: the system's own error, in the middle of writing. Not for a
+    whole test: pytest's own output may go into a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_store(folder: Path) -> Path:
@@ -121,15 +125,15 @@ def write_weights(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("write", [write_store, write_replies, write_checkpoint, write_student, write_weights])
-def test_a_full_disk_is_named_with_what_is_safe(tmp_path, request, write):
+def test_a_full_disk_is_named_with_what_is_safe(tmp_path, write):
     make_encoder(tmp_path / "encoder")
     (tmp_path / "old").mkdir()
     write(tmp_path / "old")
     before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir() if path.stat().st_size}
-    request.getfixturevalue("full")
     for folder in ("old", "new"):
         safe = "the replies before are kept" if write is write_replies else "what was there before is as it was"
-        with pytest.raises(OSError, match=rf"{folder}.* cannot be written \(File too large\): {safe}; make room") as error:
+        message = rf"{folder}.* cannot be written \(File too large\): {safe}; make room"
+        with pytest.raises(OSError, match=message) as error, full():
             write(tmp_path / folder)
         assert error.value.errno == errno.EFBIG
         left = {path.name for path in (tmp_path / folder).rglob("*") if path.stat().st_size and path.is_file()}
