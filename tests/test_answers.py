@@ -416,7 +416,7 @@ def test_labels_that_are_listed_in_other_forms_only(tmp_path):
         report = ask(exact, Replies(tmp_path))
     assert report.calls == 0 and report.failed == {"no label among the top logprobs in 1 reply": ["q0"]}
     assert job.record(Replies(tmp_path), job.calls[0])["probabilities"] == pytest.approx([0.6, 0.3, 0.05])
-    assert exact.record(Replies(tmp_path), job.calls[0]) is None
+    assert exact.record(Replies(tmp_path), job.calls[0])["decision"] is None  # failed for good
 
 
 def test_the_command_reads_answers_and_shows_what_it_asks(tmp_path, capsys):
