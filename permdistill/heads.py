@@ -136,21 +136,23 @@ def _short_and_long(once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequenc
     return outputs[np.argsort(order)]
 
 
+def alike(rows: Sequence[Row]) -> list[list[int]]:
+    """Places of the sequences that begin alike, up to their options: one list for each beginning."""
+    found: dict[bytes, list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault(row["input_ids"][row["option"] == 0].tobytes(), []).append(i)
+    return list(found.values())
+
+
 def pack(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
     """Sequences that begin alike -> one each, with what is the same once and the options one after the other; and where
     each went: (row, 2), its packed sequence and the number that its tokens have there in "option" (0: the beginning).
 
     Positions ("place") go on from the beginning in each option, as if it stood there alone.
     """
-    packed: dict[bytes, list[int]] = {}
-    places = np.empty((len(rows), 2), dtype=np.int64)
-    for i, row in enumerate(rows):
-        beginning = row["input_ids"][row["option"] == 0].tobytes()
-        own = packed.setdefault(beginning, [])
-        own.append(i)
-        places[i] = len(packed) - 1 if len(own) == 1 else places[own[0], 0], len(own)
-    result = []
-    for members in packed.values():
+    result, places = [], np.empty((len(rows), 2), dtype=np.int64)
+    for number, members in enumerate(alike(rows)):
+        places[members] = [(number, j + 1) for j in range(len(members))]
         first = rows[members[0]]
         n = int((first["option"] == 0).sum())
         whole = {name: [values[:n]] + [rows[i][name][n:] for i in members] for name, values in first.items()}

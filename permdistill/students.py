@@ -40,7 +40,7 @@ from permdistill.corrections import Correction
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
 from permdistill.files import disk_errors, sha256_of, sync
-from permdistill.heads import HEADS, OFFSET_POSITIONS, Head, Row, Text
+from permdistill.heads import HEADS, OFFSET_POSITIONS, Head, Row, Text, alike, pack
 from permdistill.orders import to_options, to_positions
 from permdistill.questions import Question
 
@@ -255,12 +255,15 @@ class Student:
         same = self.head.equivariant and decisions is None  # nothing depends on the order: compute it once
         used = orders[:1] if same else orders
         rows, index = self.encode(questions, np.broadcast_to(used, (len(questions), *used.shape)), decisions)
-        lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+        together = alike(rows) if self.head.packs else [[i] for i in range(len(rows))]  # what one pass has to hold
+        sizes = (pack([rows[i] for i in own])[0] if self.head.packs else [rows[i] for i in own] for own in together)
+        lengths = np.array([len(one["input_ids"]) for (one,) in sizes], dtype=np.int64)
         outputs: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         self.model.eval()
         bar = tqdm(total=len(rows), unit="sequence", desc=f"predict {self.config.head}", delay=1)
         with bar, torch.inference_mode(), mixed_precision(self.model.device, autocast):
-            for batch in by_length(lengths, batch_tokens):
+            for units in by_length(lengths, batch_tokens):
+                batch = [i for unit in units for i in together[unit]]
                 for i, output in zip(batch, self.forward([rows[i] for i in batch]).cpu(), strict=True):
                     outputs[i] = output
                 bar.update(len(batch))
