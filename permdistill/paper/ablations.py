@@ -109,12 +109,19 @@ def students(
     settings: Profile, pool: Pool, train_on: Scored, test: Scored, folder: Path, made: str = STORED
 ) -> list[System]:
     """The students of a pool. ``made``: :data:`STORED`, by their committed predictions, or :data:`LIVE`, trained now into
-    ``folder`` (:func:`permdistill.paper.experiments.distil`). Raises MissingPredictions."""
+    ``folder`` (:func:`permdistill.paper.experiments.distil`). What is not stored is trained, with a word."""
     if made not in (STORED, LIVE):
         raise ValueError(f"students = {made!r}: give {STORED!r} or {LIVE!r}")
     if made == LIVE:
         return [distil(run, train_on, test, folder) for run in pool.runs]
-    return [answer(cell, over=(train_on, test)) for cell in cells_of(settings, pool)]
+    found = []
+    for cell in cells_of(settings, pool):
+        try:
+            found.append(answer(cell, over=(train_on, test)))
+        except MissingPredictions:
+            print(f"not stored, so trained now: {cell.run.title}")
+            found.append(distil(cell.run, train_on, test, folder))
+    return found
 
 
 def cheapest(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
