@@ -421,7 +421,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "scale": (
         _scale_cell("socialiqa"),
         _scale_cell("socialiqa", n_train=1000),
-        _scale_cell("socialiqa", head="bi_encoder", epochs=0),
+        _scale_cell("socialiqa", head="bi_encoder", n_train=1000, epochs=0),  # which fit the scale alone
     ),
     "rates": tuple(_pairs_cell(SUMMEVAL, learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4)),
 }
