@@ -65,7 +65,8 @@ class Run:
             "prediction": CORRECTION,
             "distribution": WHITE_BOX,
         }[self.student.inputs]
-        encoder, settings = Path(self.student.encoder).name, (self.greedy, self.power, self.draws, self.n_train, self.orders)
+        n_train = self.n_train if self.training.epochs else 0  # of an untrained one they fit the scale alone
+        encoder, settings = Path(self.student.encoder).name, (self.greedy, self.power, self.draws, n_train, self.orders)
         return Description("student", method, self.calls, encoder, self.student.head, *settings)
 
     @property
