@@ -52,8 +52,10 @@ def _drawn(ax: Axes) -> np.ndarray:
 def write_names(ax: Axes, x: Any, y: Any, texts: Sequence[str]) -> None:
     """Write each name beside its point, where it hides least: no other name or point, then no line, then near. The last
     thing done to a figure."""
-    ax.figure.draw_without_rendering()  # from here on the layout is fixed
-    lines, scale = _drawn(ax), ax.figure.dpi / 72
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # from here on the layout is fixed
+    lines, scale = _drawn(ax), figure.dpi / 72
     points = ax.transData.transform(np.column_stack([x, y]))
     taken = [Bbox.from_bounds(px - 4 * scale, py - 4 * scale, 8 * scale, 8 * scale) for px, py in points]
 
@@ -73,7 +75,7 @@ def write_names(ax: Axes, x: Any, y: Any, texts: Sequence[str]) -> None:
                 places.append((price(far * (1 + abs(dy) / 4), box), (dx * far, dy * far), box))
         _, offset, box = min(places, key=lambda place: place[0])
         taken.append(box)
-        style = {
+        style: dict[str, Any] = {
             "ha": "right" if offset[0] < 0 else "center" if offset[0] == 0 else "left",
             "va": "center",
             "fontsize": SMALL,
