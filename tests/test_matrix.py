@@ -239,7 +239,7 @@ def test_every_cell_has_a_file_of_its_own():
     cells = every_cell()
     assert len({ablations.path(cell) for cell in cells}) == len(cells)
     assert {cell.about for cell in cells} <= {"multiple_choice", "summeval", *tasks.TASKS}
-    assert all(set(cell.tasks) <= {*tasks.MULTIPLE_CHOICE, *tasks.SUMMEVAL, "piqa"} for cell in cells)
+    assert all(set(cell.tasks) <= {*tasks.MULTIPLE_CHOICE, *tasks.SUMMEVAL, "piqa", "socialiqa"} for cell in cells)
     titles = [(cell.teacher, cell.run.title) for cell in profiles.MATRIX["heads and inputs"]]
     # Seeds of one student share a title; the weak teacher's joint and per-option students have one seed.
     assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(profiles.SEEDS)}
