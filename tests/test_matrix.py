@@ -255,4 +255,5 @@ def test_the_committed_predictions_are_those_of_the_matrix(capsys):
     assert P.shape == (1050, 4, 4) and P.sum(-1) == pytest.approx(1, abs=1e-5) and len(set(ids)) == 1050
     assert (orders == cyclic_orders(4)).all() and about["seconds"] > 10 and len(about["losses"]) > 20
     main(["students", "--list", "--parts", "heads and inputs"])
-    assert Path(capsys.readouterr().out.splitlines()[0].split()[1]) == ablations.path(cells[0], ".")
+    first = profiles.MATRIX["heads and inputs"][0]
+    assert Path(capsys.readouterr().out.splitlines()[0].split()[1]) == ablations.path(first, ".")

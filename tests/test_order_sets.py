@@ -224,6 +224,7 @@ def planted(monkeypatch, questions: list[Question]) -> Counting:
     teacher = make_teacher(questions)
     monkeypatch.setattr(teachers, "load_teacher", lambda name, dtype: teacher)
     monkeypatch.setattr(teachers, "model_key", lambda name, dtype: teacher.model_key)
+    monkeypatch.setattr(teachers, "has_chat_template", lambda name: True)
     return teacher
 
 

@@ -34,7 +34,7 @@ def test_needs_are_what_the_notebooks_read():
     needs = profiles.needs(profiles.PROFILES["full"])
     assert len({(n.teacher, n.task, n.split, n.template or "usual") for n in needs}) == len(needs)
     by_table = {table: [n for n in needs if n.table == table] for table in ("T1", "T2", "T3", "R1")}
-    assert len(by_table["T1"]) == 3 * 12 and {n.teacher for n in by_table["T2"]} == {"qwen2.5-coder-1.5b"}
+    assert len(by_table["T1"]) == 3 * 13 and {n.teacher for n in by_table["T2"]} == {"qwen2.5-coder-1.5b"}
     assert {n.task for n in by_table["T2"]} == set(tasks.MULTIPLE_CHOICE) and len(by_table["T3"]) == 4
     assert len(by_table["R1"]) == 2 * 6 + 4  # the usual template's are among T1's
     paper = [n for n in profiles.needs(PAPER) if n.table == "R1"]
@@ -49,7 +49,8 @@ def test_full_profile_scores_what_the_matrix_reads_too():
     assert {n.template_name for n in needs} == {*profiles.PROMPTS["letters"], *profiles.PROMPTS["summaries"]}
     more = needs[len(profiles.needs(settings)) :]
     trained = [("qwen2.5-coder-0.5b", task, "train") for task in tasks.MULTIPLE_CHOICE]
-    assert [(n.teacher, n.task, n.split) for n in more] == [*trained, ("qwen2.5-coder-1.5b", "piqa", "train")]
+    large = [("qwen2.5-coder-1.5b", task, "train") for task in ("piqa", "socialiqa")]
+    assert [(n.teacher, n.task, n.split) for n in more] == [*trained, *large]
     for cell in (cell for part in profiles.MATRIX.values() for cell in part):
         for task in cell.tasks:
             assert {n.split for n in needs if (n.teacher, n.task) == (cell.teacher, task)} >= {"train", "test"}

@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permdistill import cli, scaleout, scores
+from permdistill import cli, scaleout, scores, teachers
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
 from permdistill.scaleout import Workers
@@ -196,6 +196,7 @@ def test_log_probability_that_is_not_finite_is_refused_and_the_rest_kept(ray, tm
 
 
 def test_without_ray_the_command_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(teachers, "has_chat_template", lambda name: True)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.data", None)
     (tmp_path / "mine.jsonl").write_text('{"id": "q", "question": "?", "options": ["a", "b"]}\n')

@@ -14,8 +14,7 @@ import torch
 from test_scores import forked
 from test_students import WORDS, make_encoder
 
-from permdistill import configs
-from permdistill import students as students_module
+from permdistill import configs, corrections
 from permdistill import training as training_module
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.corrections import fit_correction, fit_scale
@@ -200,10 +199,8 @@ def test_correction_takes_a_planted_bias_and_temperature_away():
 
 
 def test_a_correction_that_was_not_found_says_so(monkeypatch):
-    found = students_module.minimize
-    monkeypatch.setattr(
-        students_module, "minimize", lambda f, x, **rest: found(f, x, **(rest | {"options": {"maxiter": 1}}))
-    )
+    found = corrections.minimize
+    monkeypatch.setattr(corrections, "minimize", lambda f, x, **rest: found(f, x, **(rest | {"options": {"maxiter": 1}})))
     P = planted_scores(np.random.default_rng(0).normal(size=(50, K)), np.array([1.5, -0.5, -1.0]))
     with pytest.raises(ValueError, match="no correction brings the teacher to the targets"):
         fit_correction(P, all_orders(K), P.mean(axis=1))
