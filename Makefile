@@ -222,7 +222,7 @@ notebooks: $(INSTALLED) ## execute the repository's notebooks in place; their ta
 
 .PHONY: test
 # The notebooks come first: they are the longest, and whoever is done with one goes on with the tests.
-test: $(INSTALLED) ## all tests, and the notebooks' small profile against their stored outputs
+test: $(INSTALLED) ## all tests, and the notebooks against their stored outputs
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not timing" \
 	    --nbval-lax --nbval-current-env $(NOTEBOOKS) tests
 	TQDM_DISABLE=1 $(PY) -m pytest -q -m "timing and not long" tests

@@ -37,9 +37,10 @@ from transformers import (
 from permdistill.orders import LETTERS
 from permdistill.questions import Question
 
-# One tokenised sequence: input_ids, "option" (1 from the first token of its second text on) and, where the encoder has them,
-# token_type_ids.
+# One tokenised sequence: input_ids; token_type_ids where the encoder has them; for heads that pack "option", 1 from the
+# first token of its second text on.
 Row = dict[str, np.ndarray]
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 
 
 class Text(NamedTuple):
@@ -175,6 +176,7 @@ def _scored(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Te
     """A score for each token of packed sequences."""
     option, place, there = inputs.pop("option"), inputs.pop("place"), inputs.pop("attention_mask").bool()
     allowed = (option[:, None] == 0) | (option[:, None] == option[:, :, None])  # (sequence, query, key)
+    # A padding token sees itself: softmax over nothing would be NaN.
     allowed = allowed & there[:, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)
     mask = torch.zeros(allowed.shape).to(allowed.device).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
     if model.config.model_type in OFFSET_POSITIONS:
@@ -201,8 +203,6 @@ def _relative_to(model: PreTrainedModel, place: torch.Tensor) -> Iterator[None]:
     finally:
         del encoder.compute_position_bias
 
-
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 
 HEADS = {  # as in configs.HEADS
     "joint": Head(

@@ -1,4 +1,4 @@
-"""Tasks whose texts may not be passed on: their tables from numbers alone.
+"""RACE, whose texts may not be passed on: its table from numbers alone.
 
 RACE is for non-commercial research, so that neither its texts nor a sample of them lie in the repository. What does: the
 teacher's scores, in the store, and ``scores/withheld.parquet``, which says of each question which row is its own and which
@@ -8,13 +8,12 @@ option is right::
     key     content key of its scores, see :mod:`permdistill.scores`
     answer  index of the right option
 
-    read_scores()    the tasks as one, without texts, with the stored scores
+    read_scores()    its test questions, without texts, with the stored scores
     write()          makes the file, where the texts can be had (``python -m permdistill.paper withheld``)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,10 +47,10 @@ def _published(row: pd.Series) -> dict[str, Any]:
     return asdict(Description("student", row.treatment, int(row.treatment == CORRECTION), row.teacher, "joint"))
 
 
-def found(tasks: Sequence[str] = RACE, teacher: str = TEACHERS[0]) -> pd.DataFrame:
+def found() -> pd.DataFrame:
     """What :func:`write` writes, from the texts: a row for each test question. Raises AssetError where they are not."""
-    rows, template, key = [], TEMPLATES[TEMPLATE], model_key(teacher)
-    for task in tasks:
+    rows, template, key = [], TEMPLATES[TEMPLATE], model_key(TEACHERS[0])
+    for task in RACE:
         for q in load_task(task, "test", TEMPLATE).questions:
             own = scores.content_key(q, all_orders(len(q.options)), template, key)
             rows.append({"id": q.id, "key": own, "answer": q.answer})
@@ -64,19 +63,18 @@ def write(folder: Path = COMMITTED) -> None:
         found().to_parquet(part, index=False, compression="zstd")
 
 
-def read_scores(tasks: Sequence[str] = RACE, teacher: str = TEACHERS[0], folder: Path = COMMITTED) -> Scored:
-    """The test questions of these tasks as one, with stored scores and answers and without texts, so that nothing can be
+def read_scores(folder: Path = COMMITTED) -> Scored:
+    """RACE's test questions, M and H as one, with stored scores and answers and without texts, so that nothing can be
     asked about them. Raises MissingScores."""
-    rows = pd.read_parquet(folder / FILE)
-    rows = rows[rows.id.str.split("/").str[0].isin(tasks)]
-    store = scores.Store(folder / Path(teacher).name)
+    rows, teacher = pd.read_parquet(folder / FILE), Path(TEACHERS[0]).name
+    store = scores.Store(folder / teacher)
     if lacking := [key for key in rows.key if key not in store]:
         raise scores.MissingScores(f"{len(lacking)} of {len(rows)} rows of {folder / FILE} are not in {store.folder}")
     P = scores.probabilities(np.stack([store.get(key) for key in rows.key]))
     blank = tuple(f"option {i}" for i in range(P.shape[2]))
     questions = [Question(id_, "", "", blank, int(answer)) for id_, answer in zip(rows.id, rows.answer, strict=True)]
     members = [id_.split("/")[0] for id_ in rows.id]
-    return Scored(Path(teacher).name, TaskSplit("all", questions, TEMPLATES[TEMPLATE], list(rows.id), members, {}), P)
+    return Scored(teacher, TaskSplit("all", questions, TEMPLATES[TEMPLATE], list(rows.id), members, {}), P)
 
 
 def table() -> pd.DataFrame:
