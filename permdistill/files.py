@@ -81,6 +81,12 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Make ``text`` a file's whole content, see :func:`replacing`."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes are on disk."""
     with open(path, "rb") as file:
@@ -154,11 +160,8 @@ def stamp(folder: Path) -> None:
 
 
 def _keep_stamps(folder: Path, marks: dict[str, list]) -> None:
-    with (
-        suppress(OSError),
-        replacing(folder / STAMPS) as part,
-    ):  # in a folder that cannot be written, files are read each time
-        part.write_text(json.dumps(marks, indent=1) + "\n", encoding="utf-8")
+    with suppress(OSError):  # in a folder that cannot be written, files are read each time
+        write_text(folder / STAMPS, json.dumps(marks, indent=1) + "\n")
 
 
 def intact(path: Path, sha256: str = "", thorough: bool = False) -> bool:

@@ -107,7 +107,7 @@ class Lesson:
 
     def check(self, config: StudentConfig) -> None:
         """Raises ValueError unless a student of this config can learn from it."""
-        if self.targets.shape[1] != config.k:
+        if config.k not in (0, self.targets.shape[1]):
             raise ValueError(f"targets of shape {self.targets.shape}: give {(len(self.targets), config.k)}")
         if isinstance(self.seen, Draws) and config.inputs != "prediction":
             raise ValueError(f"inputs={config.inputs!r}, draws given: draws go with inputs='prediction'")

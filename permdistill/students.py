@@ -41,7 +41,7 @@ from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
 from permdistill.files import disk_errors, sha256_of, sync
 from permdistill.heads import HEADS, OFFSET_POSITIONS, Head, Row, Text, alike, pack
-from permdistill.orders import to_options, to_positions
+from permdistill.orders import MIN_OPTIONS, to_options, to_positions
 from permdistill.questions import Question
 
 CONFIG_FILE = "permdistill.json"
@@ -89,13 +89,13 @@ class Student:
                     if text not in seen:
                         ids.append(question.id)
                     index.append(seen.setdefault(text, len(seen)))
-        shape = (*orders.shape[:2], *self.head.width(self.config.k))
+        shape = (*orders.shape[:2], *self.head.width(orders.shape[2]))
         return self._tokenise(list(seen), ids), np.array(index, dtype=np.int64).reshape(shape)
 
     def overlong(self, questions: Sequence[Question]) -> dict[int, int]:
         """Questions with options that max_length has no room for beside 1 token of the question: {item: the most tokens that
         an option of it can keep}."""
-        k, decision = self.config.k, 0 if self.config.inputs == "prediction" else None
+        k, decision = self.config.k or MIN_OPTIONS, 0 if self.config.inputs == "prediction" else None
         texts = self.head.texts(Question("", "", "?", ("",) * k), range(k), decision)
         around = max(len(self._tokens(text.second)) for text in texts)  # labels and marks
         pair = len(self.head.columns(texts)) > 1
@@ -129,10 +129,11 @@ class Student:
         return result
 
     def _check(self, questions: Sequence[Question], orders: np.ndarray, decisions: np.ndarray | None) -> None:
-        k = self.config.k
+        k = self.config.k or orders.shape[-1]
         for question in questions:
             if len(question.options) != k:
-                raise ValueError(f"question {question.id!r} has {len(question.options)} options, the student k = {k}")
+                whose = "the student k" if self.config.k else "the orders K"
+                raise ValueError(f"question {question.id!r} has {len(question.options)} options, {whose} = {k}")
         fits = orders.ndim == 3 and (orders.shape[0], orders.shape[2]) == (len(questions), k)
         if not fits or (np.sort(orders, axis=-1) != np.arange(k)).any():
             raise ValueError(f"orders of shape {orders.shape[1:]}: give (order, {k}) permutations of 0..{k - 1}")
@@ -250,7 +251,7 @@ class Student:
         batch_tokens  tokens a forward pass, padding included; bounds the memory above the weights
         autocast      bfloat16 matrix products; None: where the machine has units for them
         """
-        orders, k = np.asarray(orders), self.config.k
+        orders = np.asarray(orders)
         offsets = self.offsets(distributions, np.broadcast_to(orders, (len(questions), *orders.shape)))
         same = self.head.equivariant and decisions is None  # nothing depends on the order: compute it once
         used = orders[:1] if same else orders
@@ -270,7 +271,7 @@ class Student:
         p = softmax(self.logits(torch.stack(outputs).double(), index).numpy() + offsets, axis=-1)
         if not self.head.equivariant:
             p = to_options(p, orders)
-        return np.broadcast_to(p, (len(questions), len(orders), k)).copy()
+        return np.broadcast_to(p, (len(questions), *orders.shape)).copy()
 
     def save(self, path: str | Path) -> None:
         """Write a transformers checkpoint and permdistill.json. A kill leaves no folder that loads as something half old."""

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.corrections import fit_correction, fit_scale
 from permdistill.engine import ranks
-from permdistill.files import locked, replacing, seal, sealed
+from permdistill.files import locked, replacing, seal, sealed, write_text
 from permdistill.heads import Row
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import to_positions
@@ -91,13 +91,14 @@ def read_log(folder: str | Path) -> dict[str, Any]:
 def train(
     config: StudentConfig,
     training: TrainingConfig,
-    lesson: Lesson,
+    lesson: Lesson | Sequence[Lesson],
     folder: str | Path,
     autocast: bool | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Student:
     """Train a student, save it in ``folder`` with its log (:func:`read_log`), and return it. Seeds torch.
 
+    lesson    several for a student of any number of options (k = 0): each step is on questions of one of them
     autocast  bfloat16 matrix products, see :func:`permdistill.students.mixed_precision`
     on_step   called after each step with its number (from 1) and its loss
 
@@ -105,8 +106,12 @@ def train(
     configs or data trains anew. Raises ValueError for a lesson that does not fit the config, FloatingPointError on
     divergence.
     """
-    lesson.check(config)
-    checkpoint = Checkpoint(Path(folder), content_key(config, training, lesson, autocast))
+    lessons = [lesson] if isinstance(lesson, Lesson) else list(lesson)
+    for one in lessons:
+        one.check(config)
+    if not lessons or (config.k and len(lessons) > 1):
+        raise ValueError(f"{len(lessons)} lessons, k = {config.k}: give one, or several for a student with k = 0")
+    checkpoint = Checkpoint(Path(folder), content_key(config, training, lessons, autocast))
     with locked(checkpoint.folder / ".lock"):  # a killed make may have left a process that is still at it: wait for it
         if checkpoint.finished():
             try:
@@ -116,7 +121,7 @@ def train(
             else:
                 checkpoint.discard()
                 return student
-        job = partial(_train, config, training, lesson, checkpoint, autocast)
+        job = partial(_train, config, training, lessons, checkpoint, autocast)
         ranks.share(job)
         return job(on_step)
 
@@ -205,13 +210,13 @@ class Checkpoint:
 def _train(
     config: StudentConfig,
     training: TrainingConfig,
-    lesson: Lesson,
+    lessons: list[Lesson],
     checkpoint: Checkpoint,
     autocast: bool | None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Student:
     """:func:`train` in one of the processes that share the work, from the last checkpoint or from the start."""
-    trainer = _Trainer(config, training, lesson, autocast)
+    trainer = _Trainer(config, training, lessons, autocast)
     trainer.run(checkpoint, on_step)
     student, folder = trainer.student, checkpoint.folder
     if ranks.rank():
@@ -222,8 +227,7 @@ def _train(
         student.model.load_state_dict(checkpoint.best())
     student.model.eval()
     student.save(folder)
-    with replacing(folder / LOG) as part:
-        part.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / LOG, json.dumps(log, indent=1) + "\n")
     checkpoint.discard()
     return student
 
@@ -243,21 +247,26 @@ class _Epoch:
 class _Trainer:
     """A student on its way: model, optimiser, and the losses so far, by step and (KL of held-out questions) by epoch."""
 
-    def __init__(self, config: StudentConfig, training: TrainingConfig, lesson: Lesson, autocast: bool | None) -> None:
+    def __init__(
+        self, config: StudentConfig, training: TrainingConfig, lessons: list[Lesson], autocast: bool | None
+    ) -> None:
         self.training, self.autocast = training, autocast
         self.student = student = build(config, training.seed)
         if config.inputs == "distribution":
+            [lesson] = lessons
             assert isinstance(lesson.seen, Distributions)
             student.correction = fit_correction(lesson.seen.P, lesson.shown, lesson.targets)
-        self.lesson, self.held_out = lesson.split(training.held_out, training.seed)
+        parts = [lesson.split(training.held_out, training.seed) for lesson in lessons]
+        self.lessons, self.held_out = [part for part, _ in parts], [part for _, part in parts if part is not None]
         parameters = list(student.model.parameters())
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # biases and normalisation
         ]
         self.optimiser = torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
-        self.per_epoch = -(-len(self.lesson.questions) // training.batch_size)
+        self.per_epoch = sum(-(-len(lesson.questions) // training.batch_size) for lesson in self.lessons)
         self.total = training.epochs * self.per_epoch
+        self.encoded: dict[int, tuple[list[Row], np.ndarray]] = {}
         self.losses: list[float] = []
         self.kls: list[float] = []
         self.started = time.monotonic()
@@ -275,7 +284,7 @@ class _Trainer:
         hidden = {"disable": True} if ranks.rank() else {}
         with tqdm(total=self.total, initial=len(losses), unit="step", desc=what, **hidden) as bar:
             for number in range(len(losses) // self.per_epoch, self.training.epochs + 1):
-                if self.held_out is not None and len(self.kls) < number:  # these weights ended the epoch before
+                if self.held_out and len(self.kls) < number:  # these weights ended the epoch before
                     self.kls.append(ranks.share(self._held_out_kl(self.held_out)))
                     bar.set_description(f"{what}, held-out KL {self.kls[-1]:.4f}")
                     if self.kls[-1] == min(self.kls):
@@ -284,8 +293,7 @@ class _Trainer:
                         break
                 if number == self.training.epochs:
                     break
-                epoch = self._epoch(self.lesson, number)
-                for batch in epoch.plan[len(losses) - number * self.per_epoch :]:
+                for epoch, batch in self._steps(self.lessons, number)[len(losses) - number * self.per_epoch :]:
                     self._step(epoch, batch)
                     bar.update()
                     bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
@@ -301,7 +309,7 @@ class _Trainer:
 
     def log(self) -> dict[str, Any]:
         """What :func:`read_log` tells of the steps."""
-        n, seconds = len(self.lesson.questions), time.monotonic() - self.started
+        n, seconds = sum(len(lesson.questions) for lesson in self.lessons), time.monotonic() - self.started
         speed = len(self.losses) * n / self.per_epoch / seconds
         log: dict[str, Any] = {"questions": n, "seconds": seconds, "questions_per_second": speed}
         return log | {"losses": self.losses, "held_out_kl": self.kls, "processes": ranks.count()}
@@ -319,11 +327,19 @@ class _Trainer:
         self.kls += state.get("kls", [])
         self.started = time.monotonic() - state["seconds"]
 
-    def _epoch(self, lesson: Lesson, number: int) -> _Epoch:
-        """Draw orders, decisions and batches. Depends on the seed and the epoch's number only, so it can be drawn again."""
-        rng, n, student = np.random.default_rng((self.training.seed, number)), len(lesson.questions), self.student
+    def _steps(self, lessons: Sequence[Lesson], number: int) -> list[tuple[_Epoch, np.ndarray]]:
+        """What each step of an epoch shows: batches of one lesson, or of several in a random order."""
+        epochs = [self._epoch(lesson, (self.training.seed, number, place)) for place, lesson in enumerate(lessons)]
+        steps = [(epoch, batch) for epoch in epochs for batch in epoch.plan]
+        rng = np.random.default_rng((self.training.seed, number, len(lessons)))
+        return [steps[i] for i in rng.permutation(len(steps))] if len(lessons) > 1 else steps
+
+    def _epoch(self, lesson: Lesson, key: tuple[int, int, int]) -> _Epoch:
+        """Draw orders, decisions and batches. Depends on ``key`` (seed, number of the epoch, place of the lesson) only, so
+        it can be drawn again. (A place of 0 changes nothing: one lesson draws as ever.)"""
+        rng, n, student = np.random.default_rng(key), len(lesson.questions), self.student
         shown, decisions, distributions = lesson.draw(student.config.inputs, rng)  # order = 1
-        rows, index = student.encode(lesson.questions, shown, decisions)
+        rows, index = self._encode(lesson, shown, decisions)
         lengths = np.array([len(row["input_ids"]) for row in rows])
         goals, groups = lesson.targets[:, None], lesson.wordings()
         if not student.head.equivariant:
@@ -332,6 +348,14 @@ class _Trainer:
         plan = batches(groups, lengths[index.reshape(n, -1)].max(-1), self.training.batch_size, rng)
         as_tensor = partial(torch.tensor, dtype=torch.float32)
         return _Epoch(rows, lengths, index, as_tensor(goals[:, 0]), as_tensor(offsets[:, 0]), plan)
+
+    def _encode(self, lesson: Lesson, shown: np.ndarray, decisions: np.ndarray | None) -> tuple[list[Row], np.ndarray]:
+        """:meth:`Student.encode`; once for all epochs where no sequence depends on the order or on a decision."""
+        if not self.student.head.equivariant or decisions is not None:
+            return self.student.encode(lesson.questions, shown, decisions)
+        if id(lesson) not in self.encoded:
+            self.encoded[id(lesson)] = self.student.encode(lesson.questions, shown)
+        return self.encoded[id(lesson)]
 
     def _step(self, epoch: _Epoch, batch: np.ndarray) -> None:
         """One step of the optimiser; its loss is added to the others."""
@@ -374,7 +398,8 @@ class _Trainer:
 
     def _first_scale(self) -> float:
         """:func:`fit_scale` of the untrained encoder, on what the first epoch shows."""
-        epoch = self._epoch(self.lesson, 0)
+        [lesson] = self.lessons
+        epoch = self._epoch(lesson, (self.training.seed, 0, 0))
         cosines = np.empty(tuple(epoch.goals.shape))
         self.student.model.eval()
         with torch.inference_mode():
@@ -383,23 +408,26 @@ class _Trainer:
                     cosines[piece] = logits.double().cpu().numpy()
         return fit_scale(cosines, epoch.offsets.double().numpy(), epoch.goals.double().numpy())
 
-    def _held_out_kl(self, held_out: Lesson) -> float:
+    def _held_out_kl(self, held_out: Sequence[Lesson]) -> float:
         """Mean KL on questions that are not trained on, without dropout, each in the same order every time."""
-        epoch = self._epoch(held_out, -1 % 2**32)  # no epoch that is trained on has this number
+        steps = self._steps(held_out, -1 % 2**32)  # no epoch that is trained on has this number
         self.student.model.eval()
         with torch.inference_mode():
-            parts = [(len(batch), loss.item()) for batch in epoch.plan for loss in self._losses(epoch, batch)]
+            parts = [(len(batch), loss.item()) for epoch, batch in steps for loss in self._losses(epoch, batch)]
         self.student.model.train()
-        return float(sum(loss * n / len(held_out.questions) for n, loss in parts))
+        return float(sum(n * loss for n, loss in parts) / sum(len(lesson.questions) for lesson in held_out))
 
 
-def content_key(config: StudentConfig, training: TrainingConfig, lesson: Lesson, autocast: bool | None = None) -> str:
+def content_key(
+    config: StudentConfig, training: TrainingConfig, lesson: Lesson | Sequence[Lesson], autocast: bool | None = None
+) -> str:
     """sha256 over everything that the weights depend on which :func:`train` makes of these arguments.
 
     Probabilities count to 6 digits: another machine's exp() differs in the last one, and trains the same student.
     """
     settings = [RECIPE, asdict(config), encoder_key(config.encoder), training.key, autocast]
-    return digest(settings, lesson.questions, *lesson.arrays)
+    lessons = [lesson] if isinstance(lesson, Lesson) else lesson
+    return digest(settings, [q for one in lessons for q in one.questions], *(a for one in lessons for a in one.arrays))
 
 
 def digest(settings: object, questions: Sequence[Question], *arrays: np.ndarray | None) -> str:

@@ -40,19 +40,19 @@ def dropping(tmp_path_factory) -> str:
     return make_encoder(tmp_path_factory.mktemp("dropping"), dropout=0.1)
 
 
-def toy(n: int, seed: int) -> tuple[list[Question], np.ndarray]:
+def toy(n: int, seed: int, k: int = K) -> tuple[list[Question], np.ndarray]:
     """Questions in which the option "yes" is right wherever it stands, and the right option of each (item,)."""
     rng = np.random.default_rng(seed)
-    right = rng.integers(K, size=n)
-    options = [rng.choice(WORDS[1:15], K, replace=False).tolist() for _ in range(n)]
+    right = rng.integers(k, size=n)
+    options = [rng.choice(WORDS[1:15], k, replace=False).tolist() for _ in range(n)]
     for own, o in zip(options, right, strict=True):
         own[o] = "yes"
     return [Question(f"t{i}", "", f"which is {rng.choice(WORDS[1:])} ?", tuple(o)) for i, o in enumerate(options)], right
 
 
-def soft(right: np.ndarray) -> np.ndarray:
+def soft(right: np.ndarray, k: int = K) -> np.ndarray:
     """Targets (item, option): 0.9 on ``right``, the rest spread evenly."""
-    return np.where(np.eye(K)[right] == 1, 0.9, 0.1 / (K - 1))
+    return np.where(np.eye(k)[right] == 1, 0.9, 0.1 / (k - 1))
 
 
 def weights(student: Student) -> dict[str, torch.Tensor]:
@@ -163,6 +163,40 @@ def test_training_learns_the_planted_option(encoder, tmp_path, head):
     assert (p.argmax(-1) == truth[:, None]).mean() > 0.9
     losses = read_log(tmp_path)["losses"]
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("head", ["per_option", "shared_prefix"])
+def test_one_student_for_any_number_of_options(dropping, tmp_path, head):
+    """Taught on 3 and 2 options together it knows both, and 5, never seen; killed, it goes on to the same weights."""
+    told = {k: toy(200, k, k) for k in (3, 2)}
+    lessons = [Lesson(questions, soft(right, k)) for k, (questions, right) in told.items()]
+    steps = replace(FAST, epochs=3, learning_rate=3e-3, batch_size=16, held_out=0.1)
+    args = (StudentConfig(dropping, head, k=0), steps, lessons)
+    student = train(*args, tmp_path / "whole", autocast=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(*args, tmp_path / "killed", autocast=False, on_step=killer(30))
+    assert as_good_as_same(student, train(*args, tmp_path / "killed", autocast=False))
+    found = Student.from_pretrained(tmp_path / "whole")
+    for k in (2, 3, 5):
+        unseen, truth = toy(60, 10 + k, k)
+        p = found.predict_batch(unseen, np.arange(k)[None], autocast=False)
+        assert p.shape == (60, 1, k) and (p[:, 0].argmax(-1) == truth).mean() > 0.9
+    log = read_log(tmp_path / "whole")
+    assert 340 < log["questions"] < 380 and len(log["losses"]) == 3 * 2 * 12 and len(log["held_out_kl"]) == 3
+
+
+def test_several_lessons_are_for_any_number_of_options_only(encoder, tmp_path):
+    lessons = [Lesson(questions, soft(right, k)) for k in (3, 2) for questions, right in [toy(8, k, k)]]
+    with pytest.raises(ValueError, match=r"targets of shape \(8, 2\): give \(8, 3\)"):
+        train(StudentConfig(encoder, "per_option", k=3), FAST, lessons, tmp_path)
+    with pytest.raises(ValueError, match="2 lessons, k = 3: give one, or several for a student with k = 0"):
+        train(StudentConfig(encoder, "per_option", k=3), FAST, lessons[:1] * 2, tmp_path)
+    for head, inputs in (("joint", "plain"), ("bi_encoder", "plain"), ("per_option", "distribution")):
+        with pytest.raises(ValueError, match=r"k = 0 options: give 2..26 \(0, any number, is for"):
+            StudentConfig(encoder, head, inputs, k=0)
+    mixed = [*lessons[0].questions[:1], *lessons[1].questions[:1]]
+    with pytest.raises(ValueError, match="'t0' has 2 options, the orders K = 3"):
+        build(StudentConfig(encoder, "per_option", k=0), 0).predict_batch(mixed, np.arange(3)[None])
 
 
 @HEADS
@@ -485,6 +519,15 @@ def test_orders_can_be_restricted(encoder, tmp_path, monkeypatch):
     for shown, decisions in drawn:
         assert {tuple(o) for o in shown[:, 0]} == {(0, 1, 2), (2, 0, 1)}
         assert (decisions[:, 0] == np.where(shown[:, 0, 0] == 0, 0, 2)).all()
+
+
+@pytest.mark.parametrize(("head", "times"), [("shared_prefix", 1), ("bi_encoder", 1), ("joint", FAST.epochs)])
+def test_no_epoch_tokenises_anew_what_stays_the_same(encoder, tmp_path, monkeypatch, head, times):
+    questions, right = toy(16, 0)
+    calls, real = [], Student.encode
+    monkeypatch.setattr(Student, "encode", lambda self, *args: calls.append(args) or real(self, *args))
+    train(StudentConfig(encoder, head, "plain", K), FAST, Lesson(questions, soft(right)), tmp_path)
+    assert len(calls) == times
 
 
 def test_the_log_says_what_was_run(encoder, tmp_path):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from permdistill.commands import add_map
-from permdistill.files import replacing
+from permdistill.files import replacing, write_text
 
 REJECTED = 3  # exit status when a gate's threshold is passed
 # Of formats.FORMATS, for the help text: a test holds the two together.
@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
         sources = [*args.records, *([args.questions] if args.questions else [])]
         page = document(report, sources, shlex.join(["permdistill", *args.typed]))
-        with replacing(Path(args.html)) as part:
-            part.write_text(page, encoding="utf-8")
+        write_text(Path(args.html), page)
     if rejected := report.rejected:
         print("\n".join(["", *(f"rejected: {reason}" for reason in rejected)]), file=sys.stderr)
         sys.exit(REJECTED)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from permdistill.debias import broadcast, check_orders, check_scores
-from permdistill.files import replacing
+from permdistill.files import write_text
 from permdistill.measure.page import Cells, Shown, embedded, filled
 from permdistill.measure.records import Block
 from permdistill.orders import LETTERS, all_orders
@@ -31,8 +31,7 @@ class Explorer:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to ``path``; gives the path."""
-        with replacing(Path(path)) as part:
-            part.write_text(self.page, encoding="utf-8")
+        write_text(Path(path), self.page)
         return Path(path)
 
     def _repr_html_(self) -> str:

@@ -43,6 +43,7 @@ from transformers import PreTrainedModel
 
 from permdistill.engine import attention, batches, trie
 from permdistill.engine.placement import PackedLinear, PeakMemory, matmul_peak, synchronise
+from permdistill.files import write_text
 from permdistill.orders import all_orders, to_options
 from permdistill.paper import hub
 from permdistill.paper.arms import ARMS, GPU_ARMS, Groups, Work, counted, flops, layers_speed, one_order, sample, shared_trie
@@ -302,10 +303,7 @@ def run(
 
 
 def _save(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def _measure_all(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from permdistill.files import write_text
 from permdistill.heads import HEADS
 from permdistill.paper import tables
 from permdistill.paper.experiments import Scored
@@ -80,7 +81,7 @@ def write(folder: Path, table: pd.DataFrame, runs: Sequence[Run], train_on: Scor
         whole = table[table.task == "all"]
         trained = np.array([what == run.what for what in described(whole)])
         own = whole[(whole.kind != "student") | trained].drop(columns=["task", "teacher"])
-        (home / CARD).write_text(card(home, own, train_on.teacher, train_on.task.members), encoding="utf-8")
+        write_text(home / CARD, card(home, own, train_on.teacher, train_on.task.members))
         paths.append(home / CARD)
     return paths
 

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from permdistill import debias
+from permdistill.files import write_text
 from permdistill.measure import evaluate, metrics
 from permdistill.measure.metrics import Interval
 from permdistill.paper import ablations, paths, profiles, tables
@@ -452,4 +453,4 @@ def as_targets(table: pd.DataFrame, name: str, tolerance: float) -> pd.DataFrame
 if __name__ == "__main__":  # python -m permdistill.paper.claims: the laptop targets become what figures/T1_teachers.csv says
     own = as_targets(pd.read_csv(paths.ROOT / "figures" / "T1_teachers.csv"), "T1_teachers", 0.02)
     published = targets("paper").assign(source="paper")
-    pd.concat([published, own]).to_csv(TARGETS, index=False)
+    write_text(TARGETS, pd.concat([published, own]).to_csv(index=False))

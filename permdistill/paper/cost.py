@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from permdistill import debias
 from permdistill.engine.placement import PackedLinear, has_bfloat16, matmul_peak
+from permdistill.files import write_text
 from permdistill.lessons import Lesson
 from permdistill.orders import all_orders
 from permdistill.paper import bench
@@ -218,8 +219,7 @@ def main() -> None:
     result["rows"] = student_rows(args.rounds, args.questions[1])
     for name in args.teachers:
         result["rows"] += teacher_rows(load_teacher(name), args.rounds, args.questions[0])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(args.output, json.dumps(result, indent=1) + "\n")
     print(pretty(table(result)).to_string(index=False))
     print(f"\nTraining\n{training_table(result).to_string(index=False, float_format='{:.3g}'.format)}")
 

@@ -3,13 +3,14 @@
 shown(frame, note) -> Shown      every row and column, no index, each interval on one line; folded(..): closed at first
 Words("**bold**")                Markdown
 source(scores, students)         what of a table is stored, what is audited and what is live
+explorer(scored)                 the most sensitive questions in every order, to click through
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from html import escape
 from pathlib import Path
@@ -18,20 +19,27 @@ import numpy as np
 import pandas as pd
 from transformers.utils import logging
 
+from permdistill.measure import metrics
+from permdistill.measure.explore import Explorer, explore
 from permdistill.paper import ablations, experiments, tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.systems import titled
-from permdistill.paper.tasks import title
+from permdistill.paper.tasks import TASKS, title
 
 logging.disable_progress_bar()  # of loading weights: seconds, and dead bars in a stored notebook
 _INTERVAL = re.compile(r" \[(-?[\d.]+), (-?[\d.]+)\]")
 _COMMON = ("model", "teacher", "task", "seeds", "n")  # stands above a table in which it is always the same
-_NAMES = {"parameters_millions": "parameters (M)", "n_train": "training questions", "left out before sampling": "left out"}
+_NAMES = {"parameters_millions": "parameters (M)", "n_train": "training questions", "label_mass": "label mass"}
+_NAMES |= {"left out before sampling": "left out"}
 _STYLE = [
     {"selector": "", "props": "border-collapse: collapse; font-size: 12px; margin: 4px 0; table-layout: auto; width: auto;"},
     {"selector": "th", "props": "text-align: left; padding: 2px 8px; vertical-align: bottom;"},
     {"selector": "td", "props": "text-align: left; padding: 2px 8px; vertical-align: top;"},
 ]
+
+
+EXPLORED = ("arc_easy", "arc_challenge")  # tasks whose licence allows to show their questions, with their source
+ATTRIBUTION = "Questions: ARC (Clark et al., 2018), Allen Institute for AI, {}."
 
 
 class Words(str):
@@ -64,7 +72,8 @@ class Shown:
         styler = self.frame.style.hide(axis="index").format(_cell, escape="html").set_table_styles(_STYLE).set_uuid(name)
         small = "<div style='font-size: 12px; margin: 4px 0'>{}</div>"
         above, note = (small.format(escape(text).replace("`", "")) if text else "" for text in (self.above, self.note))
-        whole = f"{above}{styler.to_html(cell_ids=False)}{note}" if len(self.frame) else f"{above}<p>None.</p>{note}"
+        table = f"<div style='overflow-x: auto'>{styler.to_html(cell_ids=False)}</div>"  # a wide one scrolls, not the page
+        whole = f"{above}{table}{note}" if len(self.frame) else f"{above}<p>None.</p>{note}"
         return f"<details><summary>{escape(self.fold)}</summary>{whole}</details>" if self.fold else whole
 
     def __repr__(self) -> str:
@@ -134,3 +143,15 @@ def contents(scored: Sequence[Scored]) -> pd.DataFrame:
         row = {"teacher": Path(teacher).name, "tasks": len(own), "questions": sum(len(s.P) for s in own)}
         rows.append(row | {"prompts": sum(s.P[..., 0].size for s in own), "fingerprint": digest.hexdigest()[:12]})
     return pd.DataFrame(rows)
+
+
+def explorer(scored: Sequence[Scored], n: int = 5) -> Explorer:
+    """:func:`permdistill.explore` of the ``n`` questions whose answers depend most on the order (ps): of the first task
+    whose licence allows to show them, or of the first one of your own questions."""
+    own = [s for s in scored if s.task.name in EXPLORED or s.task.name not in TASKS]
+    if not own:
+        raise ValueError(f"none of {', '.join(s.task.name for s in scored)} may be shown: give {' or '.join(EXPLORED)}")
+    most = np.isin(np.arange(len(own[0].P)), np.argsort(-metrics.permutation_sensitivity(own[0].P), kind="stable")[:n])
+    licence = TASKS[own[0].task.name].licence if own[0].task.name in TASKS else ""
+    note = ATTRIBUTION.format(licence) if licence else ""
+    return explore(replace(own[0], task=own[0].task.where(most), P=own[0].P[most]), note=note)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from permdistill import debias, scores
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Drawn, Job, calls_in_orders, drawn_calls
-from permdistill.files import replacing
+from permdistill.files import replacing, write_text
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.paper.paths import ROOT, output_folder, tables_folder  # noqa: F401  (notebooks take them from here)
@@ -44,12 +44,14 @@ class Scored:
     """A task with a teacher's scores: P (item, order, option), all K! orders, renormalised over the options.
 
     content_free  (position,) what the teacher answers to the task's prompt without content, for contextual calibration
+    label_mass    what the K labels got of the whole probability, mean over items and orders; NaN where that is not known
     """
 
     teacher: str
     task: TaskSplit
     P: np.ndarray
     content_free: np.ndarray | None = None
+    label_mass: float = np.nan
 
     @property
     def orders(self) -> np.ndarray:
@@ -74,12 +76,14 @@ def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Sc
 
 def _read(teacher: str, task: TaskSplit, folder: Path) -> Scored:
     store, key = _store(folder / Path(teacher).name), model_key(teacher)
-    P = scores.probabilities(scores.load(store, unlabelled(task.questions), task.template, key))
+    log_probs = scores.load(store, unlabelled(task.questions), task.template, key)
+    read = Scored(Path(teacher).name, task, scores.probabilities(log_probs))
+    read = replace(read, label_mass=float(np.exp(log_probs.astype(np.float64)).sum(axis=-1).mean()))
     try:
         free = scores.probabilities(scores.load(store, content_free(task.questions), task.template, key))
     except scores.MissingScores:  # only contextual calibration needs them, and it says so
-        return Scored(Path(teacher).name, task, P)
-    return Scored(Path(teacher).name, task, P, to_positions(free, all_orders(task.k)).mean(axis=(0, 1)))
+        return read
+    return replace(read, content_free=to_positions(free, all_orders(task.k)).mean(axis=(0, 1)))
 
 
 def teachers_scores(
@@ -124,9 +128,8 @@ def _live(name: str) -> CausalTeacher:
 def example_questions(folder: Path, n: int = 32) -> str:
     """Write the first ``n`` training questions of ARC-Easy as JSONL into ``folder``, to stand in for your own; its path."""
     path = folder / "example_questions.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(question), ensure_ascii=False) for question in load_task("arc_easy", "train").questions[:n]]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return str(path)
 
 

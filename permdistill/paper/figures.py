@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from permdistill import debias, fewcalls
+from permdistill.files import replacing
 from permdistill.measure import metrics
 from permdistill.orders import to_positions
 from permdistill.paper import tasks as registry
@@ -421,8 +422,8 @@ def draws(table: pd.DataFrame) -> Figure:
 def save(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write ``name.pdf`` and ``name.png`` into ``folder``/figures."""
     folder = Path(folder) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     # No creation date inside: the same picture is the same file.
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    figure.savefig(folder / f"{name}.png")
+    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", None)):
+        with replacing(folder / f"{name}.{kind}") as part:
+            figure.savefig(part, format=kind, metadata=metadata)
     return folder / f"{name}.png"

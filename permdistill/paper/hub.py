@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from permdistill.files import cache_dir, locked, replacing
+from permdistill.files import cache_dir, locked, write_text
 from permdistill.paper.assets import AssetError
 
 LOCAL = "PERMDISTILL_HUB"
@@ -76,8 +76,7 @@ def commit(repo: Repo) -> str:
                 known[key] = str(HfApi().repo_info(repo.name, revision=repo.revision, repo_type=repo.kind).sha)
             except Exception as error:
                 raise AssetError(f"{repo.name}, revision {repo.revision!r}: {_why(repo, error)}") from error
-            with replacing(path) as part:
-                part.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     return known[key]
 
 

@@ -22,7 +22,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from permdistill.files import replacing, sha256_of
+from permdistill.files import sha256_of, write_text
 from permdistill.paper import models, tasks
 from permdistill.paper.hub import revisions
 from permdistill.paper.paths import ROOT
@@ -70,8 +70,7 @@ def _notebooks(build: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_json(path: Path, content: Any) -> Path:
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
     return path
 
 

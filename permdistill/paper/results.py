@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from permdistill import debias
+from permdistill.files import write_text
 from permdistill.paper import systems, tables
 from permdistill.paper.paths import ROOT
 
@@ -146,5 +147,5 @@ def readme(text: str, folder: str | Path) -> str:
 def write(root: Path = ROOT) -> None:
     """Bring both pages of a checkout up to date."""
     figures, file = root / "figures", root / "README.md"
-    (figures / "README.md").write_text(page(figures), encoding="utf-8")
-    file.write_text(readme(file.read_text(encoding="utf-8"), figures), encoding="utf-8")
+    write_text(figures / "README.md", page(figures))
+    write_text(file, readme(file.read_text(encoding="utf-8"), figures))

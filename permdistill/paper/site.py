@@ -10,26 +10,24 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from permdistill.files import replacing
+from permdistill.files import write_text
 from permdistill.measure.document import document
-from permdistill.measure.explore import explore
 from permdistill.measure.page import filled
 from permdistill.measure.report import measure
 from permdistill.paper import experiments
+from permdistill.paper.display import EXPLORED, explorer
 from permdistill.paper.paths import ROOT
 from permdistill.paper.profiles import PROFILES
 from permdistill.paper.tasks import TASKS
 
 PAGE = Path(__file__).with_name("site.html")
-EXPLORED, N = "arc_easy", 84  # its licence allows to show its questions, with their source
-SOURCE = "Questions: ARC (Clark et al., 2018), Allen Institute for AI, {licence}."
+TASK, N = EXPLORED[0], 84
 _FORMULA = re.compile(r"(?<![\\$\w])\$([^$\n]+?)\$(?![\w$])")
 
 
 def _write(path: Path, title: str, body: str, style: str = "", here: str = "") -> None:
     page = filled(PAGE, title=escape(title), body=body, style=style, here=here)
-    with replacing(path) as part:
-        part.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _heading(notebook: Any) -> tuple[str, str]:
@@ -83,15 +81,12 @@ def write(build: str | Path) -> Path:
         raise FileNotFoundError(f"{build}/notebooks has no executed notebooks: run make paper")
     site = build / "site"
     rows = [notebook_page(path, site) for path in notebooks]
-    scored = experiments.read_scores(PROFILES["full"].teachers[0], EXPLORED, "test", n=N)
-    explore(scored, note=SOURCE.format(licence=TASKS[EXPLORED].licence)).save(site / "explore.html")
+    scored = experiments.read_scores(PROFILES["full"].teachers[0], TASK, "test", n=N)
+    explorer([scored], N).save(site / "explore.html")
     records = ROOT / "examples" / "judge.jsonl"
     command = f"permdistill measure examples/{records.name} --html report.html"
-    with replacing(site / "report.html") as part:
-        part.write_text(document(measure(records), [records], command), encoding="utf-8")
-    rows.append(
-        ("explore.html", "Every order of a question", f"{N} questions of {TASKS[EXPLORED].title}, to click through.")
-    )
+    write_text(site / "report.html", document(measure(records), [records], command))
+    rows.append(("explore.html", "Every order of a question", f"{N} questions of {TASKS[TASK].title}, to click through."))
     rows.append(("report.html", "A report on a judge", "What permdistill measure says of an invented judge."))
     listed = "".join(
         f'<li><a href="{escape(name)}">{escape(title)}</a><p class="quiet">{escape(question)}</p></li>'

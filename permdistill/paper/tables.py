@@ -15,6 +15,7 @@ import pandas as pd
 
 from permdistill import catalogue, debias
 from permdistill.api.jobs import Drawn
+from permdistill.files import write_text
 from permdistill.measure import metrics
 from permdistill.measure.evaluate import HEADLINE, METRICS, correct, in_points, measure
 from permdistill.paper.experiments import Scored, System
@@ -48,7 +49,8 @@ def teachers(scored: Iterable[Scored]) -> pd.DataFrame:
         # The original order alone has its own accuracy; sensitivity and positional bias are those of the biased teacher.
         alone = measure(s.P[:, :1], s.orders[:1], s.task.questions, s.task.groups, names=["accuracy"])
         measured = {BIASED_ORIGINAL: measured[BIASED] | alone, **measured}
-        rows += [{"teacher": s.teacher, "task": s.task.name, "treatment": name, **row} for name, row in measured.items()]
+        about = {"teacher": s.teacher, "task": s.task.name, "label_mass": s.label_mass}
+        rows += [{**about, "treatment": name, **row} for name, row in measured.items()]
     return pd.DataFrame(rows)
 
 
@@ -67,7 +69,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         for column, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
             if name in table:
                 row[column] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
-        rows.append(row)
+        rows.append(row | {"label mass": f"{biased.label_mass:.2f}"})
     return pd.DataFrame(rows)
 
 
@@ -288,6 +290,8 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
         out["parameters_millions"] = [f"{m:.1f}" if m == m else "" for m in frame.parameters_millions]
     if "seeds" in out:
         out["seeds"] = [f"{n:.0f}" if n == n else "" for n in frame.seeds]
+    if "label_mass" in out:
+        out["label_mass"] = [f"{mass:.2f}" for mass in frame.label_mass]
     return out.assign(**in_points(frame))
 
 
@@ -303,9 +307,8 @@ def wide(frame: pd.DataFrame, index: Sequence[str], column: str, value: str = "d
 def save(frame: pd.DataFrame, folder: str | Path, name: str) -> Path:
     """Write ``name.csv`` (plain numbers) and ``name.tex`` (:func:`pretty`, booktabs) into ``folder``/tables."""
     folder = Path(folder) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6f")
-    (folder / f"{name}.tex").write_text(pretty(frame).to_latex(index=False, escape=True), encoding="utf-8")
+    write_text(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.6f"))
+    write_text(folder / f"{name}.tex", pretty(frame).to_latex(index=False, escape=True))
     return folder / f"{name}.csv"
 
 
