@@ -61,28 +61,25 @@ def _sweep(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from permdistill.configs import StudentConfig, TrainingConfig
-    from permdistill.paper import ablations, experiments, profiles
+    from permdistill.paper import ablations, experiments, profiles, tasks
 
-    if args.questions:
-        found = sorted({len(question.options) for question in from_jsonl(args.questions)})
-        if len(found) > 1:
-            numbers = " and ".join(map(str, found))
-            raise ValueError(
-                f"{args.questions}: questions with {numbers} options, give those of one number: one student each"
-            )
-        settings = profiles.PROFILES["full"]
-        (train_on,) = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, args.questions)
-    else:
-        train_on = experiments.together([experiments.read_scores(args.teacher, t, "train", args.scores) for t in args.tasks])
-    runs = [
+    own, every = args.questions, tasks.TASKS
+    numbers = {len(question.options) for question in from_jsonl(own)} if own else {every[t].k for t in args.tasks}
+    k = numbers.pop() if len(numbers) == 1 else 0  # 0: a student for any number of options
+    runs = [  # made before anything is scored: they refuse what does not go together
         profiles.Run(
-            StudentConfig(encoder, head, inputs, train_on.task.k, args.max_length),
+            StudentConfig(encoder, head, inputs, k, args.max_length),
             TrainingConfig(epochs=args.epochs, learning_rate=rate, warmup=warmup, seed=seed, held_out=args.held_out),
         )
         for encoder, head, inputs, rate, warmup, seed in itertools.product(
             args.encoders, args.heads, args.inputs, args.learning_rates, args.warmups, args.seeds
         )
     ]
+    if own:
+        settings = profiles.PROFILES["full"]
+        train_on = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, own)
+    else:
+        train_on = experiments.by_k([experiments.read_scores(args.teacher, t, "train", args.scores) for t in args.tasks])
     table = ablations.sweep(runs, train_on, Path(args.output) / "students")
     print(table.drop(columns=["uniform", "folder"]).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")

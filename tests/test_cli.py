@@ -24,6 +24,7 @@ from permdistill.orders import all_orders
 from permdistill.paper import cli as paper_cli
 from permdistill.paper import experiments, profiles
 from permdistill.questions import CONTENT_FREE
+from permdistill.students import Student
 from permdistill.teachers import PlantedTeacher
 from permdistill.training import read_log
 
@@ -322,5 +323,16 @@ def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypa
     with pytest.raises(SystemExit, match="held_out = 0, give a share"):
         cli.main(["sweep", *arguments, "--held-out", "0"])
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
-    with pytest.raises(SystemExit, match="questions with 2 and 3 options"):
-        cli.main(["sweep", *arguments])
+    with pytest.raises(SystemExit, match="k = 0 options: give 2..26 .0, any number, is for the heads per_option"):
+        cli.main(["sweep", *arguments, "--heads", "joint"])
+
+    def any_k(questions, orders, template):
+        cut = {name: logits[: orders.shape[1]] for name, logits in preferences.items()}
+        return PlantedTeacher(cut, teacher.bias[: orders.shape[1]]).log_probs(questions, orders, template)
+
+    preferences["pair"] = np.array([1.0, 0.0, 0.0])
+    monkeypatch.setattr(teacher, "log_probs", any_k)
+    cli.main(["sweep", *arguments, "--epochs", "1", "--held-out", "0.25", "--learning-rates", "1e-3"])
+    best = capsys.readouterr().out.split("closest to its targets: ")[1].strip()
+    student = Student.from_pretrained(best)
+    assert student.config.k == 0 and len(student.predict("which ?", ["a", "b"])) == 2

@@ -192,25 +192,29 @@ def cost(student: Student, asked: dict[str, Any], n: int = 128) -> dict[str, flo
     return {"answer_flops": counter.get_total_flops() / count, "answer_seconds": seconds / count}
 
 
-def sweep(runs: Iterable[Run], train_on: Scored, folder: str | Path) -> pd.DataFrame:
+def sweep(runs: Iterable[Run], train_on: Scored | Sequence[Scored], folder: str | Path) -> pd.DataFrame:
     """Train every run into ``folder``/<run.name>, and say which one comes closest to its targets on the questions that it
     held out: mean KL in nats, the lowest first. No gold answer is read, so that none is needed to choose a student.
 
-    ``uniform`` is the KL of an answer that is always 1/K: a student that is no better has learnt nothing. Finished runs are
-    loaded, not repeated. Raises ValueError for runs that hold nothing out.
+    ``train_on``: several, of different numbers of options, for runs with k = 0. ``uniform`` is the KL of an answer that is
+    always 1/K: a student that is no better has learnt nothing. Finished runs are loaded, not repeated. Raises ValueError
+    for runs that hold nothing out.
     """
-    rows = []
+    rows, parts = [], [train_on] if isinstance(train_on, Scored) else train_on
     for run in runs:
         if not run.training.held_out:
             raise ValueError(f"{run.name}: held_out = 0, give a share of the questions to compare the students on")
-        lesson = lesson_of(run, train_on)
-        train(run.student, run.training, lesson, Path(folder) / run.name)
+        lessons = [lesson_of(run, part) for part in parts]
+        train(run.student, run.training, lessons, Path(folder) / run.name)
         log = read_log(Path(folder) / run.name)
-        entropy = -(lesson.targets * np.log(np.maximum(lesson.targets, debias.EPSILON))).sum(-1).mean()
+        uniform = [
+            np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1)
+            for Q in (one.targets for one in lessons)
+        ]
         row = {"student": run.title, "learning rate": run.training.learning_rate, "warm-up": run.training.warmup}
         row |= {"seed": run.training.seed, "held-out KL": min(log["held_out_kl"])}
         row |= {"epoch": int(np.argmin(log["held_out_kl"])) + 1, "seconds": round(log["seconds"])}
-        rows.append(row | {"uniform": np.log(run.student.k) - entropy, "folder": str(Path(folder) / run.name)})
+        rows.append(row | {"uniform": np.concatenate(uniform).mean(), "folder": str(Path(folder) / run.name)})
     return pd.DataFrame(rows).sort_values("held-out KL", ignore_index=True)
 
 

@@ -213,6 +213,11 @@ def together(parts: Sequence[Scored]) -> Scored:
     return Scored(parts[0].teacher, task, np.concatenate([s.P for s in parts]))
 
 
+def by_k(parts: Sequence[Scored]) -> list[Scored]:
+    """:func:`together`, for each number of options."""
+    return [together([s for s in parts if s.task.k == k]) for k in sorted({s.task.k for s in parts})]
+
+
 @dataclass(frozen=True)
 class System:
     """Something that answers questions in several orders.
