@@ -373,6 +373,14 @@ def test_own_questions_without_answers_still_get_their_tables(tmp_path):
     assert "accuracy" not in tables.students(bare, experiments.baselines(bare))
 
 
+def test_t1_says_what_the_labels_got_of_the_probability():
+    massed = replace(planted("one"), label_mass=0.974)
+    t1 = tables.teachers([massed])
+    assert tables.summary(t1)["label mass"].tolist() == ["0.97"] and set(tables.pretty(t1)["label_mass"]) == {"0.97"}
+    stored = experiments.read_scores("smollm2-135m", "arc_easy", "test", n=3)
+    assert 0.1 < stored.label_mass <= 1
+
+
 def test_split_keeps_groups_together_and_loses_nothing():
     s = planted("one")
     grouped = replace(s, task=replace(s.task, groups=[str(i // 4) for i in range(40)]))

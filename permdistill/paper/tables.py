@@ -69,7 +69,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         for column, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
             if name in table:
                 row[column] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
-        rows.append(row | {"label mass": f"{biased.label_mass:.2f}"})
+        rows.append(row | ({"label mass": f"{biased.label_mass:.2f}"} if biased.label_mass == biased.label_mass else {}))
     return pd.DataFrame(rows)
 
 
@@ -291,7 +291,7 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     if "seeds" in out:
         out["seeds"] = [f"{n:.0f}" if n == n else "" for n in frame.seeds]
     if "label_mass" in out:
-        out["label_mass"] = [f"{mass:.2f}" for mass in frame.label_mass]
+        out["label_mass"] = [f"{mass:.2f}" if mass == mass else "" for mass in frame.label_mass]
     return out.assign(**in_points(frame))
 
 
