@@ -438,7 +438,7 @@ def test_repeated_calls_in_one_order_are_no_other_order(tmp_path):
 def test_measures_of_the_order_are_over_different_orders(tmp_path):
     rng, orders, records = np.random.default_rng(3), all_orders(3), []
     for i in range(12):
-        for draw in range(int(rng.integers(4, 8))):
+        for draw in range(int(rng.integers(5, 9))):
             order, p = orders[rng.integers(4)].tolist(), rng.dirichlet(np.ones(3)).tolist()
             records.append({"id": f"q{i}", "order": order, "probabilities": p, "draw": draw})
     tally = measure(write(tmp_path / "d.jsonl", records)).tally
