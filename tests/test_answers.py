@@ -343,6 +343,45 @@ def test_answers_of_a_model_that_thinks_first(tmp_path):
     assert plan(job, Replies(tmp_path)).mass == pytest.approx(24 / 36)
 
 
+def test_records_of_stated_answers_measure(tmp_path):
+    import json
+
+    from permdistill import cli
+    from permdistill.measure.report import measure
+
+    rows = [{"id": q.id, "question": q.question, "options": q.options, "answer": 1} for q in make_questions(4)]
+    path, records = tmp_path / "mine.jsonl", tmp_path / "said.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def think(chat) -> str:
+        return (
+            "I can't say."
+            if "fly, 0" in chat[0]["content"]
+            else f"<think>Cows? No.</think>Wings. The answer is {eagle(chat)}."
+        )
+
+    with serving(think) as server:
+        command = [
+            "ask",
+            "--base-url",
+            server.url,
+            "--model",
+            "m",
+            "--questions",
+            str(path),
+            "--mode",
+            "answer",
+            "--draws",
+            "6",
+        ]
+        with pytest.raises(SystemExit, match="1 items are incomplete"):
+            cli.main([*command, "--tries", "1", "--replies", str(tmp_path / "replies"), "--records", str(records)])
+    report = measure(records, path)
+    found = {line.name: line.interval.value for line in report.lines}
+    assert report.records.hard.all() and len(report.records.k) == 24 and report.tally.failed.sum() == 6
+    assert found["failed"] == 0.25 and found["accuracy"] == 0.75 and found["flip rate"] == found["ps (TV)"] == 0
+
+
 def _keys(job: Job) -> list[str]:
     return [key for call in job.calls for key in job.keys(call)]
 

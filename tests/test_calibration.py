@@ -119,6 +119,24 @@ def test_the_report_says_how_far_probabilities_can_be_trusted(tmp_path):
     assert re.search(r"mean over orders +75\.0  .*no threshold guarantees it", text)
 
 
+def test_the_average_is_sharpened_without_gold_answers(tmp_path):
+    rng = np.random.default_rng(0)
+    P = softmax(rng.normal(size=(60, 1, 2)) * 2 + rng.normal(size=(60, 2, 2)), axis=-1)
+    answers = P.mean(axis=1).argmax(axis=1)
+    rows = [
+        {"id": f"q{i:02}", "order": order, "probabilities": P[i, j][order].tolist(), "answer": int(answers[i])}
+        for i in range(60)
+        for j, order in enumerate(([0, 1], [1, 0]))
+    ]
+    table = report_of(tmp_path / "said.jsonl", rows).table.set_index("debiaser")
+    row, plain = table.loc["all-orders average, sharpened"], table.loc["all-orders average"]
+    power = fit_power(P)
+    assert power > 1 and row.nll == pytest.approx(nll(debias.sharpen(P.mean(axis=1), power), answers).mean())
+    assert row.accuracy == plain.accuracy and row.ece < plain.ece and row.ps == 0 and row.calls == 2 and "gold" in row.source
+    hard = report_of(tmp_path / "hard.jsonl", [{**r, "probabilities": None, "decision": "A"} for r in rows])
+    assert "all-orders average, sharpened" not in hard.table.debiaser.tolist()
+
+
 def test_hard_verdicts_have_no_calibration(tmp_path):
     rows = [{"id": f"q{i}", "order": [0, 1], "decision": "A", "answer": i % 2} for i in range(8)]
     report = report_of(tmp_path / "said.jsonl", rows)

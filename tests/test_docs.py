@@ -120,6 +120,32 @@ def test_the_page_on_measuring_measures_its_own_records(tmp_path, monkeypatch, c
     cli.main(gated)  # of two items no interval lies beyond a threshold
 
 
+def test_the_table_of_adaptive_orders_is_that_of_the_figure():
+    titles = {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge", "OpenBookQA": "openbookqa", "CommonsenseQA": "csqa"}
+    titles |= {"HellaSwag": "hellaswag", "MMLU": "mmlu", "SocialIQA": "socialiqa", "PIQA": "piqa", "BoolQ": "boolq"}
+    d1 = pd.read_csv(ROOT / "figures" / "D1_debiasers.csv").set_index(["task", "debiaser"]).accuracy * 100
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGES["measure.md"].splitlines()]
+    start = next(i for i, row in enumerate(rows) if row[0] == "Qwen2.5-Coder 1.5B")
+    shown = rows[start : start + 1 + next(i for i, row in enumerate(rows[start + 1 :]) if row[0])]  # to the next teacher
+    assert {row[1].split(",")[0] for row in shown} == set(titles)
+    kept = []
+    for _, title, biased, every, few, more in shown:
+        own = d1[titles[title.split(",")[0]]]
+        calls = [1.5] if title.endswith(", at 1.5 calls") else [2.6, 8] if more else [2.6]
+        assert ("adaptive, 8 calls" in own) == bool(more)
+        assert [float(biased), float(every)] == pytest.approx([own["biased"], own["all-orders average"]], abs=0.051)
+        for cell, n in zip((few, more), calls, strict=False):
+            value, share = map(float, re.fullmatch(r"([\d.]+) \((\d+)%\)", cell).groups())
+            exact = (own[f"adaptive, {n:g} calls"] - own["biased"]) / (own["all-orders average"] - own["biased"])
+            assert value == pytest.approx(own[f"adaptive, {n:g} calls"], abs=0.051) and share == pytest.approx(
+                100 * exact, abs=0.51
+            )
+        kept.append(float(few.split("(")[1].rstrip("%)")))
+    numbers = "one two three four five six seven eight nine".split()
+    enough, sets = numbers[sum(share >= 90 for share in kept) - 1], numbers[len(kept) - 1]
+    assert f"reached on {enough} of {sets} sets by the larger teacher" in PAGES["measure.md"]
+
+
 def test_plan_of_an_api_run_asks_nothing(tmp_path):
     several_questions(tmp_path / "mine.jsonl")
     done = command_line("api.md", "--dry-run", tmp_path)

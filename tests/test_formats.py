@@ -46,15 +46,39 @@ def lm_eval(doc_id: int, choices: list[str], likelihoods: list[float], target: s
 
 
 def test_lm_evaluation_harness_reruns_in_other_orders(tmp_path):
-    first = lines(tmp_path / "samples_a.jsonl", [lm_eval(0, ["ice", "fire", "air"], [-1.0, -2.0, -1500.0], "0")])
-    second = lines(tmp_path / "samples_b.jsonl", [lm_eval(0, ["air", "ice", "fire"], [-1.0, -1.0, -1e4], "1")])
+    named = "samples_race_2026-01-31T12-00-0{}.123456.jsonl"
+    first = lines(tmp_path / named.format(1), [lm_eval(0, ["ice", "fire", "air"], [-1.0, -2.0, -1500.0], "0")])
+    second = lines(tmp_path / named.format(2), [lm_eval(0, ["air", "ice", "fire"], [-1.0, -1.0, -1e4], "1")])
     found = read([first, second])
     assert [row[1] for row in said(found)] == [[0, 1, 2], [2, 0, 1]] and found.answers.tolist() == [0]
     e = 1 / (1 + np.exp(-1))
     assert said(found)[0][2] == pytest.approx([e, 1 - e, 0], abs=1e-3) and said(found)[1][2] == [0.5, 0.5, 0]
     assert np.isnan(found.mass).all() and not found.hard.any()  # likelihoods of texts are no label mass
-    with pytest.raises(BadRecords, match="samples_b.jsonl, line 1: not as in lm-eval.*its options are"):
-        read([first, lines(tmp_path / "samples_b.jsonl", [lm_eval(0, ["x", "ice", "fire"], [-1, -1, -1], "1")])])
+    with pytest.raises(BadRecords, match="2.123456.jsonl, line 1: not as in lm-eval.*its options are"):
+        read([first, lines(second, [lm_eval(0, ["x", "ice", "fire"], [-1, -1, -1], "1")])])
+
+
+def test_lm_evaluation_harness_tasks_count_from_0_each(tmp_path):
+    anatomy = lm_eval(0, ["ice", "fire", "air"], [-1.0, -2.0, -3.0], "0")
+    virology = lm_eval(0, ["x", "ice", "fire"], [-1.0, -2.0, -3.0], "1")
+    paths = [tmp_path / f"samples_mmlu_{name}_2026-01-31T12-00-00.123456.jsonl" for name in ("anatomy", "virology")]
+    assert read(lines(paths[0], [anatomy])).ids == ["0"]
+    found = read([lines(paths[0], [anatomy]), lines(paths[1], [virology])])
+    assert found.ids == ["mmlu_anatomy 0", "mmlu_virology 0"] and found.answers.tolist() == [0, 1]
+    again = lines(
+        tmp_path / paths[1].name.replace("00-00.", "30-00."), [lm_eval(0, ["fire", "x", "ice"], [-3, -1, -2], "2")]
+    )
+    assert read([*paths, again]).counts.tolist() == [1, 2]  # a run of the same task in another order
+
+
+def test_likelihoods_without_the_question_are_no_options(tmp_path):
+    """acc_mutual_info: K choices after the question, then the same K alone."""
+    row = lm_eval(0, ["ice", "fire", "air"], [-1.0, -2.0, -3.0, -9.0, -0.1, -0.1], "1")
+    row["arguments"] |= {f"gen_args_{i}": {"arg_0": "", "arg_1": f" {'ABC'[i - 3]}"} for i in (3, 4, 5)}
+    row["doc"] = {"question": "Which?", "choices": ["ice", "fire", "air"]}
+    found = read(lines(tmp_path / "samples_a.jsonl", [row | {"acc_mutual_info": 0.0}]))
+    assert found.options.tolist() == [3] and found.answers.tolist() == [1]
+    assert said(found)[0][1:] == ([0, 1, 2], pytest.approx(np.exp([-1, -2, -3]) / np.exp([-1, -2, -3]).sum(), abs=1e-3))
 
 
 def inspect_sample(choices: list[str], answer: str, target: str, epoch: int = 1, explanation: str = "ANSWER: A") -> dict:
@@ -86,6 +110,15 @@ def test_inspect_logs_with_shuffled_choices(tmp_path):
         read(tmp_path / "cut.eval")
 
 
+def test_a_sample_of_an_inspect_log_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "log.eval", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("samples/q_epoch_1.json", json.dumps(inspect_sample(["ice", "fire"], "A", "A")))
+        packed.writestr("samples/r_epoch_1.json", "[" + " " * 100_000 + "]")
+    monkeypatch.setattr("permdistill.measure.rows.WHOLE", 1000)
+    with pytest.raises(BadRecords, match="sample 2: more than 1,000 bytes in one piece, unpacked"):
+        read(tmp_path / "log.eval")
+
+
 def test_fastchat_pairs_are_unswapped(tmp_path):
     row = {"question_id": 81, "model_1": "a", "model_2": "b", "judge": ["gpt-4", "pair-v2"], "turn": 1, "tstamp": 1.0}
     rows = [
@@ -104,6 +137,8 @@ def test_judgebench_verdicts_are_by_position(tmp_path):
     found = read(lines(tmp_path / "dataset=judgebench,judge_model=m.jsonl", rows))
     assert [row[1:] for row in said(found)] == [([0, 1], [1, 0]), ([1, 0], [1, 0]), ([0, 1], None), ([1, 0], [0.5, 0.5])]
     assert found.answers.tolist() == [1, 1]
+    alone = read(lines(tmp_path / "alone.jsonl", [row | {"judgments": [first | {"decision": "B>A"}]}]))  # --single_game
+    assert said(alone) == [("p", [0, 1], [0, 1])] and alone.answers.tolist() == [1]
 
 
 def test_llmbar_results_are_unswapped(tmp_path):
@@ -115,6 +150,16 @@ def test_llmbar_results_are_unswapped(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps([row | {"results": [{}, result]}] * 2, indent=2), encoding="utf-8")
     found = read(tmp_path / "result.json")
     assert [row[1:] for row in said(found)] == [([0, 1], [1, 0]), ([1, 0], [1, 0])] * 2 and found.answers.tolist() == [1, 1]
+    paths = [
+        tmp_path / name / "gpt4" / "result.json" for name in ("Natural", "GPTInst")
+    ]  # each subset counts from its start
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_bytes((tmp_path / "result.json").read_bytes())
+    both = read(paths)
+    assert both.counts.tolist() == [2] * 4 and {name.split()[0] for name in both.ids} == {
+        "Natural/gpt4/result.json", "GPTInst/gpt4/result.json"
+    }  # fmt: skip
 
 
 def test_pandalm_results_by_position_with_the_annotators_majority(tmp_path):
@@ -141,6 +186,7 @@ def test_alpaca_eval_annotations_have_the_order_that_its_seed_gave(tmp_path):
     for (_, order, p), value in zip(said(found), values * 8, strict=True):
         expected = {1: [1, 0], 2: [0, 1], 1.5: [0.5, 0.5], None: None, 1.25: [0.75, 0.25]}[value]
         assert p == (expected and [expected[o] for o in order])
+    assert np.isnan(found.mass).all()  # a preference is a share between the two, not of the whole probability
 
 
 def test_pride_arrays_in_all_or_cyclic_orders(tmp_path):
@@ -153,6 +199,10 @@ def test_pride_arrays_in_all_or_cyclic_orders(tmp_path):
     assert found.counts.tolist() == [24, 4, 1] and found.answers.tolist() == [2, 2, 2]
     assert [order for name, order, _ in said(found) if name == "0"] == all_orders(4).tolist()
     assert np.array([p for name, _, p in said(found) if name == "1"]) == pytest.approx(cyclic, abs=1e-3)
+    assert np.isnan(found.mass).all()  # a softmax over the labels alone
+    virology = lines(tmp_path / "virology.jsonl", rows[1:])
+    both = read([tmp_path / "anatomy.jsonl", virology])
+    assert both.ids == [f"{subject} {i}" for subject in ("anatomy", "virology") for i in range(3)]
 
 
 def test_an_unknown_layout_says_what_is_expected(tmp_path):

@@ -159,9 +159,11 @@ def test_six_debiasers_cheapest_first_the_average_among_them(tmp_path):
 
 
 def test_every_measure_has_a_definition(tmp_path):
-    names = {metric.title for metric in evaluate.METRICS.values()}
+    names = {metric.title for metric in evaluate.EVERY.values()}
     path = write(tmp_path / "j.jsonl", judge(60, 0.5, 0.1, 0.05))
-    names |= {line.name for line in measure(path).lines}
+    again = [r | {"draw": 1} for r in judge(60, 0.5, seed=1)]
+    names |= {line.name for line in measure([path, write(tmp_path / "again.jsonl", again)]).lines}
+    assert "repeats that differ" in names
     assert not names - set(DEFINITIONS)
     page = document(measure(path))
     assert (
@@ -180,16 +182,20 @@ MANY = [
     for i in range(4)
     for order in cyclic_orders(k).tolist()
 ]
+TIED = [*judge(5, 0.5), *({"id": "t", "order": order, "decision": "tie"} for order in cyclic_orders(3).tolist())]
 ALONE, FAILING = judge(30, 0.5)[::2], [r | {"decision": None} for r in judge(9, 0.5)[:2]] + judge(9, 0.5)[2:]
 
 
 @pytest.mark.parametrize(
-    "records", [SIX, LONG, MANY, ALONE, FAILING], ids=["six options", "long", "many K", "one order", "failing"]
+    "records",
+    [SIX, LONG, MANY, ALONE, FAILING, TIED],
+    ids=["six options", "long", "many K", "one order", "failing", "some K tied"],
 )
 def test_reports_of_odd_records(tmp_path, records):
     page = document(measure(write(tmp_path / "odd.jsonl", records)), [tmp_path / "odd.jsonl"])
     assert len(page.encode()) < 500_000 and page.count("</script>") == 3
     assert "nan" not in page.replace("nance", "") and data_of(page)["labels"] == list(LETTERS)
+    assert "beforeprint" in page and "#grids details:not([open])" not in page  # paper shows all items
 
 
 @pytest.fixture
@@ -417,6 +423,12 @@ def test_report_opens_offline_whatever_its_questions_say(opened, tmp_path, capsy
     tied, failed = map(int, re.search(r"(\d+) with a tie, (\d+) with a failed", said).groups())
     assert sum(squares) + tied + failed == n and squares[0] > squares[3]
     assert "permdistill measure" in page.content() and re.search("sha256 [0-9a-f]{64}", page.content())
+    assert page.locator("#grids details[open]").count() == 3
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("#grids details[open]").count() == 20
+    page.emulate_media(media="print")
+    assert page.locator("#grids table.grid").last.is_visible()
+    page.emulate_media(media="screen")
     assert page.pdf(format="A4").startswith(b"%PDF")
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") == 390

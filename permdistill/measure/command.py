@@ -15,6 +15,13 @@ REJECTED = 3  # exit status when a gate's threshold is passed
 FORMATS = ("records", "lm-eval", "inspect", "fastchat", "judgebench", "llmbar", "pandalm", "alpaca_eval", "pride")
 
 
+def _share(text: str) -> float:
+    """A threshold. Anything above 1, or NaN, would let everything pass."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a share, 0 to 1 (0.1 for 10%)")
+    return float(text)
+
+
 def add_options(command: argparse.ArgumentParser) -> None:
     """The options of ``permdistill measure``."""
     add = command.add_argument
@@ -27,9 +34,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="every measure, each position, every debiaser and metric, too")
     add("--csv", help="write every debiaser and metric to this file")
     add("--html", help="write all of it to this file: one page, offline, printable")
-    add("--max-flip-rate", type=float, help=f"exit with status {REJECTED} when the interval lies above this share")
+    add("--max-flip-rate", type=_share, help=f"exit with status {REJECTED} when the interval lies above this share")
     text = f"exit with status {REJECTED} when a position's share lies further from even than this, interval and all"
-    add("--max-position-preference", type=float, help=text)
+    add("--max-position-preference", type=_share, help=text)
 
 
 def run(args: argparse.Namespace) -> None:

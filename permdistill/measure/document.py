@@ -15,10 +15,9 @@ import pandas as pd
 from permdistill import debias, fewcalls
 from permdistill.files import sha256_of
 from permdistill.measure import evaluate
-from permdistill.measure.metrics import Interval
 from permdistill.measure.page import Cells, Shown, embedded, filled, table
 from permdistill.measure.pairs import FAILED, TIE, rates, verdicts
-from permdistill.measure.report import Report
+from permdistill.measure.report import Report, percent
 from permdistill.measure.rows import Problems, rows
 from permdistill.measure.tally import mean_of
 from permdistill.orders import LETTERS
@@ -49,6 +48,7 @@ DEFINITIONS = {
     "ps (TV)": "Permutation sensitivity: mean total variation between the answers in two orders; 0: no order matters.",
     "tied": "Share of the verdicts in which two or more options are equally probable.",
     "failed": "Share of the verdicts that could not be read.",
+    "repeats that differ": "Share of the pairs of repeated calls in one order that decide otherwise: noise, not the order.",
     "label mass": "Probability that the labels got together; other tokens got the rest.",
     "consistent (MT-bench)": "Pairs with the same verdict in both orders (Zheng et al., NeurIPS 2023).",
     "biased toward first (MT-bench)": "Pairs whose two verdicts differ and lean to the first position.",
@@ -72,13 +72,10 @@ DEFINITIONS = {
     "RStd": "Standard deviation over positions of the recall of gold answers that stand there (Zheng et al., ICLR 2024).",
     "Cramer's V": "Association between the gold answer's position and being right: 0 none, 1 complete.",
     "CKLD (nats)": "KL divergence between where gold answers stand and where decisions go (Choi et al., ACL 2025).",
+    "ECE": "Expected calibration error: mean distance between confidence and accuracy, in ten bins of confidence.",
+    "Brier": "Squared distance of the probabilities from the gold answer's 1, summed over options: 0 to 2.",
+    "NLL (nats)": "Minus the logarithm of the gold answer's probability: 0 where it is sure and right.",
 }  # fmt: skip
-
-
-def percent(interval: Iterable[float]) -> str:
-    """In points, "64.0 [54.7, 73.3]"; without an interval where there is none."""
-    value, low, high = interval
-    return f"{100 * value:z.1f}" if low != low else Interval(value, low, high).percent()
 
 
 def _value(interval: Sequence[float]) -> str:
@@ -116,6 +113,7 @@ def _positions(report: Report) -> str:
     frame, parts = report.positions, []
     if "share" not in frame:
         return "<p>No verdict is decided.</p>"
+    frame = frame[frame.share.notna()]
     for k, own in frame.groupby("K"):
         x, marks = lambda share: 30 + 250 * share, []
         for place, row in enumerate(own.itertuples()):
@@ -273,6 +271,7 @@ def _items(report: Report, sources: Sequence[str | Path]) -> tuple[dict[str, Any
         if left < 0:
             break
         cells.add(blocks[item], [about])
+        cells.items[-1]["ps"] = float(ps[item])  # over different orders alone
     n = len(cells.items)
     of = f"{n} of {len(records.ids)} items, by permutation sensitivity." if n else "No item has verdicts in two orders."
     return {"labels": list(LETTERS), "sets": cells.sets, "items": cells.items}, of

@@ -9,6 +9,7 @@ AlpacaEval and Inspect are un-swapped already.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import zipfile
@@ -18,8 +19,8 @@ from math import factorial
 from pathlib import Path
 from typing import Any
 
-from permdistill.measure.records import LIKELIHOODS, VALUES, Records, build
-from permdistill.measure.rows import Problems, Row, rows
+from permdistill.measure.records import RELATIVE, VALUES, Records, build
+from permdistill.measure.rows import Problems, Row, fits, rows
 from permdistill.orders import ENUMERATED, LETTERS, all_orders, cyclic_orders
 
 Texts = dict[str, list[str]]  # id -> its options' texts, in the order in which they came first
@@ -32,11 +33,14 @@ class Format:
     about       for the help text
     recognises  row -> whether it looks like one of the tool's
     records     (row, its number, texts of the ids before) -> records; KeyError, TypeError, ValueError where it is none
+    within      of tools that number the items of each file, or task, from 0 on: (path, all paths) -> what tells apart the
+                items of several files, which goes before their ids where it differs
     """
 
     about: str
     recognises: Callable[[Mapping[str, Any]], bool]
     records: Callable[[Mapping[str, Any], int, Texts], Iterable[Mapping[str, Any]]]
+    within: Callable[[Path, Sequence[Path]], str] = lambda path, paths: ""
 
 
 def _order(name: str, shown: Sequence[str], known: Texts) -> list[int]:
@@ -70,8 +74,16 @@ def _choices(row: Mapping[str, Any], k: int) -> list[str] | None:
     return None
 
 
+def _task(path: Path, paths: Sequence[Path]) -> str:
+    """The task of "samples_TASK_2026-01-31T12-00-00.000000.jsonl"; files of one task are runs of the same questions."""
+    found = re.fullmatch(r"samples_(.+?)(_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl?(\.gz)?", path.name)
+    return found[1] if found else ""
+
+
 def _lm_eval(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[str, Any]]:
     name, likelihoods = str(row["doc_id"]), [float(pair[0]) for pair in row["filtered_resps"]]
+    if "acc_mutual_info" in row:  # then the K choices come once more, without the question
+        likelihoods = likelihoods[: len(likelihoods) // 2]
     k = len(likelihoods)
     texts = _choices(row, k)
     order = _order(name, texts, known) if texts else list(range(k))
@@ -83,7 +95,7 @@ def _lm_eval(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict
     elif len(target) == 1 and target in LETTERS[:k]:
         position = LETTERS.index(target)
     answer = None if position is None else order[position]
-    yield {"id": name, "order": order, "log_probs": [min(v, 0.0) for v in likelihoods], "answer": answer, LIKELIHOODS: True}
+    yield {"id": name, "order": order, "log_probs": [min(v, 0.0) for v in likelihoods], "answer": answer, RELATIVE: True}
 
 
 _SHUFFLED = re.compile(r"Choices were shuffled .*?:\n\n(.*)\nShuffled answer:\nANSWER:", re.S)
@@ -130,6 +142,10 @@ def _inspect(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict
         }
 
 
+def _subject(path: Path, paths: Sequence[Path]) -> str:
+    return path.name.split(".")[0]
+
+
 def _pride(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[str, Any]]:
     if row.get("type") != "result":
         return
@@ -150,7 +166,8 @@ def _pride(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[s
     for order, p in zip(orders, by_order, strict=True):
         total = sum(p)
         scaled = [v / total for v in p] if total > 1 else list(p)  # counts of an API's replies too
-        yield {"id": str(data.get("idx", number)), "order": order, "probabilities": scaled, "answer": answer}
+        name = str(data.get("idx", number))
+        yield {"id": name, "order": order, "probabilities": scaled, "answer": answer, RELATIVE: True}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -172,6 +189,11 @@ def _judgebench(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[d
     answer = {"A>B": 0, "B>A": 1}[row["label"]]
     records = list(_both(str(row["pair_id"]), found[0], found[-1], answer))
     yield from records[: len(found)]
+
+
+def _below(path: Path, paths: Sequence[Path]) -> str:
+    """The path from where the paths part: each file is named result.json."""
+    return path.absolute().relative_to(os.path.commonpath([other.absolute().parent for other in paths])).as_posix()
 
 
 def _llmbar(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[str, Any]]:
@@ -207,7 +229,7 @@ def _alpaca(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[
         yield record | {"decision": int(preference) - 1}
     else:
         by_option = [2 - preference, preference - 1]
-        yield record | {"probabilities": [by_option[o] for o in record["order"]]}
+        yield record | {"probabilities": [by_option[o] for o in record["order"]], RELATIVE: True}
 
 
 _SWITCH, _SEED = "is_switched_outputs", 0
@@ -223,14 +245,14 @@ FORMATS: dict[str, Format] = {
         lambda row: "order" in row and any(name in row for name in VALUES),
         lambda row, number, known: [row],
     ),
-    "lm-eval": Format("lm-evaluation-harness samples_*.jsonl", _has("doc_id", "filtered_resps"), _lm_eval),
+    "lm-eval": Format("lm-evaluation-harness samples_*.jsonl", _has("doc_id", "filtered_resps"), _lm_eval, _task),
     "inspect": Format("Inspect logs, .eval or .json", _has("samples"), _inspect),
     "fastchat": Format("FastChat MT-bench pairs", _has("g1_winner", "g2_winner"), _fastchat),
     "judgebench": Format("JudgeBench outputs", _has("pair_id", "judgments", "label"), _judgebench),
-    "llmbar": Format("LLMBar result.json", _has("results", "label", "output_1"), _llmbar),
+    "llmbar": Format("LLMBar result.json", _has("results", "label", "output_1"), _llmbar, _below),
     "pandalm": Format("PandaLM results", lambda row: "idx" in row and any(key.endswith("_result") for key in row), _pandalm),
     "alpaca_eval": Format("AlpacaEval annotations.json", _has("preference", "output_1", "output_2"), _alpaca),
-    "pride": Format("PriDe's arrays", _has("type", "data"), _pride),
+    "pride": Format("PriDe's arrays", _has("type", "data"), _pride, _subject),
 }
 
 
@@ -245,22 +267,31 @@ def _zipped(path: Path, problems: Problems) -> Iterator[Row]:
         with zipfile.ZipFile(path) as log:
             names = [name for name in log.namelist() if name.startswith("samples/") and name.endswith(".json")]
             for number, name in enumerate(sorted(names), start=1):
-                yield number, {"samples": [json.loads(log.read(name))]}
+                if fits(log.getinfo(name).file_size, number, problems):  # no more than that is ever unpacked
+                    yield number, {"samples": [json.loads(log.read(name))]}
     except Exception as error:  # of zipfile, zlib, struct or json, by what is damaged
         problems.add(0, f"no Inspect log that can be read ({error}): convert it with `inspect log convert --to json`")
 
 
-def _records(found: Iterable[Row], format: str | None, problems: Problems, known: Texts, runs: int) -> Iterator[Row]:
+def _records(
+    found: Iterable[Row], format: str | None, problems: Problems, known: dict[str, Texts], paths: Sequence[Path], runs: int
+) -> Iterator[Row]:
+    """The records of the file ``paths[runs]``; ``known``: the texts of the items before, by what their ids count within."""
     chosen = FORMATS[format] if format else None
+    within: str | None = None
     for line, row in found:
         if not isinstance(row, Mapping):
             problems.add(line, f"is {str(row)[:100]!r}: give one object a line")
             continue
         if chosen is None:
             chosen = next((one for one in FORMATS.values() if one.recognises(row)), FORMATS["records"])
+        if within is None:
+            names = [chosen.within(path, paths) for path in paths]
+            within = f"{names[runs]} " if names[runs] and len(set(names)) > 1 else ""
+        number, texts = line if chosen.records is not _inspect else runs, known.setdefault(within, {})
         try:
-            for record in chosen.records(row, line if chosen.records is not _inspect else runs, known):
-                yield line, record
+            for record in chosen.records(row, number, texts):
+                yield line, {**record, "id": within + record["id"]} if within else record
         except (KeyError, TypeError, ValueError, IndexError, StopIteration, AttributeError, ZeroDivisionError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             problems.add(line, f"not as in {chosen.about}: {what}")
@@ -273,14 +304,14 @@ def read(paths: str | Path | Sequence[str | Path], format: str | None = None) ->
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format {format!r}: give one of {', '.join(FORMATS)}")
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    problems = Problems(Path(paths[0]))
-    known: Texts = {}
+    every_path = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    problems = Problems(every_path[0])
+    known: dict[str, Texts] = {}
 
     def every() -> Iterator[Row]:
-        for runs, path in enumerate(paths):
-            problems.path = Path(path)
-            found = _zipped(Path(path), problems) if zipfile.is_zipfile(path) else rows(path, problems)
-            yield from _records(found, format, problems, known, runs)
+        for runs, path in enumerate(every_path):
+            problems.path = path
+            found = _zipped(path, problems) if zipfile.is_zipfile(path) else rows(path, problems)
+            yield from _records(found, format, problems, known, every_path, runs)
 
     return build(every(), problems)

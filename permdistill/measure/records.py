@@ -34,7 +34,7 @@ from permdistill.orders import LETTERS, MAX_OPTIONS, MIN_OPTIONS
 LARGE = 1e300  # a whole number in JSON may be larger than any floating-point one
 EXACT = 2**53  # whole numbers above it are rounded by many readers of JSON
 VALUES = ("probabilities", "log_probs", "decision")
-LIKELIHOODS = "likelihoods"  # a field that adapters set: log_probs of texts, not of labels, so that their sum says nothing
+RELATIVE = "relative"  # a field that adapters set: values that compare the options alone, so that their sum says nothing
 ROUNDING = 1e-3  # how far a sum of probabilities may lie above 1
 
 
@@ -95,6 +95,13 @@ class Records:
         return np.bincount(self.item, minlength=len(self.ids))
 
     @cached_property
+    def repeated(self) -> np.ndarray:
+        """Whether a record has the order of the one before it, of the same item: (record,)."""
+        same = np.concatenate([[False], self.item[1:] == self.item[:-1]])
+        before = np.arange(len(self.orders)) - np.repeat(np.where(same, self.k, 0), self.k)
+        return same & np.logical_and.reduceat(self.orders == self.orders[before], self.starts)
+
+    @cached_property
     def options(self) -> np.ndarray:
         """Number of options of each item, (item,)."""
         result = np.zeros(len(self.ids), dtype=np.int64)
@@ -150,9 +157,10 @@ class _Builder:
         self.problems = problems
         self.items: dict[str, int] = {}
         self.numbers = bytearray()  # by item: whether its id was a number
-        self.first, self.options, self.answers = array("q"), array("b"), array("h")  # by item
+        self.first, self.options, self.answers = array("q"), array("b"), array("h")  # by item; first: its first record
         self.systems: dict[int, tuple[str, ...]] = {}
-        self.item, self.line, self.draw = array("l"), array("q"), array("q")  # by record
+        self.files: list[tuple[Path, str]] = []  # and what their lines are called
+        self.item, self.line, self.draw, self.file = array("l"), array("q"), array("q"), array("i")  # by record
         self.k, self.hard, self.mass = array("b"), array("b"), array("d")
         self.orders, self.p = array("b"), array("d")  # by value
 
@@ -165,13 +173,16 @@ class _Builder:
         if not found:
             values, mass, found = _values(record)
         if not found:
-            found = self._item_problem(line, record)
+            found = self._item_problem(record)
         if found:
             self.problems.add(line, f"(id {_quoted(record.get('id'))}) {found}")
             return
-        order = record["order"]
+        order, here = record["order"], (self.problems.path, self.problems.unit)
+        if self.files[-1:] != [here]:
+            self.files.append(here)
         self.item.append(self.items[str(record["id"])])
         self.line.append(line)
+        self.file.append(len(self.files) - 1)
         self.draw.append(record.get("draw") or 0)
         self.k.append(len(order))
         self.hard.append(record.get("probabilities") is None and record.get("log_probs") is None)
@@ -179,7 +190,12 @@ class _Builder:
         self.orders.extend(order)
         self.p.extend(values)
 
-    def _item_problem(self, line: int, record: Mapping[str, Any]) -> str | None:
+    def _at(self, record: int) -> str:
+        """Where a record stands, seen from the file that is read now."""
+        (path, unit), line = self.files[self.file[record]], self.line[record]
+        return f"{unit} {line}" if path == self.problems.path else f"{path}, {unit} {line}"
+
+    def _item_problem(self, record: Mapping[str, Any]) -> str | None:
         """What does not fit the item's other records; a new item is noted."""
         name, k, answer, draw = str(record["id"]), len(record["order"]), record.get("answer"), record.get("draw")
         if answer is not None and (type(answer) is not int or not 0 <= answer < k):
@@ -195,11 +211,11 @@ class _Builder:
         if place is None:
             self.items[name] = len(self.items)
             self.numbers.append(number)
-            self.first.append(line)
+            self.first.append(len(self.item))  # the record that is being added
             self.options.append(k)
             self.answers.append(-1 if answer is None else answer)
             return None
-        at = f"{self.problems.unit} {self.first[place]}"
+        at = self._at(self.first[place])
         if number != self.numbers[place]:
             return f"field 'id' is {_quoted(record['id'])}: as a string and as a number; write it as in {at}"
         if k != self.options[place]:
@@ -213,7 +229,7 @@ class _Builder:
     def build(self) -> Records:
         """The records, sorted. Raises BadRecords that names all bad ones."""
         k, item = np.frombuffer(self.k, dtype=np.int8), np.frombuffer(self.item, dtype=self.item.typecode).astype(np.int32)
-        orders, line, draw = (np.asarray(a) for a in (self.orders, self.line, self.draw))
+        orders, draw = np.asarray(self.orders), np.asarray(self.draw)
         starts = np.cumsum(k, dtype=np.int64) - k
         longest = int(k.max()) if len(k) else 0
         padded = np.full((len(k), longest), -1, dtype=np.int8)
@@ -226,10 +242,11 @@ class _Builder:
         )
         names = list(self.items)
         for i in same.tolist():
-            earlier, later = sorted((int(line[sequence[i]]), int(line[sequence[i + 1]])))
-            order = padded[sequence[i]][: k[sequence[i]]].tolist()
-            text = f"(id {names[item[sequence[i]]]!r}) field 'order' is {order}: this item has it already, in {earlier}; "
-            self.problems.add(later, text + "repeated calls need a field 'draw'")
+            earlier, later = sorted(sequence[i : i + 2].tolist())
+            self.problems.path, self.problems.unit = self.files[self.file[later]]
+            text = f"(id {names[item[later]]!r}) field 'order' is {padded[later][: k[later]].tolist()}: this item has it "
+            text += f"already, in {self._at(earlier)}; repeated calls need a field 'draw'"
+            self.problems.add(self.line[later], text)
         if not len(k) and not self.problems.n:
             self.problems.add(0, "no records")
         self.problems.check()
@@ -306,14 +323,14 @@ def _values(record: Mapping[str, Any]) -> tuple[list[float], float, str | None]:
         relative = [math.exp(v - top) for v in values]
         total = sum(relative)
         mass = math.exp(top) * total
-        if mass > 1 + ROUNDING and not record.get(LIKELIHOODS):
+        if mass > 1 + ROUNDING and not record.get(RELATIVE):
             return [], math.nan, f"field 'log_probs' is {_quoted(record[name])}: their probabilities sum to {mass:.4g}"
-        return [v / total for v in relative], math.nan if record.get(LIKELIHOODS) else min(mass, 1.0), None
+        return [v / total for v in relative], math.nan if record.get(RELATIVE) else min(mass, 1.0), None
     total = sum(values) if all(-LARGE < v < LARGE for v in values) else math.nan
     if not (0 < total <= 1 + ROUNDING and min(values) >= 0):
         fix = "give numbers in 0..1 with a sum above 0 and at most 1"
         return [], math.nan, f"field 'probabilities' is {_quoted(values)}: {fix}"
-    return [v / total for v in values], min(total, 1.0), None
+    return [v / total for v in values], math.nan if record.get(RELATIVE) else min(total, 1.0), None
 
 
 def _decision(value: Any, order: list[int]) -> tuple[list[float], float, str | None]:

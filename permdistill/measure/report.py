@@ -6,8 +6,8 @@ verdict comes first, then six measures, then (``--all``) the others, each positi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from permdistill.orders import LETTERS
 from permdistill.prompts import LOW_MASS
 from permdistill.questions import Question
 
-HEADLINE = ("first position", "flip rate", "consistency", "ps (TV)", "accuracy", "accuracy of the mean over orders")
+MEAN, REPEATS = "accuracy of the mean over orders", "repeats that differ"
+SHARPENED = "all-orders average, sharpened"
+HEADLINE = ("first position", "flip rate", "consistency", "ps (TV)", "accuracy", MEAN, REPEATS)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class Gate:
     position_preference: float | None = None
 
 
+def percent(interval: Iterable[float], unit: str = "", sign: str = "") -> str:
+    """In points, "64.0 [54.7, 73.3]"; without an interval where there is none, "" without a value."""
+    value, low, high = interval
+    text = f"{100 * value:{sign}z.1f}{unit}" if value == value else ""
+    return text if low != low else f"{text} [{100 * low:{sign}z.1f}, {100 * high:{sign}z.1f}]"
+
+
+def _columns(name: str, interval: Interval) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+
+
 @dataclass(frozen=True)
 class Line:
     """One measure. ``even``: what it is without a preference for positions; ``n`` items."""
@@ -52,10 +65,7 @@ class Line:
     note: str = ""
 
     def __str__(self) -> str:
-        low, high = self.interval.low, self.interval.high
-        text = f"{100 * self.interval.value:z.1f}"
-        if low == low:
-            text += f" [{100 * low:z.1f}, {100 * high:z.1f}]"
+        text = percent(self.interval)
         if self.even is not None:
             text += f", {100 * (self.interval.value - self.even):+z.1f} over even"
         return text + (f"   {self.note}" if self.note else "")
@@ -91,14 +101,17 @@ class Report:
 
         if labelled.any():
             add("accuracy", share_of(t.right[labelled], t.n[labelled]), note="a tie shares, a failure has none")
-            if (t.n - t.failed > 1).any():
-                add("accuracy of the mean over orders", mean_of(np.where(labelled & (t.n > t.failed), t.averaged, np.nan)))
-        add("first position", *self._first())
+            if (t.orders > 1).any():
+                add(MEAN, mean_of(np.where(labelled & (t.n > t.failed), t.averaged, np.nan)))
+        if t.decided.any():
+            add("first position", *self._first())
         if (~np.isnan(t.ps)).any():
             add("flip rate", mean_of(t.flips), note="of the other orders decide otherwise than the first")
             add("consistency", mean_of(t.consistency), note="of the pairs of orders decide for the same option")
             add("verdict agreement", mean_of(t.agreement), note="the same, a tie being a verdict of its own")
             add("ps (TV)", mean_of(t.ps, counts=False))
+        if (~np.isnan(t.repeats)).any():
+            add(REPEATS, mean_of(t.repeats), note="of the pairs of calls in one order: noise, not the order")
         add("tied", share_of(t.tied, t.n))
         add("failed", share_of(t.failed, t.n))
         mass = ~np.isnan(records.mass)
@@ -120,13 +133,12 @@ class Report:
             wins[at], even[at] = own[:, 0], t.decided[at] / k
         odd = int((~t.balanced).sum())
         note = f"{odd} items not in balanced orders: content counts too" if odd else ""
-        if not t.decided.any():
-            return (Interval(np.nan, np.nan, np.nan), 0), np.nan, "no record is decided"
         return share_of(wins, t.decided), float(even.sum() / t.decided.sum()), note
 
     @cached_property
     def positions(self) -> pd.DataFrame:
-        """Each position of each K: its share of the decided records, and the recall of gold answers that stand there."""
+        """Each position of each K: its share of the decided records, the preference for it (share less an even one), and the
+        recall of gold answers that stand there."""
         rows = []
         for k, (at, wins) in sorted(self.tally.wins.items()):
             of = self.tally.decided[at]
@@ -135,11 +147,11 @@ class Report:
                 if of.any():
                     level = 1 - 0.05 / k  # so that all K hold together
                     share = share_of(wins[:, position], of, level)[0]
-                    row |= {"share": share.value, "share_low": share.low, "share_high": share.high}
+                    row |= _columns("share", share) | _columns("preference", Interval(*(v - 1 / k for v in share)))
                 gold = self.tally.gold[k][:, position]
                 if gold.any():
                     found = share_of(self.tally.recalled[k][:, position], gold)[0]
-                    row |= {"recall": found.value, "recall_low": found.low, "recall_high": found.high}
+                    row |= _columns("recall", found)
                 rows.append(row)
         return pd.DataFrame(rows)
 
@@ -155,7 +167,7 @@ class Report:
     def gain(self) -> Interval:
         """What averaging adds to the accuracy of the verdicts averaged, paired; NaN where no item allows it."""
         t = self.tally
-        some = (self.records.answers >= 0) & (t.n - t.failed > 1)
+        some = (self.records.answers >= 0) & (t.orders > 1)
         return (
             mean_of(t.averaged[some] - t.right[some] / (t.n - t.failed)[some], counts=False)[0]
             if some.any()
@@ -171,9 +183,11 @@ class Report:
     def sentences(self) -> list[str]:
         """Those of the verdict."""
         parts, lean = [], self.leaning
-        if lean is not None:
+        if lean is None:
+            parts.append("No verdict is decided.")
+        else:
             where = {0: "the first answer", lean.K - 1: "the last answer"}.get(lean.position, f"position {lean.label}")
-            share = Interval(lean.share, lean.share_low, lean.share_high).percent().replace(" [", "% [", 1)
+            share = percent((lean.share, lean.share_low, lean.share_high), "%")
             what = "pairs" if lean.K == 2 else f"questions with {lean.K:.0f} options"
             wins = f"wins {share} of decided {what}, {100 * (lean.share - lean.even):+z.1f} over even."
             up, down = lean.share_low > lean.even, lean.share_high < lean.even
@@ -185,26 +199,25 @@ class Report:
                 parts.append(f"This judge decides {'often' if up else 'seldom'} for {where}, which {wins}")
         flips = next((line for line in self.lines if line.name == "flip rate"), None)
         if flips is not None:
-            parts.append(
-                f"Another order changes the verdict in {flips.interval.percent().replace(' [', '% [', 1)} of cases."
-            )
+            parts.append(f"Another order changes the verdict in {percent(flips.interval, '%')} of cases.")
         if (gain := self.gain).value == gain.value:
             does = "gains" if gain.low > 0 else "changes accuracy by"
-            parts.append(f"Averaging the orders {does} {gain.percent().replace(' [', ' points [', 1)}.")
+            parts.append(f"Averaging the orders {does} {percent(gain, ' points')}.")
         return parts
 
     @property
     def header(self) -> str:
         """What was read, in a line."""
         r, t = self.records, self.tally
-        ks, counts = sorted(set(r.options.tolist())), r.counts
+        ks, counts = sorted(set(r.options.tolist())), np.bincount(r.item[~r.repeated])
         orders = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+        again = f" ({int(r.repeated.sum())} repeat an order)" if r.repeated.any() else ""
         left = f"; {self.dropped} incomplete items left out" if self.dropped else ""
         if n := int(r.incomplete.sum()):
             left = f"; {n} items incomplete (--complete leaves them out)"
         some = f"{int(t.decided.sum())} decided, {int(t.tied.sum())} tied, {int(t.failed.sum())} failed"
         return (
-            f"{len(r.ids)} items, K = {', '.join(map(str, ks))}, {orders} orders; {len(r.k)} records: {some}{left}; "
+            f"{len(r.ids)} items, K = {', '.join(map(str, ks))}, {orders} orders; {len(r.k)} records{again}: {some}{left}; "
             "95% intervals over items"
         )
 
@@ -214,7 +227,7 @@ class Report:
         found = []
         if not (self.records.answers >= 0).any():
             found.append("no gold answers: --questions FILE (id, answer) adds how often the judge is right")
-        if not (self.tally.n - self.tally.failed > 1).any():
+        if not (self.tally.orders > 1).any():
             found.append(
                 "no item has verdicts in two orders: ask in a second order (the reverse) to see what the order changes"
             )
@@ -231,24 +244,27 @@ class Report:
 
     @property
     def rejected(self) -> list[str]:
-        """Thresholds of the gate whose whole interval lies beyond them. Raises ValueError where one cannot be measured."""
+        """Thresholds of the gate whose whole interval lies beyond them, or that have no interval to compare with. Raises
+        ValueError where one cannot be measured."""
         found = []
         if self.gate.flip_rate is not None:
             flips = next((line.interval for line in self.lines if line.name == "flip rate"), None)
             if flips is None:
                 raise ValueError("--max-flip-rate: no item has verdicts in two orders, give records of a second order")
-            if flips.low > self.gate.flip_rate:
-                found.append(f"flip rate {flips.percent()} is above {100 * self.gate.flip_rate:g}")
+            if not flips.low <= self.gate.flip_rate:  # of one item it is NaN: that is no proof
+                found.append(f"flip rate {percent(flips)}: {_beyond(flips, 'above', self.gate.flip_rate)}")
         if (limit := self.gate.position_preference) is not None:
             frame = self.positions
             if "share" not in frame:
                 raise ValueError("--max-position-preference: no record is decided")
             over, under = frame.share_low - frame.even, frame.even - frame.share_high
             for row, far in zip(frame.itertuples(), np.maximum(over, under), strict=True):
-                if far > limit:
-                    share = Interval(row.share, row.share_low, row.share_high).percent()
-                    text = f"position {row.label} of {row.K} wins {share}, even is {100 * row.even:.1f}: further off than "
-                    found.append(f"{text}{100 * limit:g}")
+                if not far <= limit:
+                    share = Interval(row.share, row.share_low, row.share_high)
+                    text = (
+                        f"position {row.label} of {row.K} wins {percent(share) or 'nothing'}, even is {100 * row.even:.1f}: "
+                    )
+                    found.append(text + _beyond(share, "further off than", limit))
         return found
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -276,11 +292,10 @@ class Report:
     def everything(self) -> str:
         """What ``--all`` adds: the other measures, positions, and every debiaser and metric."""
         positions = self.positions.copy()
-        for name in ("share", "recall"):
+        for name, sign in (("share", ""), ("preference", "+"), ("recall", "")):
             if name in positions:
                 low, high = positions.pop(f"{name}_low"), positions.pop(f"{name}_high")
-                triples = zip(positions[name], low, high, strict=True)
-                positions[name] = [Interval(*t).percent() if t[0] == t[0] else "" for t in triples]
+                positions[name] = [percent(t, sign=sign) for t in zip(positions[name], low, high, strict=True)]
         positions["even"] = [f"{100 * even:.1f}" for even in positions.even]
         parts = ["\n".join(self._rows(headline=False)), f"by position\n{positions.to_string(index=False)}"]
         if pairs := rates(self.records):
@@ -296,11 +311,16 @@ class Report:
         return "\n\n".join([*parts, _long(self.table)])
 
 
+def _beyond(interval: Interval, words: str, limit: float) -> str:
+    return f"{words} {100 * limit:g}" if interval.low == interval.low else "too few items for an interval"
+
+
 def _alike(records: Records, k: int) -> Block | None:
-    """The items of ``k`` options that come in the same orders as most do, without failed verdicts; None without any."""
+    """The items of ``k`` options that come in the same orders as most do, without failed verdicts, each order once; None
+    without any."""
     best, n = None, 0
     own = (records.options == k) & (np.bincount(records.item, records.failed, minlength=len(records.ids)) == 0)
-    for block in records.where(own[records.item]).blocks() if own.any() else ():
+    for block in records.where(own[records.item] & ~records.repeated).blocks() if own.any() else ():
         keys, group, sizes = np.unique(
             block.orders.reshape(len(block.orders), -1), axis=0, return_inverse=True, return_counts=True
         )
@@ -368,17 +388,30 @@ def _debiased(records: Records, k: int) -> pd.DataFrame:
     """Every debiaser on the items of ``k`` options that come in the same orders as most do, without failed verdicts."""
     best, of_k = _alike(records, k), int((records.options == k).sum())
     n, soft = 0 if best is None else len(best.items), not records.hard.all()
-    rows = []
-    for method in catalogue.debiasers(k):
-        row = {"debiaser": method.name, "K": k, "calls": method.calls(k), "n": 0, "source": method.source, "note": ""}
+    rows, methods = [], catalogue.debiasers(k)
+    again = "each order's first call alone" if records.repeated.any() else ""
+    if soft:
+        methods.append(_sharpened(next(method for method in methods if method.name == debias.DEBIASED)))
+    for method in methods:
+        row = {"debiaser": method.name, "K": k, "calls": method.calls(k), "n": 0, "source": method.source, "note": again}
         if best is None or n < 2:
             row["note"] = "fewer than two items come in the same orders, all with verdicts"
         else:
             if n < of_k:
-                row["note"] = f"on {n} of {of_k} items: those in the same orders, all with verdicts"
+                some = f"on {n} of {of_k} items: those in the same orders, all with verdicts"
+                row["note"] = "; ".join(filter(None, [some, again]))
             row |= _measured(method, best, soft)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _sharpened(average: catalogue.Debiaser) -> catalogue.Debiaser:
+    """The all-orders average, as sure as one order is: its decisions, with probabilities that can be trusted further."""
+
+    def answer(P, orders, content_free, rng):
+        return debias.broadcast(debias.sharpen(debias.permutation_average(P), calibration.fit_power(P)), len(orders))
+
+    return replace(average, name=SHARPENED, source="power: Guo et al., ICML 2017; fitted without gold: here", answer=answer)
 
 
 def _measured(method: catalogue.Debiaser, block: Block, soft: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pyarrow.parquet
 from permdistill.questions import BadRecords
 
 SHOWN = 1000  # problems that a message lists; the rest is counted
+WHOLE = 2 * 10**9  # bytes, unpacked, that are read in one piece: an array, a line, a sample of a log
 _BOMS = {
     b"\xef\xbb\xbf": "UTF-8 with a byte order mark",
     b"\xff\xfe": "UTF-16",
@@ -31,16 +32,18 @@ Row = tuple[int, Any]  # line (or row, from 1) and what stands there
 
 @dataclass
 class Problems:
-    """What is wrong with a file, line by line."""
+    """What is wrong with files, line by line; ``path``: the one that is read now."""
 
     path: Path
     unit: str = "line"
     found: list[str] = field(default_factory=list)
     n: int = 0
+    files: set[Path] = field(default_factory=set)
 
     def add(self, line: int, problem: str) -> None:
         """Note a problem; ``line`` 0: of the file as a whole."""
         self.n += 1
+        self.files.add(self.path)
         if self.n <= SHOWN:
             self.found.append(f"{self.path}, {self.unit} {line}: {problem}" if line else f"{self.path}: {problem}")
 
@@ -48,8 +51,16 @@ class Problems:
         """Raise BadRecords if there are any."""
         if self.n:
             more = [f"and {self.n - SHOWN} more"] if self.n > SHOWN else []
-            text = f"{self.path}: {self.n} problem(s)\n  " + "\n  ".join(self.found + more)
+            where = next(iter(self.files)) if len(self.files) == 1 else f"{len(self.files)} files"
+            text = f"{where}: {self.n} problem(s)\n  " + "\n  ".join(self.found + more)
             raise BadRecords(text.encode("utf-8", "backslashreplace").decode())  # half a character cannot be printed
+
+
+def fits(size: int, line: int, problems: Problems) -> bool:
+    """Whether so many bytes may be read in one piece; if not, that is a problem."""
+    if size > WHOLE:
+        problems.add(line, f"more than {WHOLE:,} bytes in one piece, unpacked: write JSONL, one record a line")
+    return size <= WHOLE
 
 
 @contextmanager
@@ -66,7 +77,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def rows(path: str | Path, problems: Problems) -> Iterator[Row]:
     """The rows of a file, one after the other, with their line numbers; what cannot be read goes to ``problems``."""
-    path = Path(path)
+    path, problems.unit = Path(path), "line"
     try:
         with _opened(path) as file:
             start = file.read(4096)
@@ -81,20 +92,41 @@ def rows(path: str | Path, problems: Problems) -> Iterator[Row]:
             elif suffix in (".csv", ".tsv"):
                 yield from _csv(file, "\t" if suffix == ".tsv" else ",", problems)
             elif suffix == ".json" or start.lstrip().startswith(b"["):
-                yield from _json(file.read(), problems)
+                if (data := _whole(file, problems)) is not None:
+                    yield from _json(data, problems)
             else:
-                yield from _jsonl(file, problems)
+                yield from _jsonl(_lines(file, problems), problems)
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission: says so itself
             raise
         problems.add(0, f"the compressed file is damaged or cut off ({error}): copy it again")
 
 
-def _text(line: bytes, number: int, problems: Problems) -> str | None:
+def _whole(file: BinaryIO, problems: Problems) -> bytes | None:
+    """All of a file, None where it is too large."""
+    data = bytearray()
+    for part in iter(lambda: file.read(1 << 20), b""):
+        data += part
+        if not fits(len(data), 0, problems):
+            return None
+    return bytes(data)
+
+
+def _lines(file: BinaryIO, problems: Problems) -> Iterator[bytes]:
+    for number, line in enumerate(iter(lambda: file.readline(WHOLE + 1), b""), start=1):
+        if not fits(len(line), number, problems):
+            return
+        yield line
+
+
+def _text(data: bytes, number: int, problems: Problems) -> str | None:
+    """Text that begins in a line of this number."""
     try:
-        return line.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        problems.add(number, f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}): save the file as UTF-8")
+        before = data[: error.start]
+        line, at = number + before.count(b"\n"), error.start - before.rfind(b"\n") - 1
+        problems.add(line, f"not UTF-8 (byte 0x{data[error.start]:02x} at {at}): save the file as UTF-8")
         return None
 
 
@@ -163,10 +195,12 @@ def _cell(text: str) -> Any:
 
 
 def _csv(file: BinaryIO, delimiter: str, problems: Problems) -> Iterator[Row]:
-    lines = (_text(line, number, problems) or "\n" for number, line in enumerate(file, start=1))
+    lines = (_text(line, number, problems) or "\n" for number, line in enumerate(_lines(file, problems), start=1))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
+        if not header:  # an empty file, or names that cannot be read
+            return
         plain = [name in ("id", "question_id", "instruction") for name in header]
         for cells in reader:
             if not cells:
@@ -183,7 +217,12 @@ def _csv(file: BinaryIO, delimiter: str, problems: Problems) -> Iterator[Row]:
 def _parquet(file: BinaryIO, problems: Problems) -> Iterator[Row]:
     number = 0
     try:
-        source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
+        source: BinaryIO = file
+        if not isinstance(file, io.BufferedReader):  # it is read from its end
+            data = _whole(file, problems)
+            if data is None:
+                return
+            source = io.BytesIO(data)
         for batch in pyarrow.parquet.ParquetFile(source).iter_batches(10_000):
             for row in batch.to_pylist():
                 number += 1

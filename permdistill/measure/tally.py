@@ -37,6 +37,29 @@ def interval(
     return metrics.bootstrap(values, groups, statistic, level=level)
 
 
+def over_pairs(P: np.ndarray, orders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean total variation over the pairs of records in different orders, and over those in one order: (item,) each, NaN
+    where there are no such pairs.
+
+    P, orders  (item, record, option), (item, record, position); records in one order stand side by side
+
+    The first is :func:`permdistill.measure.metrics.permutation_sensitivity` where no order comes twice.
+    """
+    n, within, repeats = P.shape[1], np.zeros(len(P)), np.zeros(len(P))
+    for far in range(1, n):
+        same = (orders[:, far:] == orders[:, :-far]).all(axis=2)
+        if not same.any():
+            break
+        within += (np.abs(P[:, far:] - P[:, :-far]).sum(axis=2) / 2 * same).sum(axis=1)
+        repeats += same.sum(axis=1)
+    pairs = n * (n - 1) / 2 - repeats
+    across, own = metrics.permutation_sensitivity(P), np.full(len(P), np.nan)
+    others = (across * (pairs + repeats) - within).round(12)  # so that equal answers stay exactly 0
+    np.divide(others, pairs, out=across, where=(repeats > 0) & (pairs > 0))
+    across[pairs == 0] = np.nan
+    return across, np.divide(within, repeats, out=own, where=repeats > 0)
+
+
 def _ratio(mean: np.ndarray) -> float:
     return float(mean[0] / mean[1])
 
@@ -55,10 +78,13 @@ class Tally:
     """What each item's records say: arrays (item,), NaN where an item does not allow a measure.
 
     n, tied, failed, decided   numbers of records; decided: one option alone is the most probable
+    orders                     number of different orders with a verdict
     right                      credit for the gold answer summed over records, ties sharing it; failures have none
     averaged                   credit of the mean over the item's orders
-    ps, consistency, flips     of items with two verdicts or more, see :mod:`permdistill.measure.metrics`
+    ps, consistency, flips     of items with verdicts in two orders or more, see :mod:`permdistill.measure.metrics`; over
+                               records in different orders: repeated calls in one order say nothing of it
     agreement                  share of pairs of orders with the same verdict, a tie being one of its own
+    repeats                    share of pairs of records in one order that decide otherwise
     balanced                   whether each option stands equally often at each position
     wins                       {K: (items, (item, position))}: decided records that a position wins
     gold, recalled             {K: (item, position)}: records with the gold answer there, and credit for it, failures out
@@ -67,8 +93,9 @@ class Tally:
     def __init__(self, records: Records) -> None:
         self.records = records
         items = len(records.ids)
-        self.n, self.tied, self.failed, self.decided, self.right = (np.zeros(items) for _ in range(5))
-        self.averaged, self.ps, self.consistency, self.flips, self.agreement = (np.full(items, np.nan) for _ in range(5))
+        self.n, self.orders, self.tied, self.failed, self.decided, self.right = (np.zeros(items) for _ in range(6))
+        self.averaged, self.ps, self.consistency = (np.full(items, np.nan) for _ in range(3))
+        self.flips, self.agreement, self.repeats = (np.full(items, np.nan) for _ in range(3))
         self.balanced = np.ones(items, dtype=bool)
         self.wins: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.gold: dict[int, np.ndarray] = {}
@@ -92,10 +119,14 @@ class Tally:
         wins = (by_position * decided[..., None]).sum(axis=1)
         seats = (orders[..., None] == np.arange(k)).sum(axis=1)  # (item, position, option)
         self.balanced[at] = (seats == n / k).all(axis=(1, 2))
+        self.orders[at] = n - (orders[:, 1:] == orders[:, :-1]).all(axis=2).sum(axis=1)
         if n > 1:
             verdicts = np.concatenate([D * decided[..., None], ~decided[..., None]], axis=2)
-            self.ps[at], self.consistency[at] = metrics.permutation_sensitivity(P), metrics.consistency(P)
-            self.flips[at], self.agreement[at] = metrics.flip_rate(P), metrics.consistency(verdicts)
+            self.ps[at], (differ, self.repeats[at]) = over_pairs(P, orders)[0], over_pairs(D, orders)
+            self.consistency[at], self.agreement[at] = 1 - differ, 1 - over_pairs(verdicts, orders)[0]
+            other = (orders[:, 1:] != orders[:, :1]).any(axis=2)  # than the first record's
+            flips = (np.abs(D[:, 1:] - D[:, :1]).sum(axis=2) / 2 * other).sum(axis=1)
+            self.flips[at] = np.divide(flips, other.sum(axis=1), out=np.full(len(P), np.nan), where=self.orders[at] > 1)
         known = block.answers >= 0
         gold = np.where(known, block.answers, 0)
         credit = np.where(known[:, None], np.take_along_axis(D, gold[:, None, None], axis=2)[..., 0], 0.0)
