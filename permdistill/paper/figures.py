@@ -296,7 +296,7 @@ def scoring_time(table: pd.DataFrame) -> Figure:
     for ax, workload in zip(axes.flat, workloads, strict=False):
         for number, model in enumerate(models):
             part, (colour, shape) = table[(table.model == model) & (table.workload == workload)], styles[number % 4]
-            y = part.arm.map(places) - 0.8 * ((number + 0.5) / len(models) - 0.5)
+            y = np.array([places[arm] for arm in part.arm]) - 0.8 * ((number + 0.5) / len(models) - 0.5)
             spread = [part.ratio - part.ratio_low, part.ratio_high - part.ratio]
             style = {"fmt": shape, "ms": 3.5, "lw": 1, "capsize": 1.5, "color": COLOURS[colour], "label": model}
             ax.errorbar(part.ratio, y, xerr=spread, **style)
