@@ -301,7 +301,10 @@ def scoring_time(table: pd.DataFrame) -> Figure:
             style = {"fmt": shape, "ms": 3.5, "lw": 1, "capsize": 1.5, "color": COLOURS[colour], "label": model}
             ax.errorbar(part.ratio, y, xerr=spread, **style)
             for at, high, ratio in zip(y, part.ratio_high, part.ratio, strict=True):
-                ax.text(1.2 * high, at, f"{float(f'{ratio:.2g}'):g}", va="center", fontsize=SMALL, color=COLOURS[colour])
+                named: dict[str, Any] = {"va": "center", "fontsize": SMALL, "color": COLOURS[colour]}
+                named["bbox"] = {"facecolor": "white", "lw": 0, "pad": 0.2}
+                text = f"{float(f'{ratio:.2g}'):g}"
+                ax.annotate(text, (high, at), xytext=(4, 0), textcoords="offset points", **named)
         ax.set(title=workload, ylim=(-0.6, len(arms) - 0.4))
         ax.axvline(1, color="black", lw=1, ls="--", zorder=0)
         ax.grid(axis="y", visible=False)
