@@ -197,8 +197,7 @@ cost: $(INSTALLED) ## measure what an answer of every teacher and student costs 
 .PHONY: bench
 bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 6
 	@mkdir -p $(BUILD)
-	$(PY) -m permdistill.paper.bench --output $(BUILD)/bench.json
-	@cp $(BUILD)/bench.json figures/bench.json
+	$(PY) -m permdistill.paper.bench --output $(BUILD)/bench.json --keep figures
 	$(MAKE) --no-print-directory performance
 
 # Without times in the file: executing a notebook again changes nothing but what it shows.

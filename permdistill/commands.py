@@ -215,6 +215,8 @@ class _Scoring:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the teacher before is gone
             self.loaded = self.make()
+            if plan := getattr(self.loaded, "plan", ""):  # also where no progress is shown
+                print(f"permdistill: {self.loaded.name}: {plan}", file=sys.stderr)
         return scores.score(self.store, self.loaded, questions, template, orders)
 
     def adaptively(self, questions: Sequence[Question], template: Any) -> tuple[int, Callable[[Question], np.ndarray]]:

@@ -19,6 +19,7 @@ A cluster's machines need permdistill[scale] and reach the teacher by the same n
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from permdistill.teachers import Asked, Teacher, in_groups
 # Questions that a worker is given at a time, on average, or one group: its forest, and the work that is lost with it.
 BLOCK, BLOCK_GPU = 8, 64
 BLOCKS_A_WORKER = 8  # at least, as long as there are groups: else all would wait for the last one
+COLUMNS = ("place", "log_probs", "refusal", "plan")  # of what a worker hands back
 LOST_STARTS = 20  # so many workers in a row were lost before they were ready: something else than preemption
 
 
@@ -99,10 +101,14 @@ def _scored(
             num_gpus=gpus,
         )
         done: set[int] = set()
+        said: set[str] = {""}
         for block in blocks.iter_batches(batch_size=None, prefetch_batches=0):
-            for place, values, refusal in zip(block["place"], block["log_probs"], block["refusal"], strict=True):
+            for place, values, refusal, plan in zip(*(block[name] for name in COLUMNS), strict=True):
                 if refusal:
                     raise ValueError(refusal)
+                if plan not in said:
+                    said.add(plan)
+                    print(f"permdistill: a worker takes {plan}", file=sys.stderr)
                 if place not in done:  # Ray promises "at least once"
                     done.add(int(place))
                     group = groups[place]
@@ -129,15 +135,17 @@ class Worker:
             self.refusal = str(error) or type(error).__name__
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Places of groups ("id") -> place, log_probs (float32 bytes, in C order), refusal ("" as a rule)."""
+        """Places of groups ("id") -> place, log_probs (float32 bytes, in C order), refusal ("" as a rule), and the teacher's
+        plan."""
         places = block["id"].tolist()
         if self.refusal:
-            return {"place": places[:1], "log_probs": [b""], "refusal": [self.refusal]}
+            return dict(zip(COLUMNS, (places[:1], [b""], [self.refusal], [""]), strict=True))
         groups = [self.groups[place] for place in places]
         found = dict(pair for done in in_groups(self.teacher, groups, self.template) for pair in done)
         each = iter(found[i] for i in range(sum(map(len, groups))))
         scored = [b"".join(np.asarray(next(each), dtype=np.float32).tobytes() for _ in group) for group in groups]
-        return {"place": places, "log_probs": scored, "refusal": [""] * len(places)}
+        n, plan = len(places), getattr(self.teacher, "plan", "")
+        return dict(zip(COLUMNS, (places, scored, [""] * n, [plan] * n), strict=True))
 
 
 class MissingRay(ImportError):

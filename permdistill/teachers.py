@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from permdistill import sources
-from permdistill.engine import batches, forest
+from permdistill.engine import forest, trie
 from permdistill.engine.placement import has_bfloat16, placed, with_packed_linears
 from permdistill.files import sha256_of
 from permdistill.orders import all_orders, to_options
@@ -229,20 +229,21 @@ class CausalTeacher:
         their original order: in front of a thought, or of prose, label probabilities say nothing."""
         places = np.linspace(0, len(questions) - 1, min(PROBED, len(questions))).astype(int)
         some = [questions[place] for place in places]
-        prompts = [self.tokenize([q], np.arange(len(q.options))[None], template)[0] for q in some]
+        prompts = [self.tokenize([q], np.arange(len(q.options))[None], template) for q in some]
         vocabulary = range(self.model.get_output_embeddings().weight.shape[0])
-        log_probs, _ = batches.next_token_log_probs(self.model, prompts, vocabulary, self.max_tokens)
-        p = np.exp(log_probs.astype(np.float64))  # (question, vocabulary)
+        passes = forest.stream(self.model, [[prompt] for prompt in prompts], vocabulary, self.max_tokens)
+        found = dict(pair for done, _ in passes for pair in done)
+        p = np.exp(np.concatenate([found[i] for i in range(len(some))]).astype(np.float64))  # (question, vocabulary)
 
         def mass(teacher: CausalTeacher) -> float:
             own = {k: sum(teacher.label_forms(k, template), []) for k in {len(q.options) for q in some}}
             return float(np.mean([p[i, own[len(q.options)]].sum() for i, q in enumerate(some)]))
 
-        found, best = mass(self), int(p.mean(axis=0).argmax())
-        if found < self.least_mass:
+        got, best = mass(self), int(p.mean(axis=0).argmax())
+        if got < self.least_mass:
             words = ", ".join(map(repr, template.words(max(len(q.options) for q in some))))
             raise ValueError(
-                f"the labels {words} get {found:.1%} of {self.name}'s probability on {len(some)} questions with template "
+                f"the labels {words} get {got:.1%} of {self.name}'s probability on {len(some)} questions with template "
                 f"{template.name!r}, at least {self.least_mass:.0%} is wanted; {self.tokenizer.decode([best])!r} gets "
                 f"{p[:, best].mean():.1%}: {self._fix(mass(replace(self, variants=True)))}. --min-label-mass 0 scores anyway"
             )
@@ -293,7 +294,7 @@ class CausalTeacher:
     @property
     def plan(self) -> str:
         """How much goes through the model at a time, in words."""
-        together, at_once = forest.sizes(self.model, self.max_tokens)
+        together, at_once = forest.sizes(self.model, self.max_tokens, trie.obstacle(self.model) is None)
         return f"{together:,} prompt tokens a forest, {at_once:,} tokens a pass"
 
 

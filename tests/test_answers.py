@@ -312,13 +312,13 @@ def test_answers_of_a_model_that_thinks_first(tmp_path):
         "an eagle",
         "I'm sorry, but I can't say.",
     ]
-    said += [*said[:4], "Either {} or a trout."]  # a refusal, and two at once
+    said += [*said[:4], "Either {} or a trout.", "Either A or B."]  # a refusal, and two at once
 
     def think(chat) -> str:
         number = int(chat[0]["content"].split("fly, ")[1].split("?")[0])
-        return said[number % 10].format(*[eagle(chat)] * 2)
+        return said[number].format(*[eagle(chat)] * 2)
 
-    questions = make_questions(10)
+    questions = make_questions(11)
     with serving(think) as server:
         endpoint = Endpoint(server.url, "m", reply_tokens=30, reasoning_effort="low", extra_body={"top_k": 0})
         job = Job(endpoint, LETTERS, drawn_calls(questions, 3), "answer", tries=2)
@@ -326,21 +326,22 @@ def test_answers_of_a_model_that_thinks_first(tmp_path):
             "max_tokens": 30, "temperature": 1.0, "top_p": 1.0, "reasoning_effort": "low", "top_k": 0
         }  # fmt: skip
         first = plan(job, Replies(tmp_path))
-        assert (first.calls, first.completion_tokens, first.mass) == (30, 900, None)
+        assert (first.calls, first.completion_tokens, first.mass) == (33, 990, None)
         from permdistill.api.endpoint import Limits
 
         stopped = ask(job, Replies(tmp_path), Limits(calls=10))
         assert stopped.stopped and stopped.calls == 10
         report = ask(job, Replies(tmp_path))
-    assert report.complete == 8 and report.failed == {f"{NO_ANSWER} in 2 replies": ["q4", "q9"]}
+    assert report.complete == 8 and report.failed == {f"{NO_ANSWER} in 2 replies": ["q4", "q9", "q10"]}
     total = Counter[str](stopped.read) + report.read
-    assert total == {"label": 6, "stated": 6, "boxed": 6, "option": 6, NO_ANSWER: 12}
+    assert total == {"label": 6, "stated": 6, "boxed": 6, "option": 6, NO_ANSWER: 18}
     found = drawn(job, Replies(tmp_path))
-    assert {i: set(d) for i, d in enumerate(found.decisions.tolist())} == {i: {-1} if i % 5 == 4 else {1} for i in range(10)}
+    positions = {i: set(own) for i, own in enumerate(found.decisions.tolist())}
+    assert positions == {i: {-1} if i in (4, 9, 10) else {1} for i in range(11)}
     rules = Counter(row["rule"] for key in _keys(job) if "rule" in (row := Replies(tmp_path).get(key) or {}))
     assert rules == {"label": 6, "stated": 6, "boxed": 6, "option": 6}
     assert "read" in str(report) and "label mass" in str(report)
-    assert plan(job, Replies(tmp_path)).mass == pytest.approx(24 / 36)
+    assert plan(job, Replies(tmp_path)).mass == pytest.approx(24 / 42)
 
 
 def test_records_of_stated_answers_measure(tmp_path):

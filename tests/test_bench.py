@@ -17,6 +17,7 @@ from permdistill.engine import trie
 from permdistill.engine.placement import PeakMemory, matmul_peak
 from permdistill.orders import all_orders
 from permdistill.paper import bench, figures, models
+from permdistill.paper.paths import ROOT
 from permdistill.prompts import TEMPLATES
 from permdistill.teachers import CausalTeacher
 
@@ -101,6 +102,34 @@ def test_quick_measures_few_arms_and_stops_in_time(tokenizer, monkeypatch, tmp_p
     monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "none.json")])
     with pytest.raises(SystemExit, match="nothing was measured"):
         bench.main()
+
+
+def made_up(workloads: list[str], models: tuple[str, ...] = ("qwen2.5-coder-1.5b", "smollm2-135m")) -> dict:
+    """A benchmark's result of random numbers of the size of real ones."""
+    rng, usual = np.random.default_rng(0), {"padded": 9, "sorted": 5, "cached prefix": 2.5, "trie": 1, "one order": 0.4}
+    rows = [
+        bench.Row(
+            model, "bfloat16", workload, number, arm, 10, 10 * usual.get(arm, 0.8) * rng.lognormal(0, 0.3 * (arm != "trie")),
+            1000, 10**12, 0.5, 10**8, 0.001, 0.01, 1.0,
+        )
+        for model in models for workload in workloads for number in range(3) for arm in bench.ARMS
+    ]  # fmt: skip
+    return {"machine": {"processor": "NVIDIA H100 80GB HBM3"}, "rows": [vars(row) for row in rows], "exactness": []}
+
+
+def test_figures_of_a_card_are_kept_apart_from_those_of_a_cpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "run", lambda *_: made_up(["PIQA"], ("one",)))
+    monkeypatch.setattr(sys, "argv", ["bench", "--output", str(tmp_path / "any.json"), "--keep", str(tmp_path)])
+    bench.main()
+    assert bench.of_cards(tmp_path).empty and (tmp_path / "bench.json").exists()
+    (tmp_path / "bench.json").write_text("of a CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    bench.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench-nvidia-h100-80gb-hbm3.json", "bench.json"]
+    assert (tmp_path / "bench.json").read_text() == "of a CPU"
+    found = bench.of_cards(tmp_path)
+    assert set(found.card) == {"NVIDIA H100 80GB HBM3"} and found.arm.tolist() == list(bench.ARMS)
+    assert [*found.columns[:3]] == ["card", "model", "workload"] and "--keep figures" in (ROOT / "Makefile").read_text()
 
 
 def test_passages_have_the_length_they_claim(tokenizer):

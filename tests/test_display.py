@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from test_bench import made_up
 from test_experiments import planted
 from test_matrix import cell, with_run  # noqa: F401  (a fixture)
 
@@ -168,6 +169,28 @@ def test_figures_are_for_two_columns_and_names_hide_nothing(tmp_path):
         figures.save(figure, tmp_path, name)
         assert b"/Type3" not in (tmp_path / "figures" / f"{name}.pdf").read_bytes()
     assert {path.name for path in Path(tmp_path / "figures").iterdir()} >= {"D1.pdf", "F5.png"}
+
+
+@pytest.mark.parametrize("n", [1, 3, 5, 8, 9])
+def test_the_engines_figure_is_readable_for_any_number_of_workloads(n):
+    from permdistill.paper import bench
+
+    names = ["short questions", "passages", "summaries", *bench.SETS, "MMLU"][:n]
+    figure = figures.scoring_time(bench.table(made_up(names)))
+    figure.draw_without_rendering()
+    assert [ax.get_title() for ax in figure.axes] == names and figure.get_figwidth() == 7 and figure.get_figheight() < 9
+    texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible()]
+    assert min(text.get_size() for text in texts) >= 7
+    for ax in figure.axes:
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert len(boxes) == 2 * len(bench.ARMS)
+        assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+        assert all(ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 for box in boxes)
+    shown = [ax.title.get_window_extent() for ax in figure.axes] + [
+        label.get_window_extent() for ax in figure.axes for label in ax.get_xticklabels() if label.get_visible()
+    ]
+    assert not [(a, b) for i, a in enumerate(shown) for b in shown[:i] if a.width and b.width and a.overlaps(b)]
+    matplotlib.pyplot.close(figure)
 
 
 def test_the_committed_figures_hold_no_type_3_fonts():

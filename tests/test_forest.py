@@ -160,6 +160,21 @@ def test_other_errors_and_passes_that_cannot_be_smaller_are_raised():
             collected(forest.stream(model, make_groups(2), LABELS, forest.LEAST))
 
 
+def test_out_of_memory_in_the_trial_makes_it_smaller_and_is_no_obstacle():
+    model, groups = random_model(CONFIGS["llama"]), make_groups(2)
+    machine = Full(model, 70, MemoryError())
+    with pytest.warns(UserWarning, match="out of memory in a trial of the model") as warned:
+        found, _ = collected(forest.stream(model, groups, LABELS, 64))
+    assert [str(w.message)[-30:] for w in warned] == [f"going on with {n} tokens a prompt"[-30:] for n in (30, 15)]
+    assert trie.obstacle(model) is None and machine.passes[0] == 60 and max(machine.passes[4:]) == 240
+    model.forward = machine.forward
+    assert apart(model, groups, found) < 1e-4
+    none = random_model(CONFIGS["llama"])
+    Full(none, 0, MemoryError("nothing fits"))
+    with pytest.warns(UserWarning, match="out of memory in a trial"), pytest.raises(MemoryError, match="nothing fits"):
+        trie.obstacle(none)
+
+
 def test_groups_that_the_trie_cannot_serve_go_through_in_batches_and_the_others_do_not():
     model = random_model(CONFIGS["mistral"])  # a window of 32 tokens
     groups = make_groups(3)
@@ -271,6 +286,30 @@ def test_attention_by_blocks_is_tried_before_it_is_used(name, works, uncompiled,
     assert trie._BY_BLOCKS[model] == works
     found, _ = collected(forest.stream(model, groups, LABELS, 1024))
     assert apart(model, groups, found) < 1e-4
+
+
+def test_attention_by_blocks_is_for_passes_of_many_tokens_whatever_the_limit_is(uncompiled, monkeypatch):
+    monkeypatch.setattr(trie, "flexible", lambda model: True)
+    monkeypatch.setattr(trie, "FLEX_FROM", 128)
+    monkeypatch.setattr(trie, "PAST_FROM", 128)
+    model, masks = random_model(CONFIGS["llama"]), []
+    assert trie.obstacle(model) is None and trie._BY_BLOCKS[model]
+    for name in ("block_mask", "dense_mask"):
+        real = getattr(trie, name)
+        monkeypatch.setattr(trie, name, lambda *args, name=name, real=real: masks.append(name) or real(*args))
+    groups = make_groups(4, 6)
+    prompts, lone = [p for unit in units_of(groups) for p in unit], units_of(groups)[0]
+    n = len(trie.build(prompts))
+    assert n % 210 < 128 < n and len(trie.build(lone)) < 128
+    for given, max_tokens, expected in (
+        (lone, 8192, ["dense_mask"]),
+        (prompts, 210, ["block_mask"] * (n // 210) + ["dense_mask"]),
+        (prompts, 8192, ["block_mask"]),
+    ):
+        masks.clear()
+        found, _ = trie.through(model, trie.build(given), LABELS, max_tokens)
+        assert masks == expected
+        assert np.abs(found - alone(model, given, LABELS)).max() < 1e-4
 
 
 def test_sizes_round_up_to_few():

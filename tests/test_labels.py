@@ -6,6 +6,7 @@ The models are tiny and made by hand: what comes next depends on the last token 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from permdistill import cli, scores, teachers
+from permdistill.engine import trie
 from permdistill.orders import all_orders
 from permdistill.prompts import TEMPLATES, forms
 from permdistill.questions import Question
@@ -93,8 +95,10 @@ def questions(tmp_path) -> str:
 
 def test_a_thinking_template_is_refused_with_the_reason_and_scored_without_its_block(thinker, questions, tmp_path, capsys):
     command = ["score", "--teacher", thinker, "--questions", questions, "--scores", str(tmp_path), "--dtype", "float32"]
+    started = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
         cli.main(command)
+    assert time.monotonic() - started < 60
     said = str(stopped.value.code)
     assert "the labels 'A', 'B', 'C' get 0" in said and "'<think>' gets 100.0%" in said
     assert """pass --template-args '{"enable_thinking": false}'""" in said and "--min-label-mass 0 scores anyway" in said
@@ -118,6 +122,24 @@ def test_template_args_reach_the_prompt_and_the_key(thinker):
     assert model_key(thinker, torch.float32, {}) == model_key(thinker, torch.float32)
     with pytest.raises(ValueError, match="chat template does not read 'enable_thinkin'"):
         load_teacher(thinker, torch.float32, template_args={"enable_thinkin": False})
+
+
+def test_the_questions_tried_go_through_in_smaller_passes_when_memory_ends(thinker):
+    teacher = load_teacher(thinker, torch.float32, 4096, {"enable_thinking": False})
+    asked = [Question(f"q{i}", "", f"which {i}?", ("a cow", "an eagle")) for i in range(4)]
+    assert trie.obstacle(teacher.model) is None
+    forward, passes = teacher.model.forward, []
+
+    def full(input_ids=None, **rest):
+        passes.append(input_ids.numel())
+        if input_ids.numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(input_ids, **rest)
+
+    teacher.model.forward, teacher.least_mass = full, 0.5
+    with pytest.warns(UserWarning, match="out of memory in a pass of"):
+        teacher.check(asked, LETTERS)
+    assert max(passes) > 60 >= passes[-1]
 
 
 def test_a_block_that_no_argument_turns_off_is_named(tmp_path, questions):
@@ -156,6 +178,14 @@ def test_notebooks_give_a_base_model_a_plain_prompt_too(base, questions, tmp_pat
     for _ in range(2):  # scored, and found again
         (found,) = experiments.teachers_scores(profiles.get("smoke"), tmp_path, str(tmp_path / "no"), base, questions)
         assert found.task.template.name == "plain" and found.P.shape == (12, 6, 3)
+
+
+def test_notebooks_refuse_a_thinking_template_too(thinker, questions, tmp_path):
+    from permdistill.paper import experiments, profiles
+
+    with pytest.raises(ValueError, match="""pass --template-args '{"enable_thinking": false}'"""):
+        experiments.teachers_scores(profiles.get("smoke"), tmp_path, str(tmp_path / "no"), thinker, questions)
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_plain_prompts_in_full(base):
@@ -225,6 +255,25 @@ def test_as_many_labels_as_letters(base, thinker, k):
         assert len({t for tokens in decoder.label_forms(k, template) for t in tokens}) == 3 * k
     with pytest.raises(ValueError, match="7 options, template 'numbers' only 6 labels"):
         many["plain"].label_tokens(7, TEMPLATES["numbers"])
+
+
+def test_score_says_how_much_goes_through_at_a_time_in_one_line(base, questions, tmp_path, capsys):
+    """Here no progress is shown: TQDM_DISABLE is set."""
+    command = ["score", "--teacher", base, "--questions", questions, "--scores", str(tmp_path), "--dtype", "float32"]
+    cli.main(command)
+    teacher = load_teacher(base, torch.float32)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("permdistill:")]
+    assert said == [f"permdistill: {teacher.name}: {teacher.plan}"]
+    tokens = trie.tokens_a_pass(teacher.model)
+    assert teacher.plan == f"65,536 prompt tokens a forest, {tokens} tokens a pass"
+    cli.main(command)
+    assert not capsys.readouterr().err  # nothing to score, nothing to say
+
+
+def test_plans_of_models_that_go_through_in_batches_count_those(base):
+    teacher = load_teacher(base, torch.float32)
+    trie._TRIED[teacher.model] = "takes no mask of our own"
+    assert teacher.plan.endswith(" 2,048 tokens a pass")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from test_experiments import planted
 from test_students import make_encoder
 
 from permdistill import debias
-from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.configs import HEADS, StudentConfig, TrainingConfig
 from permdistill.lessons import Lesson
 from permdistill.measure import metrics
 from permdistill.orders import all_orders, cyclic_orders
@@ -244,6 +245,17 @@ def test_every_cell_has_a_file_of_its_own():
     # Seeds of one student share a title; the weak teacher's joint and per-option students have one seed.
     assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(profiles.SEEDS)}
     assert {titles.count(title) for title in titles} == {1, len(profiles.SEEDS)}
+
+
+def test_the_audit_of_students_knows_every_head(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(ablations, "cheapest", lambda cells, folder: chosen.extend(cells) or list(cells))
+    monkeypatch.setattr(ablations, "audit", lambda *_: pd.DataFrame({"ok": [True]}))
+    main(["students", "--audit"])
+    assert {cell.run.student.head for cell in chosen} == set(HEADS)
+    (cell,) = profiles.MATRIX["shared prefix"]
+    assert (cell.tasks, cell.run.student.k, cell.run.n_train) == (tasks.MULTIPLE_CHOICE, 4, 500)
+    assert cell.about == "multiple_choice" and cell.run.student.inputs == "plain"
 
 
 @pytest.mark.slow

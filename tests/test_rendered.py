@@ -104,8 +104,9 @@ def test_fits_the_screen_in_a_browser(path, page, tmp_path):
     assert page.evaluate("document.documentElement.scrollHeight") <= 6 * SCREEN[1]
 
 
-def test_nbval_fails_when_one_stored_score_changes_by_005(tmp_path):
-    """The third notebook up to the first cell that is compared, on a copy of the scores with one number changed."""
+@pytest.mark.parametrize("name", ["03_students", "04_sensitivity_accuracy"])
+def test_nbval_fails_when_one_stored_score_changes_by_005(name, tmp_path):
+    """A notebook up to the first cell that is compared, on a copy of the scores with one number changed."""
     teacher = profiles.PROFILES["full"].teachers[0]
     task = load_task("arc_easy", "test")
     (question,) = unlabelled(task.questions[:1])
@@ -119,7 +120,7 @@ def test_nbval_fails_when_one_stored_score_changes_by_005(tmp_path):
     whole = pa.concat_tables([table.slice(0, at), row, table.slice(at + 1)])
     pq.write_table(whole, tmp_path / "scores" / teacher / "scores.parquet")
 
-    notebook = nbformat.read(ROOT / "notebooks" / "03_students.ipynb", 4)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
     compared = [i for i, cell in enumerate(notebook.cells) if "nbval-check-output" in cell.metadata.get("tags", [])]
     notebook.cells = notebook.cells[: compared[0] + 1]
     for cell in notebook.cells:

@@ -183,6 +183,17 @@ def test_what_a_worker_refuses_is_an_error_before_any_compute(ray, tmp_path):
     assert ray.worker.teacher.calls == 0 and not list(tmp_path.glob("*.parquet"))
 
 
+def test_what_workers_take_at_a_time_is_said_once(ray, tmp_path, capsys):
+    class Planned(Teacher):
+        plan = "9 tokens a pass"
+
+    questions = make_questions(40)
+    make = partial(Planned, make_teacher(questions).preferences, np.zeros(1))
+    scaleout.score(Store(tmp_path), Workers(make, "planted", 2), questions, LETTERS)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("permdistill:")]
+    assert len(ray.blocks) > 1 and said == ["permdistill: a worker takes 9 tokens a pass"]
+
+
 def test_log_probability_that_is_not_finite_is_refused_and_the_rest_kept(ray, tmp_path):
     class Broken(Teacher):
         def log_probs(self, questions, orders, template):

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import httpx2
 import numpy as np
@@ -24,8 +25,9 @@ from scipy.stats import binom
 from test_labels import CHAT, make_model
 
 from permdistill import scores
+from permdistill.api.answers import NO_ANSWER
 from permdistill.api.ask import ask
-from permdistill.api.jobs import CUT, NO_LOGPROBS, Call, Job, calls_in_orders, drawn
+from permdistill.api.jobs import CUT, NO_LOGPROBS, NO_OPTION, Call, Job, calls_in_orders, drawn
 from permdistill.api.replies import Replies
 from permdistill.api.server import Server
 from permdistill.prompts import TEMPLATES
@@ -110,6 +112,23 @@ def test_a_thinking_template_behind_a_server(tmp_path):
         quickly = ask(Job(told, LETTERS, calls), Replies(tmp_path / "replies"))
     print(report, quickly)
     assert report.complete == 0 and quickly.complete == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "words", [("A", " trout"), ("N", "o", "."), ("A", ",", " B")], ids=["prose", "refusal", "two labels"]
+)
+def test_what_names_no_single_option_is_a_counted_failure(words, tmp_path):
+    """Of a model that always says these words, in both modes."""
+    name = make_model(tmp_path / "model", CHAT, {a: {b: 1.0} for a, b in pairwise(["\n", *words, "<|im_end|>"])})
+    calls = calls_in_orders(QUESTIONS[:1])
+    with Server(name, dtype="float32") as server:
+        for mode, why in (("decisions", NO_OPTION), ("answer", NO_ANSWER)):
+            job = Job(replace(server.endpoint, reply_tokens=8), LETTERS, calls, mode, tries=2)
+            report = ask(job, Replies(tmp_path / mode))
+            assert report.complete == 0 and report.read == {why: 4}, report
+            assert report.failed == {f"{why} in 2 replies": ["fly"]}
+            assert (drawn(job, Replies(tmp_path / mode), partial=True).decisions == -1).all()
 
 
 @pytest.mark.long

@@ -10,7 +10,6 @@ much, which are never torn apart. A pass that does not fit into memory is tried 
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from permdistill.engine import batches, trie
+from permdistill.engine.placement import out_of_memory
 
 # Tokens of all prompts of a forest, before sharing. On a CPU the passes are small, and a forest of these hides what its
 # questions share (16 or more of them: 94% of what can be saved); a GPU needs several full passes of thousands of nodes.
@@ -33,13 +33,15 @@ Done = list[tuple[int, np.ndarray]]
 T = TypeVar("T")
 
 
-def sizes(model: PreTrainedModel, max_tokens: int | None = None) -> tuple[int, int]:
-    """(tokens of a forest's prompts, tokens of a forward pass over their trie) for the model's machine.
+def sizes(model: PreTrainedModel, max_tokens: int | None = None, packed: bool = True) -> tuple[int, int]:
+    """(tokens of a forest's prompts, tokens of a forward pass) for the model's machine.
 
-    ``max_tokens``: of a pass, where somebody knows better. What did not fit into memory before has halved it.
+    max_tokens  of a pass, where somebody knows better. What did not fit into memory before has halved it
+    packed      whether the passes go over the prompts' trie, or in batches
     """
     forest = PROMPT_TOKENS if model.device.type == "cpu" else PROMPT_TOKENS_GPU
-    return forest, max(LEAST, (max_tokens or trie.tokens_a_pass(model)) >> _HALVED.get(model, 0))
+    usual = max_tokens or (trie if packed else batches).tokens_a_pass(model)
+    return forest, max(LEAST, usual >> _HALVED.get(model, 0))
 
 
 _HALVED: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()  # how often
@@ -106,7 +108,7 @@ def _through(
     waiting = list(range(len(units)))
     while True:
         finished: set[int] = set()
-        limit = sizes(model, max_tokens or (batches.tokens_a_pass(model) if tree is None else None))[1]
+        limit = sizes(model, max_tokens, packed=tree is not None)[1]
         engine = batches if tree is None else trie
         prompts = tree if tree is not None else [prompt for i in waiting for prompt in units[i]]
         try:
@@ -138,10 +140,3 @@ def _units(
         np.subtract.at(left, unit[places], 1)
         ready = [int(i) for i in np.unique(unit[places]) if not left[i]]
         yield [(i, result[start[i] : start[i + 1]]) for i in ready], n
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on a GPU (torch.OutOfMemoryError) or on a CPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return bool(re.search("not enough memory|can't allocate memory|ALLOC_FAILED", str(error)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import threading
 import time
 from types import TracebackType
@@ -124,6 +125,13 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given: a clock means nothing before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on a GPU (torch.OutOfMemoryError) or on a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return bool(re.search("not enough memory|can't allocate memory|ALLOC_FAILED", str(error)))
 
 
 class PeakMemory:

@@ -43,6 +43,7 @@ from permdistill.engine.attention import (
 )
 from permdistill.engine.batches import next_token_log_probs as next_token_in_batches
 from permdistill.engine.batches import positions_change_at
+from permdistill.engine.placement import out_of_memory
 
 # Tokens a forward pass. On a CPU a matrix product of 256 rows is as fast as a larger one, and attention wastes less on
 # nodes that are no ancestors (measured on an AMD CPU: 13% faster than 512 on summaries, 6% on short questions). Intel's
@@ -212,9 +213,9 @@ def forward(
     model: PreTrainedModel, trie: Trie, tokens: Sequence[int], max_tokens: int, blocks: bool | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """:func:`next_token_log_probs` pass by pass: (places of the prompts that end in it, their log-probabilities, tokens
-    that it took). ``blocks``: attention by blocks (FlexAttention) or not; None: where it is known to be faster."""
-    if blocks is None:
-        blocks = max_tokens >= FLEX_FROM and flexible(model) and _BY_BLOCKS.get(model, False)
+    that it took). ``blocks``: attention by blocks (FlexAttention) or not; None: in passes where it is known to be faster."""
+    able = max_tokens >= FLEX_FROM and flexible(model) and _BY_BLOCKS.get(model, False) if blocks is None else blocks
+    least = FLEX_FROM if blocks is None else 0
     order = np.argsort(trie.leaf, kind="stable")  # prompts by the node at which they end
     leaves, size = trie.leaf[order], len(trie)
     ids, depth, end = (_sent(np.append(a, 0), model.device) for a in (trie.tokens, trie.depth, trie.end))
@@ -223,7 +224,8 @@ def forward(
     wanted = torch.tensor(list(tokens), device=model.device)
     waiting: deque[tuple[np.ndarray, np.ndarray, torch.Tensor, int]] = deque()
     at = torch.device("cpu") if hasattr(model, "hf_device_map") else model.device  # see placement.spread
-    for step in plan(trie, max_tokens, even=not blocks):
+    for step in plan(trie, max_tokens, even=not able):
+        blocks = able and step.stop - step.start >= least
         held, query = _laid_out(step, cache, held, size, blocks)
         key, nodes, asking = (_sent(a, model.device) for a in (held, query, np.minimum(query, step.stop - 1)))
         lowest, highest = np.searchsorted(leaves, [step.start, step.stop])
@@ -270,8 +272,15 @@ def obstacle(model: PreTrainedModel, longest: int = 0) -> str | None:
     for name, limit in limits.items():
         if limit is not None and longest > limit:
             return f"{config.model_type} has {name} {limit} tokens, a prompt has {longest}"
-    if model not in _TRIED:
-        _TRIED[model] = _tried(model, min([60, *(limit for limit in limits.values() if limit is not None)]))
+    length = min([60, *(limit for limit in limits.values() if limit is not None)])
+    while model not in _TRIED:
+        try:
+            _TRIED[model] = _tried(model, length)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or length < 8:
+                raise
+            length //= 2
+            warnings.warn(f"out of memory in a trial of the model: going on with {length} tokens a prompt", stacklevel=2)
     return _TRIED[model]
 
 
@@ -310,6 +319,8 @@ def _tried(model: PreTrainedModel, longest: int) -> str | None:
     try:
         packed = p(through(model, build(prompts), every, max_tokens=64, blocks=False)[0])
     except Exception as error:  # whatever foreign code raises at a mask or a cache that it does not know
+        if out_of_memory(error):
+            raise
         return f"{name} does not take positions, mask and cache of our own ({type(error).__name__}: {error})"
     # Rounding depends on the shape of a batch; that is how much two right answers may differ.
     rounding, apart = (float(np.abs(q - alone).sum(-1).max()) / 2 for q in (batched, packed))

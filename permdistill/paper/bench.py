@@ -1,7 +1,9 @@
 """What sharing prefixes is worth: ways to score all orders, the same questions and probabilities, one after the other.
 
-    python -m permdistill.paper.bench --output figures/bench.json          (`make bench`)
-    python -m permdistill.paper.bench --quick                              two minutes of a GPU, once weights are loaded
+    python -m permdistill.paper.bench --keep figures                       (`make bench`)
+    python -m permdistill.paper.bench --quick --keep figures               two minutes of a GPU, once weights are loaded
+
+A CPU's figures are kept as ``figures/bench.json``, a GPU's beside them as ``figures/bench-<name of the card>.json``.
 
 Arms (:mod:`permdistill.paper.arms`), each given the same groups of prompts:
 
@@ -28,6 +30,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -360,6 +363,19 @@ def read(path: str | Path = "") -> dict[str, Any]:
     return json.loads(Path(path or committed("figures/bench.json")).read_text(encoding="utf-8"))
 
 
+def file_name(processor: str) -> str:
+    """Where figures of the machine at hand are kept: bench.json on a CPU, on a GPU bench-<its name>.json."""
+    card = re.sub("[^a-z0-9]+", "-", processor.lower()).strip("-")
+    return f"bench-{card}.json" if torch.cuda.is_available() else "bench.json"
+
+
+def of_cards(folder: str | Path = "") -> pd.DataFrame:
+    """:func:`pretty` of all GPUs whose figures are in ``folder`` ("": the committed ones), with a column "card"."""
+    files = sorted(Path(folder or committed("figures")).glob("bench-*.json"))
+    cards = {found["machine"]["processor"]: pretty(table(found)) for found in map(read, files)}
+    return pd.concat(cards, names=["card"]).reset_index("card") if cards else pd.DataFrame({"card": []})
+
+
 def table(result: dict[str, Any]) -> pd.DataFrame:
     """One row for each model, workload and arm: medians over rounds; ``ratio`` is the arm's time over the trie's for the
     same questions, with its smallest and largest value over the rounds. ``share`` counts the arm's own FLOPs only."""
@@ -432,6 +448,7 @@ def main() -> None:
     """Entry point of ``python -m permdistill.paper.bench``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("bench.json"), help="finished parts in it are kept")
+    parser.add_argument("--keep", type=Path, help="folder for a copy of the whole, under the card's name")
     parser.add_argument(
         "--models", nargs="+", default=[name for name, _ in MODELS], help="of those two, or others in bfloat16"
     )
@@ -452,6 +469,8 @@ def main() -> None:
     result = run(models, n, args.exact, args.output, SECONDS if args.quick else None)
     if not result["rows"]:
         sys.exit("nothing was measured: there was no time for it")
+    if args.keep:
+        _save(result, args.keep / file_name(result["machine"]["processor"]))
     print(pretty(table(result)).to_string(index=False))
     if result["exactness"]:
         print(agreement(result).to_string(index=False, float_format="%.2g"))

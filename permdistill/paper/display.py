@@ -106,9 +106,9 @@ def _common(name: str, value: str) -> str:
     return words.get(name, f"{name} {value}")
 
 
-def folded(frame: pd.DataFrame, line: str, drop: Sequence[str] = ()) -> Shown:
+def folded(frame: pd.DataFrame, line: str, note: str = "", drop: Sequence[str] = ()) -> Shown:
     """:func:`shown`, but closed until ``line`` is clicked."""
-    return shown(frame, fold=line, drop=drop)
+    return shown(frame, note, fold=line, drop=drop)
 
 
 def source(scores: str | None = None, students: str = "") -> str:

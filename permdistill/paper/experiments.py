@@ -31,7 +31,7 @@ from permdistill.paper.paths import ROOT, output_folder, tables_folder  # noqa: 
 from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Pool, Profile, Run
 from permdistill.paper.systems import BIASED, COPY, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
-from permdistill.prompts import TEMPLATES
+from permdistill.prompts import LEAST_MASS, TEMPLATES
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
@@ -122,7 +122,9 @@ def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "") -> 
 
 @lru_cache(maxsize=1)
 def _live(name: str) -> CausalTeacher:
-    return load_teacher(name)
+    teacher = load_teacher(name)
+    teacher.least_mass = LEAST_MASS  # as `permdistill score` has it: a model that thinks first is refused
+    return teacher
 
 
 def example_questions(folder: Path, n: int = 32) -> str:

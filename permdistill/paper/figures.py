@@ -280,37 +280,42 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
 
 
 def scoring_time(table: pd.DataFrame) -> Figure:
-    """Time a question of every way to score all orders, in units of the trie's, and what share of the machine it uses.
+    """P1: time a question of every way to score all orders, in units of the trie's, log scale; a panel a workload, a point a
+    model, with the smallest and largest value over the rounds.
 
     ``table`` is :func:`permdistill.paper.bench.table`'s.
     """
     columns_style()
     models, workloads, arms = (list(dict.fromkeys(table[name])) for name in ("model", "workload", "arm"))
-    y = np.arange(len(arms))[::-1]
-    size = (WIDE, 0.5 + 1.2 * len(models))
-    figure, axes = plt.subplots(
-        len(models), len(workloads), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for row, model in enumerate(models):
-        for column, workload in enumerate(workloads):
-            part = table[(table.model == model) & (table.workload == workload)].set_index("arm").loc[arms]
-            ax, error = axes[row, column], [part.ratio - part.ratio_low, part.ratio_high - part.ratio]
-            colours = [COLOURS["debiased"] if arm == "trie" else COLOURS["teacher"] for arm in arms]
-            ax.barh(y, part.ratio - 1, left=1, xerr=np.array(error), color=colours, capsize=2, error_kw={"lw": 1})
-            ax.plot(1, y[arms.index("trie")], "D", ms=4, color=COLOURS["debiased"])
-            for place, high, ratio, share in zip(y, part.ratio_high, part.ratio, part.share, strict=True):
-                text = f"{ratio:.2g} ({share:.0%})"
-                ax.text(max(high, 1) * 1.15, place, text, va="center", fontsize=SMALL)
-            ax.set(title=workload if row == 0 else "")
-            ax.axvline(1, color="black", lw=1, ls="--")
-            ax.grid(axis="y", visible=False)
-        axes[row, 0].set_yticks(y, arms)
-        axes[row, 0].set_ylabel(model)
-    axes[0, 0].set_xlim(0.8 * table.ratio_low.min(), 8 * table.ratio_high.max())
-    for ax in axes.flat:
-        logarithmic(ax, (1, 3))
-    text = "time a question / the trie's time, from 1 on; in brackets: share of the measured matmul peak"
-    figure.supxlabel(text, fontsize=SMALL)
+    rows = -(-len(workloads) // 4)
+    columns = -(-len(workloads) // rows)
+    size = (WIDE, 0.9 + rows * (0.3 + 0.13 * len(arms) * len(models)))
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    places = dict(zip(arms, np.arange(len(arms))[::-1], strict=True))
+    styles = list(zip(("debiased", "teacher", "student", "copy"), ("s", "o", "^", "X"), strict=True))
+    for ax, workload in zip(axes.flat, workloads, strict=False):
+        for number, model in enumerate(models):
+            part, (colour, shape) = table[(table.model == model) & (table.workload == workload)], styles[number % 4]
+            y = np.array([places[arm] for arm in part.arm]) - 0.8 * ((number + 0.5) / len(models) - 0.5)
+            spread = [part.ratio - part.ratio_low, part.ratio_high - part.ratio]
+            style = {"fmt": shape, "ms": 3.5, "lw": 1, "capsize": 1.5, "color": COLOURS[colour], "label": model}
+            ax.errorbar(part.ratio, y, xerr=spread, **style)
+            for at, high, ratio in zip(y, part.ratio_high, part.ratio, strict=True):
+                named: dict[str, Any] = {"va": "center", "fontsize": SMALL, "color": COLOURS[colour]}
+                named["bbox"] = {"facecolor": "white", "lw": 0, "pad": 0.2}
+                text = f"{float(f'{ratio:.2g}'):g}"
+                ax.annotate(text, (high, at), xytext=(4, 0), textcoords="offset points", **named)
+        ax.set(title=workload, ylim=(-0.6, len(arms) - 0.4))
+        ax.axvline(1, color="black", lw=1, ls="--", zorder=0)
+        ax.grid(axis="y", visible=False)
+    for ax in axes.flat[len(workloads) :]:
+        ax.remove()
+    axes[0, 0].set_yticks(list(places.values()), arms)
+    axes[0, 0].set_xlim(0.7 * table.ratio_low.min(), 4 * table.ratio_high.max())
+    for ax in figure.axes:
+        logarithmic(ax, (1,))
+    figure.supxlabel("time a question / the trie's time", fontsize=SMALL)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(models), fontsize=SMALL)
     return figure
 
 
