@@ -24,12 +24,23 @@ open := (
 close := )
 hash := \#
 odd = $(foreach c,$(2),$(if $(findstring $(c),$(1)),$(error $(3) is '$(1)': make cannot work with $(c) in it, choose another name)))
-$(foreach name,VENV BUILD NOTEBOOKS,$(call odd,$($(name)),' " ` $$ \ : ; & | * ? < > % $(hash) $(open) $(close),$(name)))
+$(foreach name,PYTHON VENV PROFILE BUILD NOTEBOOKS,$(call odd,$($(name)),' " ` $$ \ : ; & | * ? < > % $(hash) $(open) $(close),$(name)))
 $(call odd,$(CURDIR)," ` $$ \ :,this folder)
 # What is made and deleted under these names must be ours: not the checkout, nor a folder that somebody else filled.
 ifneq ($(shell [ ! -e '$(VENV)' ] || [ -z "$$(ls -A '$(VENV)')" ] || [ -e '$(VENV)/pyvenv.cfg' ] || echo filled),)
 $(error VENV is '$(VENV)', which holds something else than a virtual environment: give a new folder)
 endif
+# The marker is what any target puts first into BUILD; `settings` is what earlier versions did. Whatever the folder build
+# holds, it is ours by its name.
+MARKER := .made-by-permdistill
+ifneq ($(abspath $(BUILD)),$(CURDIR)/build)
+ifneq ($(shell cd "$(abspath $(BUILD))" 2>/dev/null || { [ ! -e '$(BUILD)' ] || echo file; exit; }; \
+    [ -z "$$(ls -A)" ] || [ -f $(MARKER) ] || grep -qs '^PROFILE=' settings || echo filled),)
+$(error BUILD is '$(BUILD)', which make paper has not made: give a new folder, or delete it yourself)
+endif
+endif
+holds_us = $(shell d="$$(cd "$(abspath $(1))" 2>/dev/null && pwd -P)" && case "$$(pwd -P)/" in ("$${d%/}"/*) echo yes;; esac)
+$(foreach name,VENV BUILD,$(if $(call holds_us,$($(name))),$(error $(name) is '$($(name))', which holds this checkout: give a new folder)))
 ifeq ($(filter committed live,$(TEACHER)),)
 $(error TEACHER is '$(TEACHER)': give committed or live)
 endif
@@ -110,25 +121,27 @@ RETRAINED := $(if $(filter stored,$(STUDENTS)),$(BUILD)/students.ok)
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
 SCORING := $(addprefix permdistill/,commands.py orders.py prompts.py questions.py scores.py sources.py teachers.py $(addprefix paper/,assets.py cli.py hub.py models.py profiles.py readers.py tasks.py)) $(wildcard permdistill/engine/*.py)
 
-$(BUILD)/scores/.complete-$(SCORED_PROFILE): $(SCORING) | $(INSTALLED)
+OURS := $(BUILD)/$(MARKER)
+$(OURS):
+	@mkdir -p $(@D)
+	@touch $@
+
+$(BUILD)/scores/.complete-$(SCORED_PROFILE): $(SCORING) | $(INSTALLED) $(OURS)
 	@mkdir -p $(@D)
 	$(PAPER) score --profile $(SCORED_PROFILE) --scores "$(OUT)/scores"
 	@touch $@
 
-$(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED)
-	@mkdir -p $(@D)
+$(BUILD)/audit.ok: $(wildcard scores/*/scores.parquet) $(SCORING) | $(INSTALLED) $(OURS)
 	$(PAPER) manifest "$(OUT)" --measure audit -- $(PAPER) audit --profile full
 	@touch $@
 
-$(BUILD)/students.ok: $(PREDICTED) $(CODE) | $(INSTALLED)
-	@mkdir -p $(@D)
+$(BUILD)/students.ok: $(PREDICTED) $(CODE) | $(INSTALLED) $(OURS)
 	$(PAPER) manifest "$(OUT)" --measure students -- $(PAPER) students --audit --work "$(OUT)/audit"
 	@touch $@
 
 # Another PROFILE, TEACHER or STUDENTS makes the notebooks out of date: this file changes only when they do.
 SETTINGS := PROFILE=$(PROFILE) TEACHER=$(TEACHER) STUDENTS=$(STUDENTS)
-$(BUILD)/settings: FORCE
-	@mkdir -p $(@D)
+$(BUILD)/settings: FORCE | $(OURS)
 	@echo "$(SETTINGS)" | cmp -s - $@ || echo "$(SETTINGS)" > $@
 .PHONY: FORCE
 FORCE:
@@ -195,8 +208,7 @@ cost: $(INSTALLED) ## measure what an answer of every teacher and student costs 
 	$(PY) -m permdistill.paper.cost --output figures/cost.json
 
 .PHONY: bench
-bench: $(INSTALLED) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 6
-	@mkdir -p $(BUILD)
+bench: $(INSTALLED) | $(OURS) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 6
 	$(PY) -m permdistill.paper.bench --output $(BUILD)/bench.json --keep figures
 	$(MAKE) --no-print-directory performance
 
@@ -241,8 +253,6 @@ lab: $(INSTALLED) ## open the notebooks in JupyterLab
 
 .PHONY: clean
 clean: ## delete what `make paper` built (live scores too), keep environment and downloads
-	@[ ! -e "$(BUILD)" ] || [ "$(BUILD)" = build ] || [ -e "$(BUILD)/settings" ] || \
-	    { echo "BUILD is '$(BUILD)', which make paper has not made: delete it yourself" >&2; exit 1; }
 	rm -rf "$(BUILD)"
 
 .PHONY: distclean

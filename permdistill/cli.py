@@ -127,11 +127,11 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--encoders", nargs="+", default=["all-MiniLM-L6-v2"], help="asset, folder or hub repository")
     command.add_argument("--heads", nargs="+", choices=HEADS, default=["per_option"])
     command.add_argument("--inputs", nargs="+", choices=INPUTS, default=["plain"])
-    command.add_argument("--learning-rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4])
-    command.add_argument("--warmups", nargs="+", type=float, default=[0.1])
+    command.add_argument("--learning-rates", nargs="+", type=commands.real(), default=[3e-5, 1e-4, 3e-4])
+    command.add_argument("--warmups", nargs="+", type=commands.real(0, 1), default=[0.1])
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
     command.add_argument("--epochs", type=int, default=8, help="at most (%(default)s)")
-    command.add_argument("--held-out", type=float, default=0.1, help="share of the questions (%(default)s)")
+    command.add_argument("--held-out", type=commands.real(0, 1), default=0.1, help="share of the questions (%(default)s)")
     command.add_argument("--max-length", type=int, default=256, help="tokens of a sequence (%(default)s)")
 
 

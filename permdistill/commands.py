@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -41,7 +42,12 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     except (ValueError, OSError, LookupError, ImportError, RuntimeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("permdistill"):
             sys.exit(f"permdistill: this needs the package {error.name}: pip install 'permdistill[all]'")
-        known = {"MissingScores", "MissingRay", "EndpointError"}  # by name: their modules need not be loaded
+        known = {
+            "MissingScores",
+            "MissingPredictions",
+            "MissingRay",
+            "EndpointError",
+        }  # by name: their modules need not be loaded
         if not isinstance(error, (ValueError, OSError)) and type(error).__name__ not in known:
             raise
         sys.exit(f"permdistill: {error}")
@@ -54,6 +60,18 @@ def whole(least: int) -> Callable[[str], int]:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"{text}: give at least {least}")
         return int(text)
+
+    return number
+
+
+def real(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an option that takes finite numbers from ``least`` to ``most``."""
+
+    def number(text: str) -> float:
+        if not (math.isfinite(value := float(text)) and least <= value <= most):
+            limit = "" if math.isinf(most) else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: give a finite number, at least {least:g}{limit}")
+        return value
 
     return number
 
@@ -76,8 +94,8 @@ def add_scoring(command: argparse.ArgumentParser, scores: str, workers: bool) ->
     if workers:
         text = "Ray actors that hold the teacher; RAY_ADDRESS names the cluster (default: this process, without Ray)"
         command.add_argument("--workers", type=whole(0), default=0, help=text)
-        command.add_argument("--worker-cpus", type=float, default=1, help="of each worker: its threads (%(default)s)")
-        command.add_argument("--worker-gpus", type=float, help="of each worker (default: 1 where the cluster has some)")
+        command.add_argument("--worker-cpus", type=real(), default=1, help="of each worker: its threads (%(default)s)")
+        command.add_argument("--worker-gpus", type=real(), help="of each worker (default: 1 where the cluster has some)")
     else:
         command.add_argument("--n", type=whole(1), default=8, help="questions per template (%(default)s)")
         text = "of the sample (default: another one each time)"
@@ -105,7 +123,7 @@ def add_orders(
     names = "|".join([*also, *SETS, ADAPTIVE, "N"])
     command.add_argument("--orders", type=named, default=default, metavar=names, help=text)
     text = "adaptive: calls of a question, on average (default: 2.6, of two options 1.5)"
-    command.add_argument("--calls", type=float, help=text)
+    command.add_argument("--calls", type=real(), help=text)
     text = "questions with an option that refers to others (all of the above): anchor lets it keep its place (%(default)s)"
     command.add_argument("--unsafe", choices=UNSAFE, default="keep", help=text)
 
@@ -260,7 +278,7 @@ def add_prompting(command: argparse.ArgumentParser, tried: bool) -> None:
     command.add_argument("--variants", action="store_true", help=text)
     if tried:
         text = "stop at once where labels get less of the probability on a few questions; 0: never (%(default)s)"
-        command.add_argument("--min-label-mass", type=float, default=LEAST_MASS, metavar="SHARE", help=text)
+        command.add_argument("--min-label-mass", type=real(0, 1), default=LEAST_MASS, metavar="SHARE", help=text)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -85,6 +86,14 @@ def write_text(path: Path, text: str) -> None:
     """Make ``text`` a file's whole content, see :func:`replacing`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder and all in it, or a symbolic link, but never what that leads to; what is not there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -55,6 +55,7 @@ SCHEMA = pa.schema(
 MAX_SHARDS = 64  # so many files are merged: one file would be read and written anew too often, thousands are slow to open
 MERGED = "scores.parquet"
 _OWN = re.compile(r"part-\d+-[0-9a-f]{8}\.parquet|" + re.escape(MERGED))
+_UNFINISHED = re.compile(rf"\.(?:{_OWN.pattern})\.\d+\.part")  # see permdistill.files.replacing
 
 Row = tuple[str, np.ndarray]  # id, log-probabilities (order, option)
 # Of each question: a name (:func:`permdistill.orders.order_set`), (order, K), or a function of the question that gives it.
@@ -133,8 +134,7 @@ class Store:
         another process was quicker, stays as it is. Now and then shards are merged."""
         if not rows:
             return
-        with locked(self.folder / ".lock"):
-            self.refresh()
+        with self._writing():
             fresh = {
                 row["key"]: (row["id"], np.asarray(row["log_probs"], np.float32).reshape(row["n_orders"], row["k"]))
                 for row in rows
@@ -145,6 +145,16 @@ class Store:
                 self._shards += 1
             if self._shards >= MAX_SHARDS:
                 self._merge()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Be the only one who writes, and know what others have written. What is half written by now, a kill left."""
+        with locked(self.folder / ".lock"):
+            for path in self.folder.glob(".*.part"):
+                if _UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+            self.refresh()
+            yield
 
     def _merge(self) -> None:
         """Merge all files but those that hold more rows than all smaller ones together: what a file holds is written anew
@@ -159,8 +169,7 @@ class Store:
     def compact(self) -> Path:
         """Merge everything into one file, also what other processes have added meanwhile. A kill in the middle leaves rows
         twice, never none."""
-        with locked(self.folder / ".lock"):
-            self.refresh()
+        with self._writing():
             self._replace(list(self._files), MERGED)
         return self.folder / MERGED
 

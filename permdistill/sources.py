@@ -8,7 +8,7 @@ with :func:`register`, or with an entry point of the group ``permdistill.models`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -34,6 +34,14 @@ class Source:
         """What ``from_pretrained`` takes. A model that brings code of its own is refused, never run."""
         at = {"revision": self.revision} if self.revision else {}
         return {"pretrained_model_name_or_path": self.location(), "trust_remote_code": False, **at}
+
+
+def check_whole(location: str, about: Mapping[str, Any]) -> None:
+    """Raises ValueError where ``from_pretrained(.., output_loading_info=True)`` says that the weights in ``location`` lack
+    some, which are random then. Tied ones, which a file holds once, are not among these."""
+    lacking = sorted({*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])})
+    if lacking:
+        raise ValueError(f"{location}: its weights lack {lacking[0]} ({len(lacking)} in all): restore the file")
 
 
 Provider = Callable[[str], Source | None]

@@ -39,7 +39,7 @@ from permdistill.configs import StudentConfig
 from permdistill.corrections import Correction
 from permdistill.engine.batches import by_length
 from permdistill.engine.placement import has_bfloat16
-from permdistill.files import disk_errors, sha256_of, sync
+from permdistill.files import disk_errors, remove, sha256_of, sync
 from permdistill.heads import HEADS, OFFSET_POSITIONS, Head, Row, Text, alike, pack
 from permdistill.orders import MIN_OPTIONS, to_options, to_positions
 from permdistill.questions import Question
@@ -277,7 +277,7 @@ class Student:
         """Write a transformers checkpoint and permdistill.json. A kill leaves no folder that loads as something half old."""
         path = Path(path)
         part = path / ".part"
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
         try:
             with disk_errors(path):
                 self._write(part)
@@ -390,8 +390,8 @@ def _load(config: StudentConfig, source: sources.Source, seed: int = 0, whole: b
         torch.manual_seed(seed)  # what a checkpoint lacks, here the head, is drawn inside from_pretrained
         settings |= HEADS[config.head].settings(config.k)
         model, about = HEADS[config.head].model.from_pretrained(**settings, output_loading_info=True)
-    if whole and (lacking := sorted({*about["missing_keys"], *(name for name, *_ in about["mismatched_keys"])})):
-        raise ValueError(f"{source.location()}: its weights lack {lacking[0]} ({len(lacking)} in all): restore the file")
+    if whole:
+        sources.check_whole(source.location(), about)
     positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
     if model.config.model_type in OFFSET_POSITIONS:
         positions -= model.config.pad_token_id + 1

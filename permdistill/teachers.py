@@ -422,7 +422,8 @@ def load_teacher(
     """A teacher by name (:func:`permdistill.sources.find`): a folder, a repository of the model hub, or a known model.
 
     ``template_args``, ``variants``: see :class:`CausalTeacher`. Raises ValueError, before weights are loaded, for an
-    argument that the chat template does not read: it would change nothing, and nobody would see that.
+    argument that the chat template does not read: it would change nothing, and nobody would see that. Raises ValueError for
+    weights that lack a tensor.
     """
     key, at = model_key(name, dtype, template_args, variants), sources.find(name).arguments
     tokenizer = AutoTokenizer.from_pretrained(**at)
@@ -431,8 +432,9 @@ def load_teacher(
     if unread := [word for word in template_args or {} if not re.search(rf"\b{re.escape(word)}\b", chat)]:
         raise ValueError(f"{name}: its chat template does not read {unread[0]!r} of the template arguments: leave it out")
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(**at, dtype=dtype).eval()
-    model = with_packed_linears(placed(with_float32_head(model)))
+    model, about = kind.from_pretrained(**at, dtype=dtype, output_loading_info=True)
+    sources.check_whole(at["pretrained_model_name_or_path"], about)
+    model = with_packed_linears(placed(with_float32_head(model.eval())))
     teacher = (Seq2SeqTeacher if seq2seq else CausalTeacher)(Path(name).name, model, tokenizer, key, max_tokens)
     teacher.template_args, teacher.variants = dict(template_args or {}), variants
     return teacher

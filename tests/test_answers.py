@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -13,8 +14,19 @@ from permdistill.api import answers
 from permdistill.api.answers import NO_ANSWER, TWO_ANSWERS, final_answer, plain, without_thoughts
 from permdistill.api.ask import FIRST, ask
 from permdistill.api.endpoint import Endpoint, EndpointError
-from permdistill.api.jobs import CUT, NO_OPTION, Job, calls_in_orders, drawn, drawn_calls, plan, read_answer, read_decision
-from permdistill.api.replies import Replies
+from permdistill.api.jobs import (
+    CUT,
+    NO_OPTION,
+    Job,
+    calls_in_orders,
+    drawn,
+    drawn_calls,
+    plan,
+    read_answer,
+    read_decision,
+    unlisted,
+)
+from permdistill.api.replies import Replies, content_key
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
 
@@ -414,8 +426,44 @@ def test_keys_change_with_what_is_set_only():
         Endpoint("http://127.0.0.1:1/v1", "m", reply_tokens=1)
 
 
+def test_decisions_that_version_01_read_by_their_first_token_are_asked_again(tmp_path):
+    endpoint = Endpoint("http://127.0.0.1:1/v1", "m")
+    (call,) = drawn_calls(make_questions(1), 1)
+    old = content_key(call.question, call.order, LETTERS, endpoint.model_key, endpoint.sampling("decisions"), 0, 0)
+    kept = {"key": old, "attempt": "a", "reply": "r", "tokens": [9, 1], "position": 0}
+    store = Replies(tmp_path)
+    store.append({"attempt": "a", "bound": [90, 1]}, kept)
+    job = Job(endpoint, LETTERS, [call])
+    assert old in store and job.found(store, call)[0] is None and list(job.todo(store).values()) == [call]
+    # A limit of one's own came with the new reader: nothing is paid again.
+    longer = Job(Endpoint("http://127.0.0.1:1/v1", "m", reply_tokens=9), LETTERS, [call])
+    own = longer.endpoint.sampling("decisions")
+    assert longer.identity(call) == content_key(call.question, call.order, LETTERS, endpoint.model_key, own, 0, 0)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Log-probabilities: forms of a label
+
+
+def test_the_bound_counts_every_form_that_is_not_listed():
+    """The least of the top tokens is the most that others may have, the drawn one's may be less."""
+    top = [{"token": token, "logprob": value} for token, value in ((" A", -0.1), ("B", -3.0), ("a", -4.0), ("The", -5.0))]
+    choice = {"logprobs": {"content": [{"token": "C", "logprob": -9.0, "top_logprobs": top}]}}
+    (call,) = drawn_calls(make_questions(1), 1)
+    job = Job(Endpoint("http://127.0.0.1:1/v1", "m"), LETTERS, [call], "logprobs")
+    row = job.read(choice, call)
+    assert row["floor"] == -5.0 and row["listed"] == [2, 0, 0]
+
+    def bound(n: int, mass: float) -> float:
+        return n * math.exp(-5) / (mass + n * math.exp(-5))
+
+    mass = sum(map(math.exp, (-3, -9)))
+    every = mass + math.exp(-0.1) + math.exp(-4)
+    assert unlisted(job, row) == pytest.approx(bound(2 + 3 + 3, every))
+    exact = Job(job.endpoint, LETTERS, [call], "logprobs", variants=False)
+    assert unlisted(exact, row) == pytest.approx(bound(1, mass))
+    del row["listed"]  # as it was stored before: at least one other form of A was there
+    assert unlisted(job, row) == pytest.approx(bound(3 + 3 + 3, every))
 
 
 def listed(probabilities: dict[str, float]):
@@ -439,8 +487,9 @@ def test_forms_of_a_label_are_summed_and_their_mass_is_shown(tmp_path):
     P, worst = probabilities(job, Replies(tmp_path))
     by_position = P[0][np.arange(6), [call.order[0] for call in job.calls]]
     assert by_position == pytest.approx(0.95 / 0.99) and report.mass == pytest.approx(0.99)
-    assert worst == report.bound == pytest.approx(0.04 / (0.99 + 0.04))  # C may have 1% in each of four forms
-    assert "label mass        0.99; labels that are not listed may have 3.9% of a distribution" in str(report)
+    # 1% each in two more forms of A, three of B and all four of C.
+    assert worst == report.bound == pytest.approx(0.09 / (0.99 + 0.09))
+    assert "label mass        0.99; unlisted forms of labels may have 8.3% of a distribution" in str(report)
     alone, _ = probabilities(exact, Replies(tmp_path))
     assert alone[0][np.arange(6), [call.order[1] for call in job.calls]] == pytest.approx(1)  # B gets everything
     assert "label mass of the replies in the store 0.04; the model wants to say something else" in str(

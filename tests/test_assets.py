@@ -294,10 +294,16 @@ def test_unpacked_weights_that_have_changed_are_unpacked_again(cache, tmp_path, 
 
     for name in ("AutoTokenizer", "AutoModelForCausalLM"):
         monkeypatch.setattr(transformers, name, Fake)
+    done, fsync, write = [], os.fsync, models.stamp
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(models, "stamp", lambda folder: (done.append("stamp"), write(folder)))
     model = replace(MODELS["smollm2-135m"], assets=(Asset("x.gguf", sha256(b"gguf"), "MIT", ()),))
     monkeypatch.setitem(MODELS, "tiny", model)
     unpacked = models.folder("tiny", download=False)
-    weights = unpacked / "model.safetensors"
+    weights, part = unpacked / "model.safetensors", unpacked.with_name(f"{unpacked.name}.part")
+    (tmp_path / "mine").mkdir()
+    unpacked.parent.mkdir(parents=True)
+    part.symlink_to(tmp_path / "mine")
     for change in (lambda: None, lambda: weights.write_bytes(bytes(7)), weights.unlink, (unpacked / STAMPS).unlink):
         if made:
             change()
@@ -306,6 +312,8 @@ def test_unpacked_weights_that_have_changed_are_unpacked_again(cache, tmp_path, 
         assert len(made) == before + 2 and weights.read_bytes() == b"weights"
         models._dequantise(tmp_path / "x.gguf", unpacked)
         assert len(made) == before + 2
+    assert not list((tmp_path / "mine").iterdir()) and not part.is_symlink()  # nothing is written through a link
+    assert done[:2] == [str(part / "model.safetensors"), "stamp"]  # on disk, before a stamp says that it is
     found = weights.stat()
     weights.write_bytes(bytes(7))
     os.utime(weights, ns=(found.st_atime_ns, found.st_mtime_ns))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_students import make_encoder
 
-from permdistill import cli, scores, teachers
+from permdistill import cli, commands, scores, teachers
 from permdistill import training as trainings
 from permdistill.api import command, endpoint
 from permdistill.configs import StudentConfig, TrainingConfig
@@ -89,13 +90,32 @@ def test_errors_are_one_message_before_any_scoring(planted, questions, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "words", [["--limit", "-1"], ["--limit", "0"], ["--limit", "1.5"], ["--workers", "-1"]], ids=" ".join
+    "words",
+    [["--limit", "-1"], ["--limit", "0"], ["--limit", "1.5"], ["--workers", "-1"]]
+    + [["--min-label-mass", "nan"], ["--min-label-mass", "1.5"], ["--min-label-mass", "-0.1"], ["--calls", "inf"]]
+    + [["--worker-cpus", "nan"], ["--worker-gpus", "-1"]],
+    ids=" ".join,
 )
 def test_numbers_that_make_no_sense_are_refused(planted, questions, tmp_path, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["score", "--questions", questions, "--scores", str(tmp_path / "scores"), *words])
     assert stopped.value.code == 2 and f"argument {words[0]}: " in capsys.readouterr().err.splitlines()[-1]
     assert planted.calls == 0 and not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize("option", ["timeout", "max-cost", "price-in", "price-out", "calls"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "many"])
+def test_ask_takes_finite_numbers(option, value, questions, capsys):
+    words = ["ask", "--base-url", "http://127.0.0.1:9/v1", "--model", "m", "--questions", questions]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, f"--{option}={value}"])
+    assert stopped.value.code == 2 and f"argument --{option}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_option_that_takes_a_float_says_which():
+    """float alone takes nan. (measure's options are tested with measure.)"""
+    for module in (commands, cli, command, paper_cli):
+        assert "type=float" not in Path(module.__file__).read_text(encoding="utf-8")
 
 
 CORE = ("score", "audit", "measure", "ask", "sweep")

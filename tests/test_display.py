@@ -125,6 +125,16 @@ def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monk
     (chosen,) = ablations.cheapest([cell, other], folder)
     seconds = {one: ablations._kept(one, folder)[2]["seconds"] for one in (cell, other)}
     assert seconds[chosen] == min(seconds.values())
+    missing = with_run(cell, draws=3)  # what is not stored cannot be audited, and is named
+    capsys.readouterr()
+    assert ablations.cheapest([missing, cell, other], folder) == [chosen]
+    assert capsys.readouterr().out.split() == [
+        *"not audited, since its predictions are not stored:".split(),
+        *[str(ablations.path(missing, "."))],
+    ]
+    monkeypatch.setitem(profiles.MATRIX, "tables", (missing,))
+    with pytest.raises(SystemExit, match="none of these students' predictions are stored: run `make students`"):
+        main(["students", "--audit", "--predictions", str(folder), "--work", str(tmp_path / "again")])
     found = ablations.audit([cell], tmp_path / "again", folder)
     assert found.ok.all() and found["mean TV"][0] < 1e-5 and found["same answer"][0] == 1
     assert not list((tmp_path / "again").rglob("*.safetensors"))

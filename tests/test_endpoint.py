@@ -17,7 +17,7 @@ import pytest
 
 from permdistill.api import wire
 from permdistill.api.ask import ask
-from permdistill.api.endpoint import Budget, Endpoint, EndpointError, Limits, Prices, Stopped, _refusal
+from permdistill.api.endpoint import Budget, Endpoint, EndpointError, Limits, Prices, Stopped, _is_local, _refusal
 from permdistill.api.jobs import Job, calls_in_orders, drawn, drawn_calls, probabilities
 from permdistill.api.replies import Replies
 from permdistill.api.wire import retry_after
@@ -327,6 +327,18 @@ def test_account_and_key_go_only_where_they_belong(answered, tmp_path, monkeypat
     assert others["Authorization"] == "Bearer my_key" and "openai_" not in str(others) + str(ours)
     assert ours["Authorization"] == "Bearer none"
     assert not {"openai-organization", "openai-project"} & {*others, *ours}
+
+
+@pytest.mark.parametrize("host", ["127.evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1"])
+def test_a_name_that_begins_like_this_machine_is_another_one(host):
+    assert not _is_local(host)
+    assert all(map(_is_local, ("localhost", "127.0.0.1", "127.8.9.1", "::1")))
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_is_finite(timeout):
+    with pytest.raises(ValueError, match="give a finite timeout above 0"):
+        Endpoint("http://127.0.0.1:1/v1", "m", timeout=timeout)
 
 
 @pytest.mark.parametrize("url", ["http://api.example.com/v1", "https://api.example.com/v1", "http://127.0.0.2/v1"])

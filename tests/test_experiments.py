@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from test_students import make_encoder
 from transformers import AutoTokenizer
@@ -20,7 +22,7 @@ from permdistill.measure import evaluate, metrics
 from permdistill.orders import all_orders, cyclic_orders
 from permdistill.paper import experiments, figures, models, profiles, tables
 from permdistill.paper import tasks as registry
-from permdistill.paper.experiments import Scored
+from permdistill.paper.experiments import Scored, read_predictions, save_predictions
 from permdistill.paper.systems import Description, described, titled
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import CONTENT_FREE, Question, from_jsonl, unlabelled
@@ -131,6 +133,31 @@ def test_distil_writes_checkpoint_and_predictions(tmp_path, inputs):
     assert frame.columns.tolist() == ["id", "order", "probabilities"] and len(frame) == 12 * 3
     assert np.array(frame.probabilities.tolist()).reshape(12, 3, 3) == pytest.approx(system.P)
     assert (metrics.permutation_sensitivity(system.P).max() < 1e-9) == (inputs == "plain")
+
+
+def test_stored_predictions_are_whole_and_finite_or_refused(tmp_path):
+    test = planted("test", n=12, seed=5)
+    path, orders = tmp_path / "kept.parquet", cyclic_orders(3)
+    P = test.P[:, :3]
+    save_predictions(path, test, orders, P, {"key": "k"})
+    assert read_predictions(path)[2] == pytest.approx(P, abs=1e-6)
+    whole = path.read_bytes()
+    first = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    for place in range(first.dictionary_page_offset or first.data_page_offset, len(whole) - 400, 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            found = read_predictions(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert np.allclose(found[2], P, atol=1e-6)
+    pq.write_table(pq.read_table(io.BytesIO(whole)), path)  # as the committed ones: without checksums
+    assert read_predictions(path)[2] == pytest.approx(P, abs=1e-6)
+    for value in (np.nan, np.inf):
+        P[3, 1, 2] = value
+        save_predictions(path, test, orders, P, {"key": "k"})
+        with pytest.raises(ValueError, match=rf"{path} is damaged \(probabilities are not finite\): restore it"):
+            read_predictions(path)
 
 
 def test_students_table_compares_with_the_biased_teacher_and_keeps_losers():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -19,10 +21,12 @@ from safetensors.torch import save_file
 from test_scores import Store, forked, row_of
 from test_students import make_encoder
 
+from permdistill import files
 from permdistill.api.replies import Replies
 from permdistill.configs import StudentConfig
-from permdistill.files import STAMPS, intact, locked, replacing, seal, sealed, sha256_of, stamp, stamps
-from permdistill.students import build
+from permdistill.files import STAMPS, intact, locked, remove, replacing, seal, sealed, sha256_of, stamp, stamps
+from permdistill.sources import Source
+from permdistill.students import Student, build
 from permdistill.teachers import load_teacher
 from permdistill.training import Checkpoint
 
@@ -71,6 +75,31 @@ def test_a_part_is_not_written_through_a_link(tmp_path):
         part.write_text("made")
     assert precious.read_text() == "kept" and (tmp_path / "new").read_text() == "made"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "precious"]
+
+
+def test_what_is_removed_is_never_what_a_link_leads_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    for name in ("mine", "mine/thesis", "nothing"):
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        remove(tmp_path / "link")
+        assert not (tmp_path / "link").is_symlink() and (tmp_path / "mine" / "thesis").exists()
+    remove(tmp_path / "mine")
+    remove(tmp_path / "mine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_is_not_written_through_a_link(tmp_path):
+    make_encoder(tmp_path / "encoder")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("kept")
+    student, folder = build(StudentConfig(str(tmp_path / "encoder"), k=3), 0), tmp_path / "student"
+    folder.mkdir()
+    (folder / ".part").symlink_to(tmp_path / "mine")
+    student.save(folder)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
+    assert (tmp_path / "mine" / "config.json").read_text() == "kept"
+    Student.from_pretrained(folder)
 
 
 def test_bytes_are_on_disk_before_a_file_takes_its_place(tmp_path, monkeypatch):
@@ -229,6 +258,32 @@ def test_a_read_only_folder_is_read_each_time(tmp_path, read_only):
     for _ in range(2):
         assert intact(folder / "weights", right)
     assert not (folder / STAMPS).exists()
+
+
+def test_nothing_is_loaded_that_may_bring_code_of_its_own():
+    """Each call of from_pretrained and from_config says so, or takes its arguments from Source.arguments, which does."""
+    functions = [
+        function
+        for path in sorted(Path(files.__file__).parent.rglob("*.py"))
+        if re.search(r"\.from_(pretrained|config)\(", text := path.read_text(encoding="utf-8"))
+        for function in ast.walk(ast.parse(text))
+        if isinstance(function, ast.FunctionDef)
+    ]
+    found = 0
+    for function in functions:
+        text = ast.unparse(function)
+        told = ".arguments" in text or "'trust_remote_code': False" in text
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+            if getattr(call.func, "attr", "") not in ("from_pretrained", "from_config"):
+                continue
+            if ast.unparse(call.func) == "Student.from_pretrained":
+                continue
+            given = {word.arg or f"**{ast.unparse(word.value)}": ast.unparse(word.value) for word in call.keywords}
+            assert given.get("trust_remote_code") == "False" or (told and {"**at", "**settings"} & {*given}), ast.unparse(
+                call
+            )
+            found += 1
+    assert found >= 12 and Source(lambda: "x", "y").arguments["trust_remote_code"] is False
 
 
 def test_code_that_lies_in_a_models_folder_is_never_run(tmp_path):

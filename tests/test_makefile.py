@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from permdistill.paper.models import MODELS
 from permdistill.paper.profiles import PROFILES
@@ -81,8 +84,54 @@ def test_clean_deletes_only_what_make_paper_made(tmp_path):
     (build / "thesis.txt").touch()
     result = make("clean", f"BUILD={build}")
     assert result.returncode != 0 and "which make paper has not made" in result.stderr and (build / "thesis.txt").exists()
-    (build / "settings").touch()
+    (build / "settings").write_text("mine", encoding="utf-8")  # a file of this name is not yet ours
+    assert make("clean", f"BUILD={build}").returncode != 0 and (build / "thesis.txt").exists()
+    (build / "settings").write_text("PROFILE=full TEACHER=committed STUDENTS=stored\n", encoding="utf-8")
     assert make("clean", f"BUILD={build}").returncode == 0 and not build.exists()
+
+
+def checkout(home: Path) -> Path:
+    """A stand-in for a checkout with its environment: were a guard broken, it would be the one to go."""
+    (home / ".venv" / "bin").mkdir(parents=True)
+    (home / "Makefile").write_text(MAKEFILE, encoding="utf-8")
+    for file in ("requirements.lock", "requirements.sha256", "pyproject.toml", ".venv/pyvenv.cfg", ".venv/.installed"):
+        (home / file).touch()
+    return home
+
+
+def test_nothing_is_put_into_a_folder_that_is_not_ours(tmp_path):
+    """What `make paper` once marked as its own, `make clean` would delete."""
+    home = checkout(tmp_path / "checkout")
+    (home / "mine").mkdir()
+    (home / "mine" / "thesis.txt").touch()
+    (tmp_path / "pyvenv.cfg").touch()  # a checkout in an environment
+    (home / ".made-by-permdistill").touch()  # by whatever mistake
+    before = sorted(tmp_path.rglob("*"))
+    for folder in ("mine", "mine/thesis.txt", ".venv"):
+        done = make("paper", f"BUILD={folder}", folder=home)
+        assert done.returncode and f"BUILD is '{folder}', which make paper has not made" in done.stderr
+    for setting in ("BUILD=.", f"BUILD={home}", "BUILD=..", "BUILD=/", "VENV=.."):
+        for target in ("paper", "clean", "distclean"):
+            done = make(target, setting, folder=home)
+            assert done.returncode and len(done.stderr.splitlines()) == 1
+            assert "which holds this checkout" in done.stderr or "has not made" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_any_target_made_is_ours(tmp_path):
+    home = checkout(tmp_path / "checkout")
+    python = home / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\n", encoding="utf-8")
+    python.chmod(0o755)
+    (home / "permdistill").symlink_to(ROOT / "permdistill")
+    (home / "build").mkdir()
+    (home / "build" / "bench.json").touch()  # the folder build is, whatever an earlier version put there
+    for build, target in (("build", "bench"), ("audited", "audit"), ("listed", "bench")):
+        make(target, f"BUILD={build}", folder=home)  # with a Python that does nothing
+        assert (home / build / ".made-by-permdistill").exists()
+        (home / build / "scores").mkdir()
+        assert make("-n", "paper", f"BUILD={build}", folder=home).returncode == 0
+        assert make("clean", f"BUILD={build}", folder=home).returncode == 0 and not (home / build).exists()
 
 
 def test_notebooks_run_one_after_the_other_in_the_order_of_their_numbers(tmp_path):
@@ -129,6 +178,18 @@ def test_every_locked_version_but_torchs_has_hashes():
     )
 
 
+def test_the_lock_meets_every_minimum():
+    lines = (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+    locked = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [
+        Requirement(text) for part in (named["dependencies"], *named["optional-dependencies"].values()) for text in part
+    ]
+    found = [r for r in listed if canonicalize_name(r.name) in locked and r.specifier]
+    assert all(r.specifier.contains(locked[canonicalize_name(r.name)]) for r in found)
+    assert {"filelock", "torch", "transformers"} <= {r.name for r in found}
+
+
 def test_a_folder_with_a_space_in_its_name_will_do(tmp_path):
     folder = tmp_path / "a folder"
     folder.mkdir()
@@ -149,11 +210,7 @@ ODD = ["a b", "a;b", "a'b", 'a"b', "a$b", "a#b", "a%b", "a(b", "a)b", "a:b", "a\
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_checkout_under_an_odd_name_works_or_is_refused_in_one_line(tmp_path, name):
-    home = tmp_path / name
-    (home / ".venv" / "bin").mkdir(parents=True)
-    (home / "Makefile").write_text(MAKEFILE, encoding="utf-8")
-    for file in ("requirements.lock", "requirements.sha256", "pyproject.toml", ".venv/pyvenv.cfg", ".venv/.installed"):
-        (home / file).touch()
+    home = checkout(tmp_path / name)
     python = home / ".venv" / "bin" / "python"
     python.write_text('#!/bin/sh\nprintf \'%s\\n\' "$0" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
@@ -170,7 +227,7 @@ def test_a_checkout_under_an_odd_name_works_or_is_refused_in_one_line(tmp_path, 
 
 @pytest.mark.parametrize("name", sorted({*ODD} - {"a b", "aéb", "a$b"}) + ["a$$b"])
 def test_a_setting_under_an_odd_name_is_refused_in_one_line(name):
-    for setting in ("VENV", "BUILD"):
+    for setting in ("PYTHON", "VENV", "PROFILE", "BUILD"):
         done = make("-n", "paper", f"{setting}={name}")
         assert done.returncode and f"{setting} is '{name.replace('$$', '$')}': make cannot work with" in done.stderr
         assert len(done.stderr.splitlines()) == 1 and not done.stdout

@@ -442,6 +442,18 @@ def test_files_of_other_names_are_neither_read_nor_removed(tmp_path):
     assert len(Store(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("write", [lambda store: store.append([row_of(9)]), lambda store: store.compact()])
+def test_what_killed_writers_left_half_written_goes(tmp_path, write):
+    small_store(tmp_path)
+    for name in (scores._shard(), "scores.parquet", "mine.parquet"):
+        (tmp_path / f".{name}.4194399.part").write_bytes(b"half")
+    (tmp_path / ".notes.part").touch()
+    expected = Store(tmp_path)._rows.keys()
+    write(Store(tmp_path))
+    assert sorted(path.name for path in tmp_path.glob(".*.part")) == [".mine.parquet.4194399.part", ".notes.part"]
+    assert expected <= Store(tmp_path)._rows.keys()
+
+
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
     path = small_store(tmp_path, 40)
     good, before = path.read_bytes(), Store(tmp_path)

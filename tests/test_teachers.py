@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_scaleout import make_causal
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -15,7 +17,7 @@ from permdistill.orders import all_orders
 from permdistill.paper.models import TEACHERS
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
-from permdistill.teachers import CausalTeacher, model_key, with_float32_head
+from permdistill.teachers import CausalTeacher, load_teacher, model_key, with_float32_head
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,20 @@ def test_folder_whose_weights_cannot_be_told_apart_is_refused(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"no \*.safetensors: save the model there with save_pretrained"):
         model_key(str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path, tied: bool):
+    """transformers would put random numbers in its place, and say so in a warning."""
+    make_causal(tmp_path, tie_word_embeddings=tied)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    assert ("lm_head.weight" in weights) is not tied
+    load_teacher(str(tmp_path))  # tied weights are held once, and lack nothing
+    name = "model.layers.1.mlp.up_proj.weight" if tied else "lm_head.weight"
+    save_file({n: tensor for n, tensor in weights.items() if n != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{tmp_path}: its weights lack {name} \(1 in all\): restore the file"):
+        load_teacher(str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,18 @@ def test_a_row_without_scores_is_said(tmp_path):
         withheld.read_scores(folder=tmp_path)
 
 
+def test_the_file_has_checksums(tmp_path, monkeypatch):
+    rows = pd.read_parquet(withheld.COMMITTED / withheld.FILE)
+    monkeypatch.setattr(withheld, "found", lambda: rows)
+    withheld.write(tmp_path)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / withheld.FILE), rows)
+    bytes_ = bytearray((tmp_path / withheld.FILE).read_bytes())
+    bytes_[len(bytes_) // 2] ^= 4
+    (tmp_path / withheld.FILE).write_bytes(bytes_)
+    with pytest.raises(OSError, match="CRC"):
+        withheld.read_scores(tmp_path)
+
+
 def test_the_file_is_what_the_texts_give():
     try:
         hub.check([TASKS["race_high"].repo])

@@ -119,7 +119,7 @@ class Report:
             ("seconds", f"{self.seconds:.1f}{rate}"),
         ]
         if self.mass is not None:
-            unseen = f"; labels that are not listed may have {self.bound:.1%} of a distribution" if self.bound else ""
+            unseen = f"; unlisted forms of labels may have {self.bound:.1%} of a distribution" if self.bound else ""
             rows.append(("label mass", said_mass(self.mass) + unseen))
         if self.stopped:
             rows.append(("stopped", self.stopped))

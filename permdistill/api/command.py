@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from permdistill.commands import ADAPTIVE, adaptive_orders, add_orders, json_object, orders_of, whole, write_records
+from permdistill.commands import ADAPTIVE, adaptive_orders, add_orders, json_object, orders_of, real, whole, write_records
 from permdistill.questions import Question, unsafe_options
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the plan and its cost, ask nothing")
     add("--max-calls", type=whole(0), help="limit on all that the store ever cost, retries included")
     add("--max-tokens", type=whole(0), help="the same for tokens, prompts and replies together")
-    add("--max-cost", type=float, help="the same for money; needs prices")
-    add("--price-in", type=float, default=0.0, help="money per million prompt tokens")
-    add("--price-out", type=float, default=0.0, help="money per million completion tokens")
+    add("--max-cost", type=real(), help="the same for money; needs prices")
+    add("--price-in", type=real(), default=0.0, help="money per million prompt tokens")
+    add("--price-out", type=real(), default=0.0, help="money per million completion tokens")
     add("--tokenizer", help="folder or hub repository: counts the plan's tokens (default: by length)")
     add("--concurrency", type=whole(1), default=8, help="calls under way at a time (%(default)s)")
     add("--tries", type=whole(1), default=3, help="replies to a call that may name no option (%(default)s)")
     add("--max-retries", type=whole(0), default=6, help="of a call that gets no reply (%(default)s)")
-    add("--timeout", type=float, default=60.0, help="seconds for one attempt (%(default)s)")
+    add("--timeout", type=real(), default=60.0, help="seconds for one attempt (%(default)s)")
     add("--top-logprobs", type=int, default=20, help="alternatives to ask for (%(default)s)")
     add("--limit-field", choices=("max_tokens", "max_completion_tokens"), default="max_tokens")
     add("--extra-body", type=json_object, default={}, help="JSON object: further fields of each request")

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -203,10 +204,10 @@ class Endpoint:
             raise ValueError(f"base_url is {self.base_url!r}: give something like https://api.example.com/v1")
         if url.username or url.password or url.query:
             raise ValueError(f"base_url at {url.hostname} holds more than an address: give the key in the environment")
-        if self.timeout <= 0 or self.max_retries < 0 or not 1 <= self.top_logprobs <= 20:
+        if not 0 < self.timeout < math.inf or self.max_retries < 0 or not 1 <= self.top_logprobs <= 20:
             raise ValueError(
-                f"timeout {self.timeout}, max_retries {self.max_retries}, top_logprobs {self.top_logprobs}: give a timeout "
-                "above 0, at least 0 retries and 1 to 20 logprobs"
+                f"timeout {self.timeout}, max_retries {self.max_retries}, top_logprobs {self.top_logprobs}: give a finite "
+                "timeout above 0, at least 0 retries and 1 to 20 logprobs"
             )
         if self.reply_tokens is not None and self.reply_tokens < 2:
             raise ValueError(f"reply_tokens = {self.reply_tokens}: give at least 2, one alone may be the start of a word")
@@ -300,7 +301,10 @@ _ACCOUNT = ("OpenAI-Organization", "OpenAI-Project")
 
 
 def _is_local(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"  # another name may begin like an address
 
 
 class CallFailed(Exception):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from permdistill.api.answers import final_answer, plain
-from permdistill.api.endpoint import FREE, Endpoint, Prices
+from permdistill.api.endpoint import DECISION_TOKENS, FREE, Endpoint, Prices
 from permdistill.api.replies import Replies, content_key
 from permdistill.lessons import Draws
 from permdistill.orders import ENUMERATED, MIN_OPTIONS, all_orders, apply
@@ -123,6 +123,8 @@ class Job:
                 model, sampling = self.endpoint.model_key, self.endpoint.sampling(self.mode)
                 if self.mode == "answer":
                     sampling["read"] = "answer"  # the same request may be one for a decision
+                elif self.mode == "decisions" and self.endpoint.reply_tokens is None:
+                    sampling["read"] = DECISION_TOKENS  # version 0.1 took the first token alone for the whole reply
                 known.append(content_key(call.question, call.order, self.template, model, sampling, call.draw, number))
             yield known[number]
 
@@ -263,11 +265,15 @@ def label_mass(job: Job, store: Replies) -> float | None:
 
 
 def unlisted(job: Job, row: dict[str, Any]) -> float:
-    """How wrong the renormalised probabilities of a reply may be (total variation) because labels are not listed, which
-    count as 0: each form of theirs has the least listed at most."""
-    values = job.by_position(row)
-    absent = (values == 0).sum() * math.exp(row["floor"]) * (len(forms("A")) if job.variants else 1)
-    return float(absent / (values.sum() + absent))
+    """How wrong the renormalised probabilities of a reply may be at most (total variation) because forms of labels are not
+    listed: these count as 0, and each has the least listed at most."""
+    n = sum(value is None for value in row["log_probs"])
+    if job.variants:
+        # Replies stored before "listed" was say only whether there is any.
+        listed = row.get("listed") or [value is not None for value in row.get("others", ())]
+        n += sum(len(forms(label)) - 1 for label in job.template.words(len(row["log_probs"]))) - sum(listed)
+    absent = n * math.exp(row["floor"])
+    return float(absent / (job.by_position(row).sum() + absent))
 
 
 def said_mass(mass: float) -> str:
@@ -335,35 +341,38 @@ def read_logprobs(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, An
     A label is read where it stands as in the template (" A" is not "A"), as a white-box teacher reads it;
     :func:`other_forms` reads the rest. What is above 0 by more than rounding is no log-probability.
     """
-    if (listed := _listed(choice)) is None:
-        return {"failed": NO_LOGPROBS}
+    listed, floor = _listed(choice)
     values = [listed.get(label) for label in labels]
     if all(value is None for value in values):
-        return {"failed": NO_LABEL_LISTED}
-    return {"log_probs": values, "floor": min(listed.values())}
+        return {"failed": NO_LABEL_LISTED if listed else NO_LOGPROBS}
+    return {"log_probs": values, "floor": floor}
 
 
 def other_forms(choice: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """{"others": [by position, what other forms of the label (:func:`permdistill.prompts.forms`) have together, null for
-    none]}, {} where no label has any: " A" of -0.05 beside "B" of -3.2 is an A."""
-    listed = _listed(choice) or {}
+    none], "listed": [how many these are]}, {} where no label has any: " A" of -0.05 beside "B" of -3.2 is an A."""
+    listed, floor = _listed(choice)
     by_label = [[listed[form] for form in forms(label)[1:] if form in listed and form not in labels] for label in labels]
     summed = [min(float(np.logaddexp.reduce(own)), 0.0) if own else None for own in by_label]
-    return {"others": summed, "floor": min(listed.values())} if any(by_label) else {}
+    return {"others": summed, "listed": list(map(len, by_label)), "floor": floor} if any(by_label) else {}
 
 
-def _listed(choice: dict[str, Any]) -> dict[str, float] | None:
-    """{token: log-probability} of a reply's first token, None where there is none or one is impossible."""
+def _listed(choice: dict[str, Any]) -> tuple[dict[str, float], float]:
+    """{token: log-probability} of a reply's first token, and the most that a token which is not there has; {} where there is
+    none or one is impossible."""
     try:
         first = choice["logprobs"]["content"][0]
+        tops = [top["token"] for top in first["top_logprobs"]]
         listed = {top["token"]: top["logprob"] for top in (*first["top_logprobs"], first)}
         if not all(isinstance(token, str) for token in listed) or any(isinstance(value, bool) for value in listed.values()):
-            return None
+            return {}, 0.0
         if any(value > 1e-3 for value in listed.values()):
-            return None
-        return {token: min(float(value), 0.0) for token, value in listed.items() if math.isfinite(value)} or None
+            return {}, 0.0
+        finite = {token: min(float(value), 0.0) for token, value in listed.items() if math.isfinite(value)}
+        # Not the drawn token's: it may be less probable than others that are not among the top ones.
+        return finite, min((finite[token] for token in tops if token in finite), default=0.0)
     except (KeyError, TypeError, IndexError, ValueError, OverflowError):
-        return None
+        return {}, 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------

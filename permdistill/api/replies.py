@@ -213,7 +213,8 @@ def _parsed(text: bytes) -> dict[str, Any]:
             listed = [value for value in (*line["log_probs"], *others) if value is not None]
             if not all(isinstance(value, (int, float)) and -math.inf < value <= 0 for value in (*listed, line["floor"])):
                 raise ValueError("log_probs")
-            sizes = {len(line["log_probs"]), len(others), len(line.get("order", others))}
+            counts += line.get("listed", [])
+            sizes = {len(line["log_probs"]), len(others), len(line.get("order", others)), len(line.get("listed", others))}
             if not listed or len(sizes) > 1:
                 raise ValueError("log_probs")
     else:

@@ -126,8 +126,17 @@ def students(
 
 
 def cheapest(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
-    """Of each head the student that took the fewest seconds to train."""
-    by_time = sorted(cells, key=lambda cell: _kept(cell, folder)[2]["seconds"])
+    """Of each head the student that took the fewest seconds to train, of those whose predictions are stored; the others are
+    named. Raises MissingPredictions when there is none."""
+    seconds = {}
+    for cell in dict.fromkeys(cells):
+        try:
+            seconds[cell] = _kept(cell, folder)[2]["seconds"]
+        except MissingPredictions:
+            print(f"not audited, since its predictions are not stored: {path(cell, '.')}")
+    if not seconds:
+        raise MissingPredictions("none of these students' predictions are stored: run `make students`")
+    by_time = sorted(seconds, key=lambda cell: seconds[cell])
     return list({cell.run.student.head: cell for cell in reversed(by_time)}.values())
 
 

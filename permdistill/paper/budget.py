@@ -69,7 +69,8 @@ def architecture(name: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return (AutoModel if config.model_type in ("bert", "roberta", "deberta-v2", "mpnet") else kind).from_config(config)
+        encoder = config.model_type in ("bert", "roberta", "deberta-v2", "mpnet")
+        return (AutoModel if encoder else kind).from_config(config, trust_remote_code=False)
 
 
 def _at_hand(name: str) -> Path | None:

@@ -321,18 +321,27 @@ def save_predictions(path: Path, test: Scored, orders: np.ndarray, P: np.ndarray
     types = {"id": pa.string(), "order": pa.list_(pa.int8()), "probabilities": pa.list_(pa.float32())}
     schema = pa.schema(types, metadata={"permdistill": json.dumps(about)})
     with replacing(path) as part:
-        pq.write_table(pa.table(columns, schema=schema), part, compression="zstd")
+        pq.write_table(pa.table(columns, schema=schema), part, compression="zstd", write_page_checksum=True)
 
 
 def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, Any]]:
-    """What :func:`save_predictions` wrote: ids, orders (order, K), P (item, order, option), about."""
-    table = pq.read_table(path)
-    names = table["id"].to_pylist()
-    ids = list(dict.fromkeys(names))
-    m = len(names) // len(ids)
-    orders = np.array(table["order"][:m].to_pylist())
-    P = np.array(table["probabilities"].to_pylist(), dtype=np.float64).reshape(len(ids), m, -1)
-    return ids, orders, P, json.loads(table.schema.metadata[b"permdistill"])
+    """What :func:`save_predictions` wrote: ids, orders (order, K), P (item, order, option), about. Raises ValueError for a
+    file that is damaged, or holds values that are not finite; the first ones were written without checksums."""
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        names = table["id"].to_pylist()
+        ids = list(dict.fromkeys(names))
+        m = len(names) // len(ids)
+        orders = np.array(table["order"][:m].to_pylist())
+        P = np.array(table["probabilities"].to_pylist(), dtype=np.float64).reshape(len(ids), m, -1)
+        if not np.isfinite(P).all():
+            raise ValueError("probabilities are not finite")
+        return ids, orders, P, json.loads(table.schema.metadata[b"permdistill"])
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, OSError, pa.ArrowException) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({why}): restore it, or delete it and run `make students`") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------

