@@ -432,7 +432,8 @@ def load_teacher(
     if unread := [word for word in template_args or {} if not re.search(rf"\b{re.escape(word)}\b", chat)]:
         raise ValueError(f"{name}: its chat template does not read {unread[0]!r} of the template arguments: leave it out")
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    model, about = kind.from_pretrained(**at, dtype=dtype, output_loading_info=True)
+    loaded: Any = kind.from_pretrained(**at, dtype=dtype, output_loading_info=True)
+    model, about = loaded
     sources.check_whole(at["pretrained_model_name_or_path"], about)
     model = with_packed_linears(placed(with_float32_head(model.eval())))
     teacher = (Seq2SeqTeacher if seq2seq else CausalTeacher)(Path(name).name, model, tokenizer, key, max_tokens)
