@@ -216,6 +216,8 @@ def test_a_killed_benchmark_goes_on_where_it_was(tokenizer, monkeypatch, tmp_pat
     assert result == bench.read(tmp_path / "bench.json") == bench.run(*arguments)
     limits = bench.limits(result)
     assert limits.workload.tolist() == list(bench.WORKLOADS)
+    stopped = result | {"peak_flops": {**result["peak_flops"], "another float32": [1.0]}}
+    assert bench.limits(stopped).equals(limits)
     shares = result["time"][f"{teacher.name} float32"]["passages"]
     assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
     assert bench.over_one_order(bench.table(result)).workload.tolist() == list(bench.WORKLOADS)

@@ -421,8 +421,8 @@ def limits(result: dict[str, Any]) -> pd.DataFrame:
     """What the machine gave, GFLOP/s: its fastest matrix product (lowest and highest of those before and after each
     workload), the model's linear layers alone (:func:`layers_speed`); and where the trie's time goes (:func:`breakdown`)."""
     rows = []
-    for key, peaks in result["peak_flops"].items():
-        layers = result["layers_flops"][key]
+    for key in (key for key in result["peak_flops"] if key in result["time"]):  # a run that was stopped lacks some
+        peaks, layers = result["peak_flops"][key], result["layers_flops"][key]
         row = {"model": key, "matmul peak": f"{min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}"}
         row |= {"its linear layers alone": round(layers / 1e9), "their share of the peak": f"{layers / max(peaks):.0%}"}
         for workload, shares in result["time"][key].items():
