@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from permdistill.configs import StudentConfig, TrainingConfig
+from permdistill.configs import HEADS, StudentConfig, TrainingConfig
 from permdistill.paper.hub import Repo
 from permdistill.paper.models import MODELS, TEACHERS
 from permdistill.paper.runs import Run
@@ -83,7 +83,7 @@ class Profile:
     n_prompts: tuple[int, int]
     pools: Mapping[str, Pool]
     api_teacher: str = TEACHERS[1]
-    n_api: int = 100
+    n_api: int = 60
     draws: int = 16
     matrix: bool = False
 
@@ -423,8 +423,8 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         _scale_cell("socialiqa", n_train=1000),
         _scale_cell("socialiqa", head="bi_encoder", n_train=1000, epochs=0),  # which fit the scale alone
     ),
-    # In no table: cheap enough that `make paper` can train one student of this head, too.
-    "shared prefix": (_cell(head="shared_prefix", training={"epochs": 2}, n_train=500),),
+    # In no table: one student of each head that is cheap enough for `make paper` to train it anew.
+    "audited": tuple(_cell(head=head, training={"epochs": 2}, n_train=500) for head in HEADS),
     "rates": tuple(_pairs_cell(SUMMEVAL, learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4)),
 }
 
