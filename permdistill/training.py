@@ -256,7 +256,11 @@ class _Trainer:
             [lesson] = lessons
             assert isinstance(lesson.seen, Distributions)
             student.correction = fit_correction(lesson.seen.P, lesson.shown, lesson.targets)
-        parts = [lesson.split(training.held_out, training.seed) for lesson in lessons]
+        few = [len(set(lesson.wordings())) < 2 for lesson in lessons]  # nothing is held out of these if others have more
+        parts = [
+            (lesson, None) if small and not all(few) else lesson.split(training.held_out, training.seed)
+            for lesson, small in zip(lessons, few, strict=True)
+        ]
         self.lessons, self.held_out = [part for part, _ in parts], [part for _, part in parts if part is not None]
         parameters = list(student.model.parameters())
         groups: list[dict[str, Any]] = [

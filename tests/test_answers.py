@@ -455,7 +455,8 @@ def test_the_bound_counts_every_form_that_is_not_listed():
     assert row["floor"] == -5.0 and row["listed"] == [2, 0, 0]
 
     def bound(n: int, mass: float) -> float:
-        return n * math.exp(-5) / (mass + n * math.exp(-5))
+        absent = min(n * math.exp(-5), 1 - mass)  # no more than what is listed leaves
+        return absent / (mass + absent)
 
     mass = sum(map(math.exp, (-3, -9)))
     every = mass + math.exp(-0.1) + math.exp(-4)
@@ -487,9 +488,9 @@ def test_forms_of_a_label_are_summed_and_their_mass_is_shown(tmp_path):
     P, worst = probabilities(job, Replies(tmp_path))
     by_position = P[0][np.arange(6), [call.order[0] for call in job.calls]]
     assert by_position == pytest.approx(0.95 / 0.99) and report.mass == pytest.approx(0.99)
-    # 1% each in two more forms of A, three of B and all four of C.
-    assert worst == report.bound == pytest.approx(0.09 / (0.99 + 0.09))
-    assert "label mass        0.99; unlisted forms of labels may have 8.3% of a distribution" in str(report)
+    # 1% each in two more forms of A, three of B and all four of C, but together no more than the 1% that is left.
+    assert worst == report.bound == pytest.approx(0.01)
+    assert "label mass        0.99; unlisted forms of labels may have 1.0% of a distribution" in str(report)
     alone, _ = probabilities(exact, Replies(tmp_path))
     assert alone[0][np.arange(6), [call.order[1] for call in job.calls]] == pytest.approx(1)  # B gets everything
     assert "label mass of the replies in the store 0.04; the model wants to say something else" in str(

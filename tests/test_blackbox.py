@@ -190,7 +190,8 @@ def test_logprobs_are_the_white_box_scores(server, tmp_path):
     assert ask(job, Replies(tmp_path)).complete == 4
     P, worst = probabilities(job, Replies(tmp_path))
     expected = np.array([[white_box(q, order) for order in all_orders(3)] for q in questions])
-    assert P == pytest.approx(expected, abs=1e-9) and worst == 0
+    assert P == pytest.approx(expected, abs=1e-9)
+    assert worst == pytest.approx(0.1)  # what this server's labels leave, other forms of them could have had
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(json.dumps(job.record(Replies(tmp_path), c)) for c in job.calls), encoding="utf-8")
     records = read(path)
@@ -642,7 +643,12 @@ def test_ask_from_the_command_line(server, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
     assert len(lines) == 20 and {line["decision"] for line in lines} <= {0, 1, 2}
     cli.main(["measure", str(tmp_path / "decisions.jsonl")])  # drawn orders, some of them twice
-    assert "4 items, K = 3, 5 orders; 20 records: 20 decided, 0 tied, 0 failed" in capsys.readouterr().out
+    orders = [len({tuple(line["order"]) for line in lines if line["id"] == name}) for name in {line["id"] for line in lines}]
+    shown = capsys.readouterr().out
+    again = f" ({20 - sum(orders)} repeat an order)" if sum(orders) < 20 else ""
+    assert f"; 20 records{again}: 20 decided, 0 tied, 0 failed" in shown
+    said = str(orders[0]) if len(set(orders)) == 1 else f"{min(orders)} to {max(orders)}"
+    assert f"4 items, K = 3, {said} orders" in shown
     path = str(tmp_path / "logprobs.jsonl")
     cli.main([*command, "--mode", "logprobs", "--orders", "cyclic", "--records", path])
     cli.main(["measure", path])

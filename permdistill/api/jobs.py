@@ -266,14 +266,15 @@ def label_mass(job: Job, store: Replies) -> float | None:
 
 def unlisted(job: Job, row: dict[str, Any]) -> float:
     """How wrong the renormalised probabilities of a reply may be at most (total variation) because forms of labels are not
-    listed: these count as 0, and each has the least listed at most."""
+    listed: these count as 0, each has the least listed at most, and all together what the listed forms leave."""
     n = sum(value is None for value in row["log_probs"])
     if job.variants:
         # Replies stored before "listed" was say only whether there is any.
         listed = row.get("listed") or [value is not None for value in row.get("others", ())]
         n += sum(len(forms(label)) - 1 for label in job.template.words(len(row["log_probs"]))) - sum(listed)
-    absent = n * math.exp(row["floor"])
-    return float(absent / (job.by_position(row).sum() + absent))
+    listed_mass = float(job.by_position(row).sum())
+    absent = min(n * math.exp(row["floor"]), max(0.0, 1 - listed_mass))
+    return absent / (listed_mass + absent)
 
 
 def said_mass(mass: float) -> str:

@@ -38,7 +38,7 @@ class Explorer:
         """The page in a frame of its own. A notebook that is not trusted drops the frame and keeps the line before it."""
         hint = "Nothing below? Trust this notebook, or write the page with <code>.save(&quot;explore.html&quot;)</code>."
         frame = f'<iframe title="explorer of all orders" sandbox="allow-scripts" srcdoc="{escape(self.page)}"'
-        style = 'style="width: 100%; height: 920px; border: 1px solid #9993"'
+        style = 'style="width: 100%; height: 860px; border: 1px solid #9993"'
         return f"<p>{escape(self.about)} <small>{hint}</small></p>{frame} {style}></iframe>"
 
     def __repr__(self) -> str:
