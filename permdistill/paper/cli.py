@@ -84,7 +84,7 @@ def _students(args: argparse.Namespace) -> None:
 
     folder = args.predictions or ablations.COMMITTED
     if args.audit:
-        chosen = ablations.cheapest([*profiles.MATRIX["tables"], *profiles.MATRIX["audited"]], folder)
+        chosen = ablations.cheapest(profiles.MATRIX["audited"], folder)
         found = ablations.audit(chosen, Path(args.work or "build/audit"), folder)
         print(found.to_string(index=False, float_format="{:.4f}".format))
         if not found.ok.all():
