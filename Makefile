@@ -181,7 +181,7 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED) $(RETRAINED)
 	$(eval MADE := yes)
 
 .PHONY: paper
-paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks and two audits (20 minutes on 2 cores)
+paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks and two audits (half an hour on 2 cores)
 	@echo "$(if $(MADE),done,nothing to do): tables and figures are up to date, see $(BUILD)/ and $(BUILD)/manifest.json"
 
 .PHONY: site
@@ -208,7 +208,7 @@ cost: $(INSTALLED) ## measure what an answer of every teacher and student costs 
 	$(PY) -m permdistill.paper.cost --output figures/cost.json
 
 .PHONY: bench
-bench: $(INSTALLED) | $(OURS) ## measure the shared-prefix engine against its rivals (half an hour or more), show it in notebook 6
+bench: $(INSTALLED) | $(OURS) ## measure the shared-prefix engine against its rivals (an hour or more), show it in notebook 6
 	$(PY) -m permdistill.paper.bench --output $(BUILD)/bench.json --keep figures
 	$(MAKE) --no-print-directory performance
 
