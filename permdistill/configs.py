@@ -17,7 +17,7 @@ class StudentConfig:
     encoder     what :func:`permdistill.sources.find` takes: "all-MiniLM-L6-v2", a local folder, a hub repository
     head        joint | per_option | shared_prefix | bi_encoder
     inputs      plain | prediction | distribution
-    k           number of options, 2..26; 0: any, for the heads that read each option alone (per_option, shared_prefix)
+    k           number of options, 2..26; 0: any, for the heads that read each option alone (all but joint)
     max_length  tokens a sequence; only context and question are ever cut, see :meth:`Student.encode`
     """
 
@@ -33,9 +33,9 @@ class StudentConfig:
         for name, value, known in (("head", self.head, HEADS), ("inputs", self.inputs, INPUTS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r}: give one of {', '.join(known)}")
-        any_k = self.head in ("per_option", "shared_prefix") and self.inputs != "distribution"  # what is fitted has its K
+        any_k = self.head != "joint" and self.inputs != "distribution"  # what is fitted has its K
         if not (MIN_OPTIONS <= self.k <= MAX_OPTIONS or (self.k == 0 and any_k)):
-            more = " (0, any number, is for the heads per_option and shared_prefix without distributions)"
+            more = " (0, any number, is for all heads but joint, without distributions)"
             raise ValueError(f"k = {self.k} options: give {MIN_OPTIONS}..{MAX_OPTIONS}{more * (self.k == 0)}")
         if self.max_length < 8:
             raise ValueError(f"max_length = {self.max_length} tokens: give at least 8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +55,10 @@ def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Co
     return Correction(float(found.x[0]), tuple(float(v) for v in found.x[1:] - found.x[1:].mean()))
 
 
-def fit_scale(cosines: np.ndarray, offsets: np.ndarray, targets: np.ndarray) -> float:
-    """What cosines are multiplied by to become logits; all arrays (item, option). It reads no gold answer.
+def fit_scale(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:
+    """What cosines are multiplied by to become logits. It reads no gold answer.
+
+    ``parts``: cosines, offsets and targets (item, option); several for several numbers of options.
 
     The scale that brings softmax(scale cosine + offset) closest to the targets (least mean KL(target || answer), a convex
     problem in one number); but where an untrained encoder's cosines do not follow the targets that is near 0, from where
@@ -63,12 +66,17 @@ def fit_scale(cosines: np.ndarray, offsets: np.ndarray, targets: np.ndarray) -> 
     its most and least probable option, beyond the offsets. Targets below 0.01 count as that much here.
     """
 
+    n = sum(len(targets) for *_, targets in parts)
+
     def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = x[0] * cosines + offsets
-        log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        slope = ((np.exp(log_q) - targets) * cosines).sum() / len(targets)
-        return -(targets * log_q).sum() / len(targets), np.array([slope])
+        value, slope = 0.0, 0.0
+        for cosines, offsets, targets in parts:
+            logits = x[0] * cosines + offsets
+            log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            slope += ((np.exp(log_q) - targets) * cosines).sum()
+            value -= (targets * log_q).sum()
+        return value / n, np.array([slope / n])
 
     closest = float(minimize(value_and_slope, np.ones(1), jac=True, method="BFGS").x[0])
-    unsaid = np.log(np.maximum(targets, 0.01)) - offsets
-    return max(closest, float(np.median(np.ptp(unsaid, axis=1))))
+    unsaid = [np.ptp(np.log(np.maximum(targets, 0.01)) - offsets, axis=1) for _, offsets, targets in parts]
+    return max(closest, float(np.median(np.concatenate(unsaid))))

@@ -402,15 +402,17 @@ class _Trainer:
 
     def _first_scale(self) -> float:
         """:func:`fit_scale` of the untrained encoder, on what the first epoch shows."""
-        [lesson] = self.lessons
-        epoch = self._epoch(lesson, (self.training.seed, 0, 0))
-        cosines = np.empty(tuple(epoch.goals.shape))
+        parts = []
         self.student.model.eval()
-        with torch.inference_mode():
-            for batch in epoch.plan:
-                for piece, logits in self._logits(epoch, batch):
-                    cosines[piece] = logits.double().cpu().numpy()
-        return fit_scale(cosines, epoch.offsets.double().numpy(), epoch.goals.double().numpy())
+        for place, lesson in enumerate(self.lessons):
+            epoch = self._epoch(lesson, (self.training.seed, 0, place))
+            cosines = np.empty(tuple(epoch.goals.shape))
+            with torch.inference_mode():
+                for batch in epoch.plan:
+                    for piece, logits in self._logits(epoch, batch):
+                        cosines[piece] = logits.double().cpu().numpy()
+            parts.append((cosines, epoch.offsets.double().numpy(), epoch.goals.double().numpy()))
+        return fit_scale(parts)
 
     def _held_out_kl(self, held_out: Sequence[Lesson]) -> float:
         """Mean KL on questions that are not trained on, without dropout, each in the same order every time."""

@@ -343,7 +343,7 @@ def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypa
     with pytest.raises(SystemExit, match="held_out = 0, give a share"):
         cli.main(["sweep", *arguments, "--held-out", "0"])
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
-    with pytest.raises(SystemExit, match="k = 0 options: give 2..26 .0, any number, is for the heads per_option"):
+    with pytest.raises(SystemExit, match="k = 0 options: give 2..26 .0, any number, is for all heads but joint"):
         cli.main(["sweep", *arguments, "--heads", "joint"])
 
     def any_k(questions, orders, template):

@@ -93,7 +93,7 @@ def test_few_questions_are_said_to_be_few():
 
 
 def test_students_are_stored_or_live(cell, tmp_path, monkeypatch, capsys):  # noqa: F811
-    train_on, test = ablations.data("planted", cell.tasks)
+    (train_on,), test = ablations.data("planted", cell.tasks)
     pool = profiles.Pool("T2", cell.tasks, 10**9, (cell.run,))
     settings = replace(profiles.PROFILES["smoke"], teachers=("planted",), pools={"one": pool})
     monkeypatch.setattr(ablations, "COMMITTED", tmp_path / "kept")

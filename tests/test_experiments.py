@@ -41,7 +41,7 @@ def planted(name: str, n: int = 40, k: int = 3, bias: float = 2.0, seed: int = 0
             f"{name}/{i}",
             "",
             f"which is {w} ?",
-            tuple(f"{w} {o}" for o in ("cat", "dog", "bird")[:k]),
+            tuple(f"{w} {o}" for o in ("cat", "dog", "bird", "fish")[:k]),
             int(a) if i >= ties else None,
         )
         for i, (a, w) in enumerate(zip(answers, rng.choice(["tall", "small", "old", "new"], n), strict=True))
@@ -256,8 +256,7 @@ def test_training_and_test_share_no_question_and_no_document():
             (q.context, q.question, q.options) for q in test.questions
         }
         if task == "piqa":
-            assert not {q.context for q in train.questions} & {q.context for q in test.questions}
-            assert len(train.questions) == 1050 == len({q.id for q in train.questions})
+            assert len(train.questions) == 16084 == len({q.id for q in train.questions}) and len(test.questions) == 1837
         if task in registry.SUMMEVAL:
             assert not set(train.groups) & set(test.groups)
             assert len(set(test.groups)) == 40

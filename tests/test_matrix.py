@@ -26,8 +26,8 @@ from permdistill.training import content_key
 @pytest.fixture
 def cell(tmp_path, monkeypatch) -> profiles.Cell:
     """A tiny student of a planted teacher, whose scores stand in for the stores."""
-    pools = {"planted": (planted("train", n=24), planted("test", n=12, seed=5))}
-    monkeypatch.setattr(ablations, "data", lambda teacher, tasks: pools[teacher])
+    pools = {"planted": ([planted("train", n=24)], planted("test", n=12, seed=5))}
+    monkeypatch.setattr(ablations, "data", lambda teacher, tasks, on=(): pools[teacher])
     student = StudentConfig(make_encoder(tmp_path / "encoder"), "per_option", "plain", 3, 64)
     return profiles.Cell("planted", ("one", "two"), profiles.Run(student, TrainingConfig(epochs=1)))
 
@@ -46,7 +46,8 @@ def test_what_is_made_is_found_and_not_made_again(cell, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "train", lambda *args, **more: pytest.fail("trained again"))
     assert ablations.make([cell], folder, work) == 0
     found = ablations.answer(cell, folder)
-    expected = experiments.distil(cell.run, *ablations.data("planted", cell.tasks), tmp_path / "again")
+    (train,), test = ablations.data("planted", cell.tasks)
+    expected = experiments.distil(cell.run, train, test, tmp_path / "again")
     assert found.P == pytest.approx(expected.P, abs=1e-6) and (found.orders == expected.orders).all()
     assert (found.what, found.parameters) == (cell.run.what, expected.parameters)
     table = ablations.compare([cell], folder).query("task == 'all'").set_index("method")
@@ -149,20 +150,20 @@ def test_other_scores_recipes_or_questions_void_them(cell, tmp_path, monkeypatch
     folder = tmp_path / "predictions"
     ablations.make([cell], folder, tmp_path / "work")
     assert ablations.available([cell, with_run(cell, power=2.0)], folder) == [cell]
-    train, test = ablations.data("planted", cell.tasks)
-    for pools in ((replace(train, P=train.P[:, ::-1] * 0.9 + 0.1 / 3), test), (train, planted("test", n=11, seed=5))):
+    (train,), test = ablations.data("planted", cell.tasks)
+    for pools in (([replace(train, P=train.P[:, ::-1] * 0.9 + 0.1 / 3)], test), ([train], planted("test", n=11, seed=5))):
         with monkeypatch.context() as patch:
             patch.setattr(ablations, "data", lambda *args, pools=pools: pools)
             with pytest.raises(ablations.MissingPredictions, match="another recipe, scores or questions"):
                 ablations.answer(cell, folder)
     # Another machine's exp() rounds the last digit otherwise: the same student.
     with monkeypatch.context() as patch:
-        patch.setattr(ablations, "data", lambda *args: (replace(train, P=train.P + 1e-13), test))
+        patch.setattr(ablations, "data", lambda *args: ([replace(train, P=train.P + 1e-13)], test))
         ablations.answer(cell, folder)
 
 
 def test_what_a_run_teaches(cell):
-    train, _ = ablations.data("planted", cell.tasks)
+    (train,), _ = ablations.data("planted", cell.tasks)
     usual = experiments.lesson_of(cell.run, train)
     average = debias.permutation_average(train.P)
     assert usual.targets == pytest.approx(average) and usual.seen is None
@@ -185,8 +186,36 @@ def test_what_a_run_teaches(cell):
         with_run(cell, orders="some")
 
 
+def test_one_student_answers_several_things_and_is_trained_once(cell, tmp_path, monkeypatch):
+    """Taught on questions of 3 and 2 options together, it answers 3, and 4 that it never saw; each compared with its own."""
+    taught = [planted("three", n=24), planted("two", k=2, n=24)]
+    asked = {("three",): planted("three", n=12, seed=5), ("four",): planted("four", k=4, n=10, seed=6)}
+    monkeypatch.setattr(ablations, "data", lambda teacher, tasks, on=(): (taught[: len(tasks)], asked[on or tasks]))
+    monkeypatch.setattr(profiles, "TASKS", {name: tasks.TASKS["piqa"] for name in ("three", "two", "four")})
+    run = replace(cell.run, student=replace(cell.run.student, k=0))
+    alone = profiles.Cell("planted", ("three",), run)
+    both = [profiles.Cell("planted", ("three", "two"), run, (on,)) for on in ("three", "four")]
+    trained, train = [], ablations.train
+    monkeypatch.setattr(ablations, "train", lambda *args: trained.append(args) or train(*args))
+    assert ablations.make([alone, *both], tmp_path / "kept", tmp_path / "work") == 3
+    assert [len(lessons) for _, _, lessons, _ in trained] == [1, 2]
+    assert {ablations.path(c, ".").parent.as_posix() for c in both} == {
+        f"planted/three-two/on-{on}" for on in ("three", "four")
+    }
+    assert [ablations.answer(c, tmp_path / "kept").P.shape for c in both] == [(12, 3, 3), (10, 4, 4)]
+    table = ablations.compare([alone, *both], tmp_path / "kept").query("task != 'all' and kind == 'student'")
+    assert table[["task", "taught_on", "n"]].fillna("").to_numpy().tolist() == [
+        ["three", "", 12],
+        ["three", "PIQA and PIQA", 12],
+        ["four", "PIQA and PIQA", 10],
+    ]
+    assert both[0].what != alone.what and "taught on PIQA and PIQA" in title(both[0].what)
+    untaught = replace(both[1], run=replace(run, training=replace(run.training, epochs=0)))
+    assert untaught.what.taught_on is None  # it learnt nothing anywhere
+
+
 def test_content_key_covers_what_training_depends_on(cell):
-    train, _ = ablations.data("planted", cell.tasks)
+    (train,), _ = ablations.data("planted", cell.tasks)
     seen = {ablations.key(cell)}
     for other in (
         with_run(cell, power=2.0),
@@ -239,8 +268,9 @@ def every_cell() -> list[profiles.Cell]:
 def test_every_cell_has_a_file_of_its_own():
     cells = every_cell()
     assert len({ablations.path(cell) for cell in cells}) == len(cells)
-    assert {cell.about for cell in cells} <= {"multiple_choice", "summeval", *tasks.TASKS}
-    assert all(set(cell.tasks) <= {*tasks.MULTIPLE_CHOICE, *tasks.SUMMEVAL, "piqa", "socialiqa"} for cell in cells)
+    assert {cell.about for cell in cells if not cell.on} <= {"multiple_choice", "summeval", *tasks.TASKS}
+    assert all(set(cell.tasks) <= {*tasks.MULTIPLE_CHOICE, *tasks.SUMMEVAL, *profiles.BIG} for cell in cells)
+    assert not any(set(tested) & set(profiles.BIG) for tested in profiles.UNSEEN)
     titles = [(cell.teacher, cell.run.title) for cell in profiles.MATRIX["heads and inputs"]]
     # Seeds of one student share a title; the weak teacher's joint and per-option students have one seed.
     assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(profiles.SEEDS)}

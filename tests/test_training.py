@@ -165,7 +165,7 @@ def test_training_learns_the_planted_option(encoder, tmp_path, head):
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("head", ["per_option", "shared_prefix"])
+@pytest.mark.parametrize("head", ["per_option", "shared_prefix", "bi_encoder"])
 def test_one_student_for_any_number_of_options(dropping, tmp_path, head):
     """Taught on 3 and 2 options together it knows both, and 5, never seen; killed, it goes on to the same weights."""
     told = {k: toy(200, k, k) for k in (3, 2)}
@@ -191,7 +191,7 @@ def test_several_lessons_are_for_any_number_of_options_only(encoder, tmp_path):
         train(StudentConfig(encoder, "per_option", k=3), FAST, lessons, tmp_path)
     with pytest.raises(ValueError, match="2 lessons, k = 3: give one, or several for a student with k = 0"):
         train(StudentConfig(encoder, "per_option", k=3), FAST, lessons[:1] * 2, tmp_path)
-    for head, inputs in (("joint", "plain"), ("bi_encoder", "plain"), ("per_option", "distribution")):
+    for head, inputs in (("joint", "plain"), ("bi_encoder", "distribution"), ("per_option", "distribution")):
         with pytest.raises(ValueError, match=r"k = 0 options: give 2..26 \(0, any number, is for"):
             StudentConfig(encoder, head, inputs, k=0)
     mixed = [*lessons[0].questions[:1], *lessons[1].questions[:1]]
@@ -245,10 +245,12 @@ def test_scale_is_the_best_fit_and_never_so_small_that_nothing_can_be_said():
     cosines, offsets = rng.uniform(-1, 1, size=(200, K)), rng.normal(size=(200, K))
     said = 4 * cosines + offsets
     targets = np.exp(said - np.logaddexp.reduce(said, axis=1, keepdims=True))
-    assert fit_scale(cosines, offsets, targets) == pytest.approx(4, abs=1e-3)  # planted, and above the floor
+    assert fit_scale([(cosines, offsets, targets)]) == pytest.approx(4, abs=1e-3)  # planted, and above the floor
     against = np.where(targets == targets.max(axis=1, keepdims=True), 0.9, 0.05)  # the cosines of a useless encoder
-    assert fit_scale(-np.log(against), 0 * offsets, against) == pytest.approx(np.log(0.9 / 0.05))
-    assert fit_scale(-against, np.log(against), against) == pytest.approx(0, abs=1e-3)  # the offsets say it all
+    assert fit_scale([(-np.log(against), 0 * offsets, against)]) == pytest.approx(np.log(0.9 / 0.05))
+    assert fit_scale([(-against, np.log(against), against)]) == pytest.approx(0, abs=1e-3)  # the offsets say it all
+    pairs = (cosines[:50, :2], offsets[:50, :2], targets[:50, :2] / targets[:50, :2].sum(axis=1, keepdims=True))
+    assert fit_scale([(cosines, offsets, targets), pairs]) == pytest.approx(4, abs=1e-3)  # of another K, by the same rule
 
 
 @HEADS

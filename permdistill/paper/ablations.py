@@ -16,7 +16,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from permdistill import debias
 from permdistill.files import locked
+from permdistill.lessons import Lesson
 from permdistill.measure import evaluate, metrics
 from permdistill.orders import cyclic_orders
 from permdistill.paper import tables
@@ -37,9 +38,10 @@ from permdistill.paper.experiments import (
     System,
     baselines,
     black_box_decisions,
+    by_k,
     distil,
     in_cyclic_orders,
-    lesson_of,
+    lessons_of,
     read_predictions,
     read_scores,
     save_predictions,
@@ -47,7 +49,7 @@ from permdistill.paper.experiments import (
     together,
 )
 from permdistill.paper.paths import ROOT
-from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Pool, Profile, Run, cells_of, n_test
+from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Pool, Profile, Run, cells_of, n_test, together_as
 from permdistill.paper.systems import COPY, TWO_ORDERS, Description, described_rows, title
 from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
@@ -64,19 +66,24 @@ class MissingPredictions(LookupError):
 
 
 @lru_cache(maxsize=16)
-def data(teacher: str, tasks: tuple[str, ...]) -> tuple[Scored, Scored]:
-    """What students of ``teacher`` learn from (all training questions) and are tested on (the full profile's), pooled."""
-    n = n_test(PROFILES["full"], tasks)
-    train_on = together([read_scores(teacher, task, "train") for task in tasks])
-    return train_on, together([read_scores(teacher, task, "test", n=n) for task in tasks])
+def data(teacher: str, tasks: tuple[str, ...], on: tuple[str, ...] = ()) -> tuple[list[Scored], Scored]:
+    """What students of ``teacher`` learn from: all training questions of ``tasks``, pooled by number of options. And what
+    they are tested on: the full profile's questions of ``on`` (of ``tasks`` if that is empty), pooled."""
+    n = n_test(PROFILES["full"], on or tasks)
+    train_on = by_k([read_scores(teacher, task, "train") for task in tasks])
+    return train_on, together([read_scores(teacher, task, "test", n=n) for task in on or tasks])
 
 
-def key(cell: Cell, over: tuple[Scored, Scored] | None = None) -> str:
+def _data(cell: Cell) -> tuple[list[Scored], Scored]:
+    return data(cell.teacher, cell.tasks, cell.on)
+
+
+def key(cell: Cell, over: tuple[list[Scored], Scored] | None = None) -> str:
     """sha256 over whatever the predictions depend on: training, its data, and what the student is asked. ``over``: questions
     to train and test on, by default those of :func:`data`."""
-    train_on, test = over or data(cell.teacher, cell.tasks)
+    train_on, test = over or _data(cell)
     asked = test_inputs(cell.run, test)
-    weights = content_key(cell.run.student, cell.run.training, lesson_of(cell.run, train_on))
+    weights = content_key(cell.run.student, cell.run.training, lessons_of(cell.run, train_on))
     return digest(weights, asked["questions"], asked["orders"], asked["decisions"], asked["distributions"])
 
 
@@ -85,14 +92,14 @@ def path(cell: Cell, folder: str | Path = "") -> Path:
     return Path(folder or COMMITTED) / Path(cell.teacher).name / cell.about / f"{cell.run.name}.parquet"
 
 
-def answer(cell: Cell, folder: str | Path = "", over: tuple[Scored, Scored] | None = None) -> System:
+def answer(cell: Cell, folder: str | Path = "", over: tuple[list[Scored], Scored] | None = None) -> System:
     """The stored predictions of a cell. Raises MissingPredictions when there are none, or those of other data or recipe."""
     P, orders, about = _kept(cell, folder, over)
-    return System(cell.run.what, P, orders, about["parameters"])
+    return System(cell.what, P, orders, about["parameters"])
 
 
 def _kept(
-    cell: Cell, folder: str | Path, over: tuple[Scored, Scored] | None = None
+    cell: Cell, folder: str | Path, over: tuple[list[Scored], Scored] | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Probabilities (item, order, option), their orders, and what :func:`make` wrote beside them."""
     file = path(cell, folder)
@@ -118,7 +125,7 @@ def students(
     found = []
     for cell in cells_of(settings, pool):
         try:
-            found.append(answer(cell, over=(train_on, test)))
+            found.append(answer(cell, over=([train_on], test)))
         except MissingPredictions:
             print(f"not stored, so trained now: {cell.run.title}")
             found.append(distil(cell.run, train_on, test, folder))
@@ -146,8 +153,8 @@ def audit(cells: Iterable[Cell], work: Path, folder: str | Path = "") -> pd.Data
     cores, and what differs by rounding at first differs by more in the end. Finished weights are deleted."""
     rows = []
     for cell in cells:
-        train_on, test = data(cell.teacher, cell.tasks)
-        student = train(cell.run.student, cell.run.training, lesson_of(cell.run, train_on), work / cell.run.name)
+        train_on, test = _data(cell)
+        student = train(cell.run.student, cell.run.training, lessons_of(cell.run, train_on), work / cell.run.name)
         stored, P = answer(cell, folder).P, student.predict_batch(**test_inputs(cell.run, test))
         tv = np.abs(P - stored).sum(axis=-1) / 2
         same = (P.argmax(axis=-1) == stored.argmax(axis=-1)).mean()
@@ -168,22 +175,32 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
             answer(cell, folder)
         except MissingPredictions:
             missing.append(cell)
-    for cell in tqdm(missing, desc="students", unit="student"):
-        train_on, test = data(cell.teacher, cell.tasks)
-        home = work / Path(cell.teacher).name / cell.about / cell.run.name
-        asked = test_inputs(cell.run, test)
+    alike: dict[Cell, list[Cell]] = {}  # one student, asked several things
+    for cell in missing:
+        alike.setdefault(replace(cell, on=()), []).append(cell)
+    for own, its in tqdm(alike.items(), desc="students", unit="student"):
+        home = work / Path(own.teacher).name / own.about / own.run.name
         with locked(home / "lock"):
-            student = train(cell.run.student, cell.run.training, lesson_of(cell.run, train_on), home / "student")
-            P = student.predict_batch(**asked)
-            log = read_log(home / "student")
-            about = {"key": key(cell), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
-            about |= {"parameters": sum(p.numel() for p in student.model.parameters())}
-            about |= {name: round(log[name], 3) for name in ("seconds", "questions_per_second")}
-            about |= cost(student, asked) | {"losses": [round(loss, 5) for loss in log["losses"]]}
-            about |= {"held_out_kl": [round(kl, 6) for kl in log["held_out_kl"]]}
-            save_predictions(path(cell, folder), test, asked["orders"], P, about)
+            lessons = lessons_of(own.run, _data(its[0])[0])
+            student = train(own.run.student, own.run.training, lessons, home / "student")
+            for cell in its:
+                _keep(cell, student, read_log(home / "student"), folder)
             shutil.rmtree(home / "student")
     return len(missing)
+
+
+def _keep(cell: Cell, student: Student, log: dict[str, Any], folder: str | Path) -> None:
+    """Let the student answer the test questions; write the answers, and how it was trained, where :func:`answer` looks."""
+    _, test = _data(cell)
+    asked = test_inputs(cell.run, test)
+    P = student.predict_batch(**asked)
+    about: dict[str, Any] = {"key": key(cell), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
+    about |= {"on": cell.on} if cell.on else {}
+    about |= {"parameters": sum(p.numel() for p in student.model.parameters())}
+    about |= {name: round(log[name], 3) for name in ("seconds", "questions_per_second")}
+    about |= cost(student, asked) | {"losses": [round(loss, 5) for loss in log["losses"]]}
+    about |= {"held_out_kl": [round(kl, 6) for kl in log["held_out_kl"]]}
+    save_predictions(path(cell, folder), test, asked["orders"], P, about)
 
 
 def cost(student: Student, asked: dict[str, Any], n: int = 128) -> dict[str, float]:
@@ -209,22 +226,26 @@ def sweep(runs: Iterable[Run], train_on: Scored | Sequence[Scored], folder: str 
     always 1/K: a student that is no better has learnt nothing. Finished runs are loaded, not repeated. Raises ValueError
     for runs that hold nothing out.
     """
-    rows, parts = [], [train_on] if isinstance(train_on, Scored) else train_on
+    rows = []
     for run in runs:
         if not run.training.held_out:
             raise ValueError(f"{run.name}: held_out = 0, give a share of the questions to compare the students on")
-        lessons = [lesson_of(run, part) for part in parts]
+        lessons = lessons_of(run, train_on)
         train(run.student, run.training, lessons, Path(folder) / run.name)
         log = read_log(Path(folder) / run.name)
-        uniform = [
-            np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1)
-            for Q in (one.targets for one in lessons)
-        ]
         row = {"student": run.title, "learning rate": run.training.learning_rate, "warm-up": run.training.warmup}
         row |= {"seed": run.training.seed, "held-out KL": min(log["held_out_kl"])}
         row |= {"epoch": int(np.argmin(log["held_out_kl"])) + 1, "seconds": round(log["seconds"])}
-        rows.append(row | {"uniform": np.concatenate(uniform).mean(), "folder": str(Path(folder) / run.name)})
+        rows.append(row | {"uniform": _uniform(lessons), "folder": str(Path(folder) / run.name)})
     return pd.DataFrame(rows).sort_values("held-out KL", ignore_index=True)
+
+
+def _uniform(lessons: Sequence[Lesson]) -> float:
+    """Mean KL(targets || 1/K) in nats."""
+    by_question = [
+        np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1) for Q in (one.targets for one in lessons)
+    ]
+    return float(np.concatenate(by_question).mean())
 
 
 def rivals(test: Scored) -> list[System]:
@@ -251,14 +272,14 @@ def rivals(test: Scored) -> list[System]:
 
 
 def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
-    """Cells by teacher and tasks: the teacher's name, the test questions, and the cells, none twice. Raises
+    """Cells by teacher and the tasks that they answer: the teacher's name, the test questions, the cells, none twice. Raises
     MissingPredictions when there are none."""
     cells = list(dict.fromkeys(cells))
     if not cells:
         raise MissingPredictions("none of these students' predictions are stored: run `make students`")
-    for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
-        own = [cell for cell in cells if (cell.teacher, cell.tasks) == (teacher, tasks)]
-        yield Path(teacher).name, data(teacher, tasks)[1], own
+    for teacher, tested in dict.fromkeys((cell.teacher, cell.tested) for cell in cells):
+        own = [cell for cell in cells if (cell.teacher, cell.tested) == (teacher, tested)]
+        yield Path(teacher).name, _data(own[0])[1], own
 
 
 def compare(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
@@ -287,7 +308,8 @@ def differences(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
                 row = evaluate.measure(P, cyclic_orders(test.task.k), questions, groups, baseline, ["accuracy"])
                 gain = {f"difference{part}": row[f"gain{part}"] for part in ("", "_low", "_high")}
                 other = {f"rival_{name}": getattr(rival, name) for name in RIVAL}
-                rows.append({"teacher": teacher, **asdict(student), **other, "seeds": len(seeds), **gain})
+                who = {"teacher": teacher, "tasks": together_as(own[0].tested)}
+                rows.append({**who, **asdict(student), **other, "seeds": len(seeds), **gain})
     return described_rows(rows)
 
 
@@ -324,8 +346,7 @@ def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd
             losses = about["losses"]
             if not losses:  # untrained
                 continue
-            Q = lesson_of(cell.run, data(cell.teacher, cell.tasks)[0]).targets
-            uniform = np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1).mean()
+            uniform = _uniform(lessons_of(cell.run, _data(cell)[0]))
             row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1, "uniform": uniform}
             kls = about.get("held_out_kl", [])  # predictions stored before this was kept held nothing out
             epochs = len(kls) or cell.run.training.epochs  # that were run: patience may end training early
@@ -337,7 +358,7 @@ def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd
 
 def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
     """Accuracy of one student minus that of another of the same tasks, paired by question. Raises MissingPredictions."""
-    test = data(first.teacher, first.tasks)[1]
+    test = _data(first)[1]
     right = [evaluate.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
     labelled = ~np.isnan(right[0])
     return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
@@ -347,7 +368,7 @@ def mixtures(cell: Cell, weights: Sequence[float], folder: str | Path = "") -> p
     """What a student that sees no answer of the teacher can add to one: log P(prior-matching) + weight * log P(student), by
     weight (0: prior-matching alone), with the gain over the biased teacher. The best row is what error correction could
     reach as a product of the two, had it known the weight."""
-    test = data(cell.teacher, cell.tasks)[1]
+    test = _data(cell)[1]
     orders = cyclic_orders(test.task.k)
     biased, student = in_cyclic_orders(test.P), answer(cell, folder).P
     matched = debias.prior_matching(biased, orders)
@@ -364,7 +385,7 @@ def mixtures(cell: Cell, weights: Sequence[float], folder: str | Path = "") -> p
 def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
     """What a curve of students is to be seen beside: the accuracy of the biased teacher and its all-orders average, and of
     the student ``cell``."""
-    test = data(cell.teacher, cell.tasks)[1]
+    test = _data(cell)[1]
     biased, *_, averaged = rivals(test)
     found = {title(system.what): system.P for system in (biased, averaged)}
     found["student of exact targets"] = answer(cell, folder).P
@@ -380,14 +401,14 @@ def coverage(folder: str | Path = "") -> pd.DataFrame:
 def _setting(cell: Cell, name: str) -> Any:
     run = cell.run
     if name == "n_train" and not run.n_train:
-        return len(data(cell.teacher, cell.tasks)[0].P)
+        return sum(len(part.P) for part in _data(cell)[0])
     return next(getattr(part, name) for part in (run, run.training, run.student) if hasattr(part, name))
 
 
 def _by_student(cells: Sequence[Cell]) -> dict[Description, list[Cell]]:
     result: dict[Description, list[Cell]] = {}
     for cell in cells:
-        result.setdefault(cell.run.what, []).append(cell)
+        result.setdefault(cell.what, []).append(cell)
     return result
 
 

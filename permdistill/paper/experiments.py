@@ -265,6 +265,11 @@ def baselines(test: Scored) -> list[System]:
     ]
 
 
+def lessons_of(run: Run, train_on: Scored | Sequence[Scored]) -> list[Lesson]:
+    """:func:`lesson_of` each part: one, or several of different numbers of options for a student with k = 0."""
+    return [lesson_of(run, part) for part in ([train_on] if isinstance(train_on, Scored) else train_on)]
+
+
 def lesson_of(run: Run, train_on: Scored) -> Lesson:
     """What the student of ``run`` learns from. No gold answer enters: the questions are stripped of theirs."""
     questions, P, orders = unlabelled(train_on.task.questions), train_on.P, train_on.orders
@@ -289,7 +294,7 @@ def test_inputs(run: Run, test: Scored) -> dict[str, Any]:
     test questions without gold answers, in the cyclic orders, with what the teacher said where the student sees it."""
     return {
         "questions": unlabelled(test.task.questions),
-        "orders": cyclic_orders(run.student.k),
+        "orders": cyclic_orders(test.task.k),
         "decisions": black_box_decisions(test, run.greedy) if run.student.inputs == "prediction" else None,
         "distributions": in_cyclic_orders(test.P) if run.student.inputs == "distribution" else None,
     }
@@ -304,7 +309,7 @@ def distil(run: Run, train_on: Scored, test: Scored, folder: Path) -> System:
     student = train(run.student, run.training, lesson_of(run, train_on), folder / "students" / run.name)
     P = student.predict_batch(**test_inputs(run, test))
     parameters = sum(p.numel() for p in student.model.parameters())
-    orders = cyclic_orders(run.student.k)
+    orders = cyclic_orders(test.task.k)
     save_predictions(folder / "predictions" / f"{run.name}.parquet", test, orders, P, {"parameters": parameters})
     return System(run.what, P, orders, parameters)
 

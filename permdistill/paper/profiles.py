@@ -16,6 +16,7 @@ from permdistill.configs import HEADS, StudentConfig, TrainingConfig
 from permdistill.paper.hub import Repo
 from permdistill.paper.models import MODELS, TEACHERS
 from permdistill.paper.runs import Run
+from permdistill.paper.systems import Description
 from permdistill.paper.tasks import (
     HUB_CHOICE,
     LAPTOP,
@@ -300,17 +301,40 @@ def n_test(settings: Profile, tasks: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """One student of the matrix: its teacher, the tasks that it learns and answers as one, and the run."""
+    """One student of the matrix.
+
+    teacher  whose answers it learns
+    tasks    that it learns
+    run      what it is, and how it is trained
+    on       other tasks that it answers, as one; (): those that it learns. Cells that differ in nothing else are one student
+    """
 
     teacher: str
     tasks: tuple[str, ...]
     run: Run
+    on: tuple[str, ...] = ()
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """The tasks that it answers."""
+        return self.on or self.tasks
 
     @property
     def about(self) -> str:
-        """The tasks in a word: "multiple_choice", "summeval", or the one task's name."""
-        names = {MULTIPLE_CHOICE: "multiple_choice", SUMMEVAL: "summeval"}
-        return names.get(self.tasks, "-".join(self.tasks))
+        """The tasks in a word, and what else it answers: "piqa", "piqa/on-mmlu"."""
+        return together_as(self.tasks) + (f"/on-{together_as(self.on)}" if self.on else "")
+
+    @property
+    def what(self) -> Description:
+        """:attr:`Run.what`, and what it was taught on where it answers something else."""
+        if not (self.on and self.run.training.epochs):
+            return self.run.what
+        return replace(self.run.what, taught_on=" and ".join(TASKS[task].title for task in self.tasks))
+
+
+def together_as(tasks: Sequence[str]) -> str:
+    """Tasks in a word: "multiple_choice", "summeval", or their own names."""
+    return {MULTIPLE_CHOICE: "multiple_choice", SUMMEVAL: "summeval"}.get(tuple(tasks), "-".join(tasks))
 
 
 def cells_of(settings: Profile, pool: Pool) -> tuple[Cell, ...]:
@@ -319,8 +343,11 @@ def cells_of(settings: Profile, pool: Pool) -> tuple[Cell, ...]:
 
 
 SEEDS = (0, 1, 2)
+BIG = ("socialiqa", "piqa")  # whole training sets
+UNSEEN = (MULTIPLE_CHOICE, ("csqa",), ("hellaswag",), ("mmlu",), ("boolq",))
 _MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
 LENGTH = {"joint": 256, "per_option": 128, "bi_encoder": 128}
+_UNTRAINED: dict[str, Any] = {"head": "bi_encoder", "epochs": 0, "n_train": 1000}  # which fit the scale alone
 _METHODS: tuple[dict[str, Any], ...] = (
     {"inputs": "plain"},
     {"inputs": "distribution"},
@@ -354,14 +381,17 @@ def _pairs_cell(tasks: tuple[str, ...], encoder: str = _MINILM, **training: Any)
 def _piqa_cell(encoder: str = _MINILM, head: str = "bi_encoder", inputs: str = "plain", **training: Any) -> Cell:
     like = _cell(encoder=encoder, head=head, inputs=inputs, training=training).run
     length = 512 if head == "joint" else 256  # some of its solutions are long
-    return Cell(TEACHERS[0], ("piqa",), replace(like, student=replace(like.student, k=2, max_length=length)))
+    return Cell(TEACHERS[0], ("piqa",), replace(like, student=replace(like.student, k=2, max_length=length), n_train=1050))
 
 
-def _scale_cell(task: str, head: str = "shared_prefix", n_train: int = 0, **training: Any) -> Cell:
-    # One look at as many questions as there are, at the rate of the small students: none was tried at this size.
-    usual = {"epochs": 1, "learning_rate": 5e-5, "batch_size": 32, "micro_tokens": 4096}
-    student = StudentConfig(_MPNET, head, "plain", TASKS[task].k, 128)
-    return Cell(TEACHERS[0], (task,), Run(student, TrainingConfig(**usual | {"held_out": 0.04} | training), n_train=n_train))
+def _scale_cell(
+    *tasks: str, on: tuple[str, ...] = (), small: bool = False, head: str = "shared_prefix", n_train: int = 0, **more: Any
+) -> Cell:
+    """One look at all questions, at the rate of the small students: none was tried at this size. ``small``: for any K."""
+    usual = {"epochs": 1, "learning_rate": 1e-4 if small else 5e-5, "batch_size": 32, "micro_tokens": 4096, "held_out": 0.04}
+    encoder, k, length = (_MINILM, 0, 256) if small else (_MPNET, TASKS[tasks[0]].k, 128)
+    student = StudentConfig(encoder, head, "plain", k, length)
+    return Cell(TEACHERS[0], tasks, Run(student, TrainingConfig(**usual | more), n_train=n_train), on)
 
 
 USUAL = _cell()  # what the ablations vary
@@ -408,7 +438,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         *(_pairs_cell(SUMMEVAL, encoder, epochs=0) for encoder in (_MINILM, _MPNET)),
         _pairs_cell(SUMMEVAL, _MPNET),
     ),
-    # Pairs again, of which the averaged teacher knows more than of SummEval's.
+    # Pairs again, of which the averaged teacher knows more than of SummEval's; as many questions as above.
     "piqa": (
         *(_piqa_cell(seed=seed) for seed in SEEDS),
         _piqa_cell(inputs="distribution"),
@@ -421,7 +451,14 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "scale": (
         _scale_cell("socialiqa"),
         _scale_cell("socialiqa", n_train=1000),
-        _scale_cell("socialiqa", head="bi_encoder", n_train=1000, epochs=0),  # which fit the scale alone
+        _scale_cell("socialiqa", **_UNTRAINED),
+    ),
+    # One student of any number of options, taught on two whole training sets, for tasks that it has seen and not seen;
+    # beside it the same encoder taught on each alone, and untaught.
+    "one for all": (
+        *(_scale_cell(*BIG, on=on, small=True) for on in (*((task,) for task in BIG), *UNSEEN)),
+        *(_scale_cell(task, small=True) for task in BIG),
+        *(_scale_cell("socialiqa", on=on, small=True, **_UNTRAINED) for on in ((), ("piqa",), *UNSEEN)),
     ),
     # In no table: one student of each head that is cheap enough for `make paper` to train it anew.
     "audited": tuple(_cell(head=head, training={"epochs": 2}, n_train=500) for head in HEADS),
@@ -433,9 +470,10 @@ def all_needs(settings: Profile) -> list[Need]:
     """:func:`needs`, and what the matrix reads besides where the profile has it; the committed stores hold these scores."""
     found = needs(settings)
     cells = [cell for part in MATRIX.values() for cell in part] if settings.matrix else []
-    for teacher, tasks in dict.fromkeys((cell.teacher, cell.tasks) for cell in cells):
-        sizes = {"train": settings.n_train, "test": n_test(settings, tasks)}
-        for need in (Need("matrix", teacher, task, split, n) for split, n in sizes.items() for task in tasks):
+    parts = [(c.teacher, "train", c.tasks, settings.n_train) for c in cells]
+    parts += [(c.teacher, "test", c.tested, n_test(settings, c.tested)) for c in cells]
+    for teacher, split, tasks, n in dict.fromkeys(parts):
+        for need in (Need("matrix", teacher, task, split, n) for task in tasks):
             own = (need.teacher, need.task, need.split, need.template_name)
             if not any((f.teacher, f.task, f.split, f.template_name) == own and f.n >= need.n for f in found):
                 found.append(need)

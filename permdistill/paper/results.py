@@ -32,11 +32,11 @@ learnt RACE yet: its training questions are not scored.""",
     "T2_students_multiple_choice": """T2. Students on multiple choice (notebook 03_students)
 
 ARC-Easy, ARC-Challenge and OpenBookQA as one. The 1.5B teacher taught them, with questions that have no gold answers.
-Predictions are stored (`predictions/`); `make paper` trains the cheapest student of each head anew and compares.""",
+Predictions are stored (`predictions/`); `make paper` trains a small student of each head anew and compares.""",
     "T3_students_summeval": """T3. Students on SummEval (notebook 03_students)
 
 Pairs of summaries, four attributes as one.
-Predictions are stored (`predictions/`); `make paper` trains the cheapest student of each head anew and compares.""",
+Predictions are stored (`predictions/`); `make paper` trains a small student of each head anew and compares.""",
     "T4_matrix": """T4. All students on multiple choice (notebook 05_ablations)
 
 Students that take hours to train together: `make students` does it, and their predictions are kept in `predictions/`.
@@ -48,11 +48,15 @@ Trained at a rate of 1e-5, at which students stay near the encoder that they beg
 accuracies on these test questions had been seen, so that rows above the biased teacher are no result.""",
     "T6_piqa": """T6. Students on PIQA, stored (notebook 05_ablations)
 
-Pairs of which the averaged teacher knows more than of SummEval's.""",
+Pairs of which the averaged teacher knows more than of SummEval's; 1,050 training questions, the whole test set.""",
     "T7_scale": """T7. Whole training sets (notebook 05_ablations)
 
 SocialIQA: one look at its training questions, the whole test set. "Untrained" is the sentence encoder's own cosine.
 "n_train" is the number of training questions where it is not all 33,177, of which 4% are held out.""",
+    "T8_one_for_all": """T8. One student for every task (notebook 05_ablations)
+
+MiniLM, shared-prefix head, of any number of options. "taught_on" is what it learnt where that is not the task itself;
+unseen are all tasks but SocialIQA and PIQA. "Untrained" is the sentence encoder's own cosine.""",
     "F2_draws": """F2. Black-box draws (notebook 05_ablations)
 
 Targets are histograms of so many sampled decisions a question.""",

@@ -136,9 +136,14 @@ def sensitivity(systems: pd.DataFrame) -> Words:
 
 
 def makes(
-    t4: pd.DataFrame, draws: pd.DataFrame, questions: pd.DataFrame, collapse: pd.DataFrame, scale: pd.DataFrame
+    t4: pd.DataFrame,
+    draws: pd.DataFrame,
+    questions: pd.DataFrame,
+    collapse: pd.DataFrame,
+    scale: pd.DataFrame,
+    gaps: pd.DataFrame,
 ) -> Words:
-    """Of the ablations: T4, F2, F3, the collapse check, and T7."""
+    """Of the ablations: T4, F2, F3, the collapse check, T7, and T8's differences."""
     found = students(t4).split("\n")[:-1]
     first, last = draws.sort_values("draws").iloc[[0, -1]].itertuples()
     few, many = questions.sort_values("n_train").iloc[[0, -1]].itertuples()
@@ -157,7 +162,20 @@ def makes(
         f"{_points(collapse.loc[collapse.accuracy.idxmax()], 'accuracy')}."
     )
     lines += [f"**SocialIQA whole** (T7): {line[2:]}" for line in students(scale).split("\n")[:-1]]
-    return _list([*lines, claim("efghi")])
+    return _list([*lines, *_one_for_all(gaps), claim("efghi")])
+
+
+def _one_for_all(gaps: pd.DataFrame) -> list[str]:
+    taught = gaps[gaps.taught_on.notna()]
+    lines = []
+    for name, rivals in (
+        ("the same encoder untaught", taught.rival_method == UNTRAINED),
+        ("the biased teacher", taught.rival_method == BIASED),
+    ):
+        own = taught[rivals]
+        by_task = "; ".join(f"{title(row.tasks).replace("_", " ")} {_points(row, 'difference')}" for _, row in own.iterrows())
+        lines.append(f"**One student for all** (T8), taught on {taught.taught_on.iloc[0]}, against {name}: {by_task}.")
+    return lines
 
 
 def cost(p1: pd.DataFrame, costs: pd.DataFrame) -> Words:

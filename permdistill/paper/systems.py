@@ -30,6 +30,7 @@ class Description:
     encoder, head  of a student
     greedy         whether the decision that it sees or copies is the most probable one, not a sampled one
     power, draws, n_train, orders  how it was trained, see :class:`permdistill.paper.profiles.Run`
+    taught_on      the data sets, where they are others than those that it answers
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Description:
     draws: int | None = None
     n_train: int | None = None
     orders: str | None = None
+    taught_on: str | None = None
 
 
 DESCRIPTION = tuple(field.name for field in fields(Description))
@@ -78,6 +80,7 @@ def title(what: Description) -> str:
         f"{what.draws or 0:g} draws": bool(what.draws),
         f"{what.n_train or 0:g} questions": bool(what.n_train),
         "original order only": what.orders == "original",
+        f"taught on {what.taught_on}": bool(what.taught_on),
     }
     return ", ".join(word for word, wanted in words.items() if wanted)
 

@@ -70,8 +70,7 @@ class Task:
     title     in tables and figures
     k         number of options; questions with another number are left out
     reader    of the published files
-    splits    {"test", perhaps "train": the publishers' split}. The same split for both: the training questions are others,
-              which share no context with a test question
+    splits    {"test", perhaps "train": the publishers' split}
     sizes     {split: number of questions drawn}; all of a split that is not there
     stratum   question -> what the sample shall have in equal shares
     held_out  tasks whose ``evaluated`` questions may not stand among the training questions
@@ -115,9 +114,6 @@ class Task:
         """The questions of a split, cleaned and sampled, in the usual template or another."""
         every = whole(name, split)
         questions = every.questions
-        if split == "train" and self.splits["train"] == self.splits["test"]:
-            contexts = {question.context for question in self.load(name, "test").questions}
-            questions = [question for question in questions if question.context not in contexts]
         if split in self.sizes:
             draw = sample if self.stratum is None else partial(stratified, stratum=self.stratum)
             questions = draw(questions, self.sizes[split], SEED)
@@ -296,18 +292,22 @@ _LAPTOP: dict[str, Task] = {
         held_out=("boolq",),
         evaluated=("val",),
     ),
-    # PIQA's students learn from others of its validation questions, about other goals than those of the test.
     "piqa": Task(
         "PIQA",
         2,
         OlmoFiles(
             "piqa",
             "AFL-3.0",
-            {"val": "bd015eff372a9a8ec19251fe669055f919a5ec2e490177f6002bc777f3bfb6ce"},
+            {
+                "train": "ad69a9d61a47c5886e71f916160823b800e2538cb17c49d862e301679a000e00",
+                "val": "bd015eff372a9a8ec19251fe669055f919a5ec2e490177f6002bc777f3bfb6ce",
+            },
             lambda doc: (f"Goal: {doc['goal']}", "Which solution reaches the goal?"),
         ),
-        {"test": "val", "train": "val"},
-        {"test": 300, "train": 1050},
+        {"test": "val", "train": "train"},
+        {"test": 1837, "train": 16084},
+        held_out=("piqa",),
+        evaluated=("val",),
     ),
 }
 
