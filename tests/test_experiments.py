@@ -14,7 +14,7 @@ import pytest
 from test_students import make_encoder
 from transformers import AutoTokenizer
 
-from permdistill import catalogue, debias, scores
+from permdistill import catalogue, debias, scores, teachers
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Drawn
 from permdistill.configs import HEADS, StudentConfig, TrainingConfig
@@ -292,6 +292,7 @@ def test_own_teacher_and_questions_are_scored_once_and_found_again(tmp_path, mon
     teacher = Own({}, np.zeros(2))
     monkeypatch.setattr(experiments, "load_teacher", lambda name: teacher)
     monkeypatch.setattr(experiments, "model_key", lambda name: "planted")
+    monkeypatch.setattr(teachers, "has_chat_template", lambda name: True)
     experiments._live.cache_clear()
     settings = profiles.PROFILES["smoke"]
     for _ in range(2):
@@ -480,6 +481,8 @@ def test_students_of_decisions_alone(tmp_path):
     assert len(calls) == 18 * 8 and {call.question.answer for call in calls} == {None}
     asked = experiments.one_call(endpoint, test).calls
     assert [call.order for call in asked] == [(0, 1, 2)] * 12 and {call.question.answer for call in asked} == {None}
+    jobs = (experiments.labelling(endpoint, train, 8, "answer"), experiments.one_call(endpoint, test, "answer"))
+    assert {job.mode for job in jobs} == {"answer"} and jobs[0].calls == calls and jobs[1].calls == asked
 
     ids = [q.id for q in both.task.questions]
     P = [both.P[[ids.index(q.id) for q in part.questions]] for part in (train, test)]
