@@ -404,6 +404,8 @@ def test_own_questions_without_answers_still_get_their_tables(tmp_path):
 def test_t1_says_what_the_labels_got_of_the_probability():
     massed = replace(planted("one"), label_mass=0.974)
     t1 = tables.teachers([massed])
+    (low,) = tables.summary(tables.teachers([replace(massed, label_mass=0.494)]))["label mass"]
+    assert low.startswith("0.49 (the model wants to say something else: try another template, template_args")
     assert tables.summary(t1)["label mass"].tolist() == ["0.97"] and set(tables.pretty(t1)["label_mass"]) == {"0.97"}
     stored = experiments.read_scores("smollm2-135m", "arc_easy", "test", n=3)
     assert 0.1 < stored.label_mass <= 1
