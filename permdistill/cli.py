@@ -58,6 +58,7 @@ def _ask(args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     import itertools
+    from functools import partial
     from pathlib import Path
 
     from permdistill.configs import StudentConfig, TrainingConfig
@@ -75,11 +76,13 @@ def _sweep(args: argparse.Namespace) -> None:
             args.encoders, args.heads, args.inputs, args.learning_rates, args.warmups, args.seeds
         )
     ]
+    prompting = commands.prompting(args)
     if own:
-        settings = profiles.PROFILES["full"]
-        train_on = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, own)
+        settings, live = profiles.PROFILES["full"], prompting | {"min_label_mass": args.min_label_mass}
+        train_on = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, own, live)
     else:
-        train_on = experiments.by_k([experiments.read_scores(args.teacher, t, "train", args.scores) for t in args.tasks])
+        read = partial(experiments.read_scores, args.teacher, split="train", folder=args.scores, prompting=prompting)
+        train_on = experiments.by_k([read(task) for task in args.tasks])
     table = ablations.sweep(runs, train_on, Path(args.output) / "students")
     print(table.drop(columns=["uniform", "folder"]).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")
@@ -107,7 +110,8 @@ def _add_questions(command: argparse.ArgumentParser, required: bool = False) -> 
     where.add_argument("--tasks", nargs="+", choices=list(TASKS), default=tasks, metavar="TASK", help=text)
     text = "of --tasks (default: all that each of them has)"
     command.add_argument("--splits", nargs="+", choices=("train", "test"), default=("test", "train"), help=text)
-    command.add_argument("--template", choices=list(TEMPLATES), help="default: the task's own; letters for --questions")
+    text = "default: the task's own; letters for --questions; plain instead where a local model has no chat template"
+    command.add_argument("--template", choices=list(TEMPLATES), help=text)
     command.add_argument("--limit", type=commands.whole(1), help="only the first so many questions of each task and split")
 
 
@@ -124,6 +128,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     text = "folder of the stores to read (default: the committed one)"
     command.add_argument("--scores", default=str(ROOT / "scores"), help=text)
     command.add_argument("--output", default="build/sweep", help="folder for students, and scores of your own (%(default)s)")
+    commands.add_prompting(command, tried=True)
     command.add_argument("--encoders", nargs="+", default=["all-MiniLM-L6-v2"], help="asset, folder or hub repository")
     command.add_argument("--heads", nargs="+", choices=HEADS, default=["per_option"])
     command.add_argument("--inputs", nargs="+", choices=INPUTS, default=["plain"])

@@ -211,7 +211,7 @@ class _Scoring:
 
         from permdistill import scores, teachers
 
-        self.args, self.settings, dtype = args, _settings(args), getattr(torch, args.dtype)
+        self.args, self.settings, dtype = args, prompting(args), getattr(torch, args.dtype)
         self.store = scores.Store(Path(args.scores) / Path(teacher).name)
         self.key = teachers.model_key(teacher, dtype, **self.settings)
         self.make = partial(_made, teacher, dtype, self.settings, getattr(args, "min_label_mass", 0.0))
@@ -281,8 +281,8 @@ def add_prompting(command: argparse.ArgumentParser, tried: bool) -> None:
         command.add_argument("--min-label-mass", type=real(0, 1), default=LEAST_MASS, metavar="SHARE", help=text)
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What is set of :func:`add_prompting`, as keyword arguments."""
+def prompting(args: argparse.Namespace) -> dict[str, Any]:
+    """What is set of :func:`add_prompting`, as keyword arguments; the label mass that is wanted is none of them."""
     return {name: value for name in ("template_args", "variants") if (value := getattr(args, name, None))}
 
 
@@ -292,7 +292,7 @@ def suited(teacher: str, jobs: Jobs) -> Jobs:
 
     if "letters" not in jobs or teachers.has_chat_template(teacher):
         return jobs
-    print(f"{Path(teacher).name} has no chat template: template plain instead of letters (--template letters keeps it)")
+    print(f"{Path(teacher).name} has no chat template: template plain instead of letters")
     return {"plain" if template == "letters" else template: questions for template, questions in jobs.items()}
 
 
@@ -364,7 +364,7 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
     from permdistill import scores, teachers
     from permdistill.prompts import TEMPLATES
 
-    settings = _settings(args)
+    settings = prompting(args)
     stored = teachers.model_key(teacher, getattr(torch, args.dtype), **settings)
     store, failed = scores.Store(Path(args.scores) / Path(teacher).name), False
     wanted, unsafe = getattr(args, "orders", "all"), getattr(args, "unsafe", "keep")

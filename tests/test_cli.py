@@ -322,6 +322,7 @@ def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypa
     teacher = PlantedTeacher(preferences, np.array([1.0, 0.0, 0.0]))
     monkeypatch.setattr(experiments, "load_teacher", lambda name: teacher)
     monkeypatch.setattr(experiments, "model_key", lambda name: teacher.model_key)
+    monkeypatch.setattr(teachers, "has_chat_template", lambda name: True)
     records = [{"id": f"q{i}", "question": f"which {i} ?", "options": ["a", "b", "c"], "answer": 0} for i in range(12)]
     records += [{"id": "pair", "question": "which ?", "options": ["a", "b"]}]
     path = tmp_path / "mine.jsonl"

@@ -14,7 +14,7 @@ import pytest
 from test_students import make_encoder
 from transformers import AutoTokenizer
 
-from permdistill import catalogue, debias, scores
+from permdistill import catalogue, debias, scores, teachers
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Drawn
 from permdistill.configs import HEADS, StudentConfig, TrainingConfig
@@ -291,6 +291,7 @@ def test_own_teacher_and_questions_are_scored_once_and_found_again(tmp_path, mon
     teacher = Own({}, np.zeros(2))
     monkeypatch.setattr(experiments, "load_teacher", lambda name: teacher)
     monkeypatch.setattr(experiments, "model_key", lambda name: "planted")
+    monkeypatch.setattr(teachers, "has_chat_template", lambda name: True)
     experiments._live.cache_clear()
     settings = profiles.PROFILES["smoke"]
     for _ in range(2):
@@ -402,6 +403,8 @@ def test_own_questions_without_answers_still_get_their_tables(tmp_path):
 def test_t1_says_what_the_labels_got_of_the_probability():
     massed = replace(planted("one"), label_mass=0.974)
     t1 = tables.teachers([massed])
+    (low,) = tables.summary(tables.teachers([replace(massed, label_mass=0.494)]))["label mass"]
+    assert low.startswith("0.49 (the model wants to say something else: try another template, template_args")
     assert tables.summary(t1)["label mass"].tolist() == ["0.97"] and set(tables.pretty(t1)["label_mass"]) == {"0.97"}
     stored = experiments.read_scores("smollm2-135m", "arc_easy", "test", n=3)
     assert 0.1 < stored.label_mass <= 1
@@ -479,6 +482,8 @@ def test_students_of_decisions_alone(tmp_path):
     assert len(calls) == 18 * 8 and {call.question.answer for call in calls} == {None}
     asked = experiments.one_call(endpoint, test).calls
     assert [call.order for call in asked] == [(0, 1, 2)] * 12 and {call.question.answer for call in asked} == {None}
+    jobs = (experiments.labelling(endpoint, train, 8, "answer"), experiments.one_call(endpoint, test, "answer"))
+    assert {job.mode for job in jobs} == {"answer"} and jobs[0].calls == calls and jobs[1].calls == asked
 
     ids = [q.id for q in both.task.questions]
     P = [both.P[[ids.index(q.id) for q in part.questions]] for part in (train, test)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_students import make_encoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -172,20 +173,47 @@ def test_a_base_model_gets_a_plain_prompt_which_is_said_before_its_weights_are_l
         cli.main(["score", *command, "--template", "letters"])
 
 
-def test_notebooks_give_a_base_model_a_plain_prompt_too(base, questions, tmp_path):
+def test_notebooks_give_a_base_model_a_plain_prompt_too(base, questions, tmp_path, capsys, monkeypatch):
     from permdistill.paper import experiments, profiles
 
-    for _ in range(2):  # scored, and found again
+    for _ in range(2):  # scored, and found again without its weights
         (found,) = experiments.teachers_scores(profiles.get("smoke"), tmp_path, str(tmp_path / "no"), base, questions)
         assert found.task.template.name == "plain" and found.P.shape == (12, 6, 3)
+        assert "has no chat template: template plain instead of letters" in capsys.readouterr().out
+        monkeypatch.setattr(experiments, "_live", lambda *a: pytest.fail("loaded"))
 
 
 def test_notebooks_refuse_a_thinking_template_too(thinker, questions, tmp_path):
     from permdistill.paper import experiments, profiles
 
+    own = (profiles.get("smoke"), tmp_path, str(tmp_path / "no"), thinker, questions)
     with pytest.raises(ValueError, match="""pass --template-args '{"enable_thinking": false}'"""):
-        experiments.teachers_scores(profiles.get("smoke"), tmp_path, str(tmp_path / "no"), thinker, questions)
+        experiments.teachers_scores(*own)
     assert not list(tmp_path.rglob("*.parquet"))
+    prompting = {"template_args": {"enable_thinking": False}, "variants": True}
+    for _ in range(2):  # scored, and found again
+        (found,) = experiments.teachers_scores(*own, prompting)
+        assert found.P.shape == (12, 6, 3) and found.label_mass > 0.99
+    (anyway,) = experiments.teachers_scores(*own, {"min_label_mass": 0})
+    assert anyway.label_mass < 0.01
+    for wrong in ({"template-args": {}}, {"variants": "no"}, {"template_args": '{"enable_thinking": false}'}):
+        with pytest.raises(ValueError, match="give template_args, variants, min_label_mass"):
+            experiments.teachers_scores(*own, wrong)
+    with pytest.raises(ValueError, match="prompting goes with a teacher or questions of your own"):
+        experiments.teachers_scores(*own[:3], prompting=prompting)
+
+
+def test_sweep_scores_with_template_arguments(thinker, questions, tmp_path, capsys):
+    command = ["sweep", "--teacher", thinker, "--questions", questions, "--output", str(tmp_path / "out"), "--epochs", "1"]
+    command += ["--scores", str(tmp_path / "no"), "--encoders", make_encoder(tmp_path / "encoder"), "--held-out", "0.25"]
+    command += ["--learning-rates", "1e-3", "--max-length", "64"]
+    with pytest.raises(SystemExit, match="""pass --template-args '{"enable_thinking": false}'"""):
+        cli.main(command)
+    cli.main([*command, "--template-args", '{"enable_thinking": false}'])
+    assert "closest to its targets" in capsys.readouterr().out
+    from_store = ["sweep", "--tasks", "arc_easy", *command[1:3], "--scores", str(tmp_path / "out" / "scores"), "--variants"]
+    with pytest.raises(SystemExit, match="no scores in .* forms of labels summed"):
+        cli.main(from_store)
 
 
 def test_plain_prompts_in_full(base):

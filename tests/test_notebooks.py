@@ -27,11 +27,11 @@ class TestNotebook:
         (cell,) = tagged(nbformat.read(path, 4), "parameters")
         values = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
         own = {
-            "01_teachers": {"teacher": "", "questions": ""},
+            "01_teachers": {"teacher": "", "prompting": {}, "questions": ""},
             "03_students": {"pool": "multiple_choice", "students": "stored"},
-            "08_your_own_student": {"profile": "smoke", "teacher": "smollm2-135m", "questions": ""},
-            "09_api_to_student": {"profile": "smoke", "base_url": "", "model": "", "api": {}, "questions": ""}
-            | {"price_in": 0.15, "price_out": 0.6, "max_cost": 1.0},
+            "08_your_own_student": {"profile": "smoke", "teacher": "smollm2-135m", "prompting": {}, "questions": ""},
+            "09_api_to_student": {"profile": "smoke", "base_url": "", "model": "", "api": {}, "mode": "decisions"}
+            | {"questions": "", "price_in": 0.15, "price_out": 0.6, "max_cost": 1.0},
         }
         assert values == {"profile": "full", "output": "", "scores": ""} | own.get(path.stem, {})
         assert values["profile"] in profiles.PROFILES

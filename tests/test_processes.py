@@ -15,7 +15,7 @@ import torch
 from test_students import make_encoder
 from test_training import FAST, K, as_good_as_same, black_box, killer, soft, toy
 
-from permdistill import cli
+from permdistill import cli, teachers
 from permdistill.configs import StudentConfig
 from permdistill.engine import ranks
 from permdistill.lessons import Lesson
@@ -76,6 +76,7 @@ def sweep(folder: Path) -> None:
     preferences = {f"q{i}": np.eye(3)[i % 3] for i in range(12)} | {f"content-free/{t}": np.zeros(3) for t in CONTENT_FREE}
     teacher = PlantedTeacher(preferences, np.array([1.0, 0.0, 0.0]))
     experiments.load_teacher, experiments.model_key = lambda name: teacher, lambda name: teacher.model_key
+    teachers.has_chat_template = lambda name: True
     arguments = ["--questions", "mine.jsonl", "--teacher", "planted", "--output", "out", "--scores", "no"]
     cli.main(
         ["sweep", *arguments, "--encoders", "encoder", "--learning-rates", "1e-3", "--max-length", "64", "--epochs", "2"]

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
                 sys.exit(f"{report}\n{len(report.unasked)} items were not asked: the same command goes on from here")
             return _said(job, store).reshape(len(some), *design.shape)
 
-        hard = args.mode == "decisions"
+        hard = args.mode != "logprobs"
         jobs = [
             job_of(template, questions, adaptive_orders(questions, partial(answered, template), args.calls, hard))
             for template, questions in asked.items()

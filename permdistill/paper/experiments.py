@@ -11,7 +11,7 @@ of it is plain arrays and files: look at them, replace one with your own, and ca
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from permdistill import debias, scores
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Drawn, Job, calls_in_orders, drawn_calls
+from permdistill.commands import suited
 from permdistill.files import replacing, write_text
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
@@ -37,6 +38,8 @@ from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
 COMMITTED = ROOT / "scores"
+PROMPTING: Mapping[str, Any] = {"template_args": dict, "variants": bool, "min_label_mass": (int, float)}
+ORDINARY: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,21 @@ class Scored:
         return all_orders(self.task.k)
 
 
-def read_scores(teacher: str, task: str, split: str, folder: str = "", n: int | None = None, template: str = "") -> Scored:
+def read_scores(
+    teacher: str,
+    task: str,
+    split: str,
+    folder: str = "",
+    n: int | None = None,
+    template: str = "",
+    prompting: Mapping[str, Any] = ORDINARY,
+) -> Scored:
     """Scores of (the first ``n`` questions of) a task from the store ``folder``/<teacher>; "" means the committed ones.
 
-    ``template`` names another prompt than the task's usual one. Raises MissingScores when the store lacks some, with the
-    command that makes them.
+    ``template`` names another prompt than the task's usual one; ``prompting``: see :func:`teachers_scores`. Raises
+    MissingScores when the store lacks some, with the command that makes them.
     """
-    return _read(teacher, load_task(task, split, template).first(n), Path(folder or COMMITTED))
+    return _read(teacher, load_task(task, split, template).first(n), Path(folder or COMMITTED), prompting)
 
 
 def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Scored:
@@ -74,8 +85,9 @@ def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Sc
     return together([read_scores(settings.teachers[0], task, split, folder, n) for task in pool.tasks])
 
 
-def _read(teacher: str, task: TaskSplit, folder: Path) -> Scored:
-    store, key = _store(folder / Path(teacher).name), model_key(teacher)
+def _read(teacher: str, task: TaskSplit, folder: Path, prompting: Mapping[str, Any] = ORDINARY) -> Scored:
+    own = {name: value for name, value in prompting.items() if name != "min_label_mass"}
+    store, key = _store(folder / Path(teacher).name), model_key(teacher, **own)
     log_probs = scores.load(store, unlabelled(task.questions), task.template, key)
     read = Scored(Path(teacher).name, task, scores.probabilities(log_probs))
     read = replace(read, label_mass=float(np.exp(log_probs.astype(np.float64)).sum(axis=-1).mean()))
@@ -87,7 +99,12 @@ def _read(teacher: str, task: TaskSplit, folder: Path) -> Scored:
 
 
 def teachers_scores(
-    settings: Profile, folder: Path, committed: str = "", teacher: str = "", questions: str = ""
+    settings: Profile,
+    folder: Path,
+    committed: str = "",
+    teacher: str = "",
+    questions: str = "",
+    prompting: Mapping[str, Any] = ORDINARY,
 ) -> list[Scored]:
     """Every teacher of a profile on its test tasks, or your own LLM, or your own questions.
 
@@ -95,35 +112,49 @@ def teachers_scores(
     teacher     instead of the profile's: a name, a folder with a checkpoint, a hub repository
     questions   instead of the profile's tasks: a JSONL file (:func:`permdistill.questions.from_jsonl`), for the profile's
                 first teacher unless ``teacher`` is given; each number of options is a task of its own
+    prompting   of your own: what `permdistill score` has options for, {"template_args": {"enable_thinking": False},
+                "variants": True, "min_label_mass": 0}
 
     What ``committed`` lacks of your own is scored live, with progress, into ``folder``/scores, and found there next time.
+    Raises ValueError for a ``prompting`` that there is not, or that has nothing of your own to go with.
     """
     own = bool(teacher or questions)
+    if wrong := [name for name, value in prompting.items() if not isinstance(value, PROMPTING.get(name, ()))]:
+        raise ValueError(f"prompting has {wrong[0]} = {prompting[wrong[0]]!r}: give template_args, variants, min_label_mass")
+    if prompting and not own:
+        raise ValueError("prompting goes with a teacher or questions of your own: give one of them")
     result = []
     for name in [teacher] if teacher else settings.teachers[: 1 if questions else None]:
         n = {t: settings.n_test if own else settings.n_questions(name, t) for t in settings.tasks}
         for task in own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in n if n[t]]:
-            result.append(scored(name, task, folder, committed) if own else _read(name, task, Path(committed or COMMITTED)))
+            where = Path(committed or COMMITTED)
+            result.append(scored(name, task, folder, committed, prompting) if own else _read(name, task, where))
     return result
 
 
-def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "") -> Scored:
+def scored(
+    teacher: str, task: TaskSplit, folder: Path, committed: str = "", prompting: Mapping[str, Any] = ORDINARY
+) -> Scored:
     """A task with a teacher's scores: those of the stores in ``committed`` ("" for the committed ones), or else scored live,
-    with progress, into ``folder``/scores."""
+    with progress, into ``folder``/scores. ``prompting``: see :func:`teachers_scores`."""
     try:
-        return _read(teacher, task, Path(committed or COMMITTED))
+        return _read(teacher, task, Path(committed or COMMITTED), prompting)
     except scores.MissingScores:
-        if task.template.name == "letters" and getattr(_live(teacher), "bare", False):
-            return scored(teacher, replace(task, template=TEMPLATES["plain"]), folder, str(folder / "scores"))
-        texts = unlabelled(task.questions) + content_free(task.questions)
-        scores.score(_store(folder / "scores" / Path(teacher).name), _live(teacher), texts, task.template)
-        return _read(teacher, task, folder / "scores")
+        (template,) = suited(teacher, {task.template.name: task.questions})
+        if template != task.template.name:
+            plain = replace(task, template=TEMPLATES[template])
+            return scored(teacher, plain, folder, str(folder / "scores"), prompting)
+        texts, live = unlabelled(task.questions) + content_free(task.questions), _live(teacher, json.dumps(prompting))
+        scores.score(_store(folder / "scores" / Path(teacher).name), live, texts, task.template)
+        return _read(teacher, task, folder / "scores", prompting)
 
 
 @lru_cache(maxsize=1)
-def _live(name: str) -> CausalTeacher:
-    teacher = load_teacher(name)
-    teacher.least_mass = LEAST_MASS  # as `permdistill score` has it: a model that thinks first is refused
+def _live(name: str, prompting: str) -> CausalTeacher:
+    settings = json.loads(prompting)
+    least = settings.pop("min_label_mass", LEAST_MASS)  # as `permdistill score` has it: a model that thinks first is refused
+    teacher = load_teacher(name, **settings)
+    teacher.least_mass = least
     return teacher
 
 
@@ -353,14 +384,15 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, dic
 # Teachers that only an API reaches
 
 
-def labelling(endpoint: Endpoint, task: TaskSplit, draws: int) -> Job:
-    """The calls that label training questions: ``draws`` decisions each, every one in an order drawn for itself."""
-    return Job(endpoint, task.template, drawn_calls(unlabelled(task.questions), draws))
+def labelling(endpoint: Endpoint, task: TaskSplit, draws: int, mode: str = "decisions") -> Job:
+    """The calls that label training questions: ``draws`` decisions each, every one in an order drawn for itself. ``mode``:
+    decisions, or answer (:class:`permdistill.api.jobs.Job`)."""
+    return Job(endpoint, task.template, drawn_calls(unlabelled(task.questions), draws), mode)
 
 
-def one_call(endpoint: Endpoint, task: TaskSplit) -> Job:
-    """What answering costs: one decision a question, in the order in which its options come."""
-    return Job(endpoint, task.template, calls_in_orders(unlabelled(task.questions), np.arange(task.k)[None]))
+def one_call(endpoint: Endpoint, task: TaskSplit, mode: str = "decisions") -> Job:
+    """What answering costs: one decision a question, in the order in which its options come. ``mode``: as there."""
+    return Job(endpoint, task.template, calls_in_orders(unlabelled(task.questions), np.arange(task.k)[None]), mode)
 
 
 def answered(task: TaskSplit, said: Drawn) -> tuple[TaskSplit, Drawn]:

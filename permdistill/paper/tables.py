@@ -21,6 +21,7 @@ from permdistill.measure.evaluate import HEADLINE, METRICS, correct, in_points, 
 from permdistill.paper.experiments import Scored, System
 from permdistill.paper.systems import described_rows, titled
 from permdistill.paper.tasks import SEED, TaskSplit
+from permdistill.prompts import LOW_MASS
 from permdistill.questions import Question
 
 BIASED_ORIGINAL, BIASED, DEBIASED = "biased, original order", "biased, mean over orders", debias.DEBIASED
@@ -69,7 +70,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         for column, cell, name in (("gain", debiased, "gain"), ("ps (TV), biased", biased, "ps")):
             if name in table:
                 row[column] = metrics.Interval(cell[name], cell[f"{name}_low"], cell[f"{name}_high"]).percent()
-        rows.append(row | ({"label mass": f"{biased.label_mass:.2f}"} if biased.label_mass == biased.label_mass else {}))
+        mass = float(biased.label_mass)
+        fix = " (the model wants to say something else: try another template, template_args or variants)" * (mass < LOW_MASS)
+        rows.append(row | ({"label mass": f"{mass:.2f}{fix}"} if mass == mass else {}))
     return pd.DataFrame(rows)
 
 
