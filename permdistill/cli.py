@@ -61,6 +61,8 @@ def _sweep(args: argparse.Namespace) -> None:
     from functools import partial
     from pathlib import Path
 
+    import numpy as np
+
     from permdistill.configs import StudentConfig, TrainingConfig
     from permdistill.paper import ablations, experiments, profiles, tasks
 
@@ -76,6 +78,12 @@ def _sweep(args: argparse.Namespace) -> None:
             args.encoders, args.heads, args.inputs, args.learning_rates, args.warmups, args.seeds
         )
     ]
+    asked = experiments.own_tasks(own) if own else [tasks.load_task(t, "train") for t in args.tasks]
+    texts = [question for part in asked for question in part.questions]
+    long = ablations.overlong(runs, texts) if args.long != "cut" else set()
+    if long and args.long == "refuse":
+        what = f"{len(long)} of {len(texts)} questions have options that --max-length {args.max_length} cuts off"
+        sys.exit(f"{what} ({', '.join(sorted(long)[:5])}): give a larger one, or --long drop, or --long cut")
     prompting = commands.prompting(args)
     if own:
         settings, live = profiles.PROFILES["full"], prompting | {"min_label_mass": args.min_label_mass}
@@ -83,6 +91,10 @@ def _sweep(args: argparse.Namespace) -> None:
     else:
         read = partial(experiments.read_scores, args.teacher, split="train", folder=args.scores, prompting=prompting)
         train_on = experiments.by_k([read(task) for task in args.tasks])
+    if long:
+        print(f"{len(long)} of {len(texts)} questions are left out, since --max-length {args.max_length} cuts their options")
+        train_on = [part.where(np.array([q.id not in long for q in part.task.questions])) for part in train_on]
+        train_on = [part for part in train_on if len(part.P)]
     table = ablations.sweep(runs, train_on, Path(args.output) / "students")
     print(table.drop(columns=["uniform", "folder"]).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")
@@ -138,6 +150,8 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--epochs", type=int, default=8, help="at most (%(default)s)")
     command.add_argument("--held-out", type=commands.real(0, 1), default=0.1, help="share of the questions (%(default)s)")
     command.add_argument("--max-length", type=int, default=256, help="tokens of a sequence (%(default)s)")
+    text = "what to do with questions whose options are longer: cut their ends (default), leave them out, or stop"
+    command.add_argument("--long", choices=["cut", "drop", "refuse"], default="cut", help=text)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -343,6 +343,14 @@ def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypa
     assert capsys.readouterr().out == shown and teacher.calls == calls
     with pytest.raises(SystemExit, match="held_out = 0, give a share"):
         cli.main(["sweep", *arguments, "--held-out", "0"])
+    long = [*records[:11], records[11] | {"options": ["a", "b " * 100, "c"]}]
+    path.write_text("\n".join(json.dumps(r) for r in long), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"1 of 12 questions have options that --max-length 64 cuts off \(q11\): give"):
+        cli.main(["sweep", *arguments, "--long", "refuse"])
+    assert teacher.calls == calls  # before anything is scored
+    cli.main(["sweep", *arguments, "--long", "drop", "--epochs", "1"])
+    assert "1 of 12 questions are left out, since --max-length 64" in capsys.readouterr().out
+    assert {log["questions"] for log in map(read_log, (output / "students").glob("*-1epochs-*"))} == {10}  # 1 is held out
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
     with pytest.raises(SystemExit, match="k = 0 options: give 2..26 .0, any number, is for all heads but joint"):
         cli.main(["sweep", *arguments, "--heads", "joint"])

@@ -51,7 +51,8 @@ from permdistill.paper.experiments import (
 from permdistill.paper.paths import ROOT
 from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Pool, Profile, Run, cells_of, n_test, together_as
 from permdistill.paper.systems import COPY, TWO_ORDERS, Description, described_rows, title
-from permdistill.students import Student
+from permdistill.questions import Question
+from permdistill.students import Student, build
 from permdistill.training import content_key, digest, read_log, train
 
 COMMITTED = ROOT / "predictions"
@@ -238,6 +239,12 @@ def sweep(runs: Iterable[Run], train_on: Scored | Sequence[Scored], folder: str 
         row |= {"epoch": int(np.argmin(log["held_out_kl"])) + 1, "seconds": round(log["seconds"])}
         rows.append(row | {"uniform": _uniform(lessons), "folder": str(Path(folder) / run.name)})
     return pd.DataFrame(rows).sort_values("held-out KL", ignore_index=True)
+
+
+def overlong(runs: Iterable[Run], questions: Sequence[Question]) -> set[str]:
+    """Ids of the questions of which some student of ``runs`` would cut an option (:meth:`Student.overlong`)."""
+    configs = dict.fromkeys(run.student for run in runs)
+    return {questions[i].id for config in configs for i in build(config, 0).overlong(questions)}
 
 
 def _uniform(lessons: Sequence[Lesson]) -> float:

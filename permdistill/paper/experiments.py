@@ -61,6 +61,10 @@ class Scored:
         """All orders of the task's options, (order, K)."""
         return all_orders(self.task.k)
 
+    def where(self, chosen: np.ndarray) -> Scored:
+        """The questions at which ``chosen`` (item,) is true."""
+        return replace(self, task=self.task.where(chosen), P=self.P[chosen])
+
 
 def read_scores(
     teacher: str,
@@ -172,8 +176,7 @@ def split(scored: Scored, share: float = 0.75, seed: int = SEED) -> tuple[Scored
     Raises ValueError when one side would be empty.
     """
     inside = _drawn(scored.task, share, seed)
-    train_on, test = (replace(scored, task=scored.task.where(side), P=scored.P[side]) for side in (inside, ~inside))
-    return train_on, test
+    return scored.where(inside), scored.where(~inside)
 
 
 def split_task(task: TaskSplit, share: float, seed: int = SEED) -> tuple[TaskSplit, TaskSplit]:

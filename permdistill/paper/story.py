@@ -173,7 +173,10 @@ def _one_for_all(gaps: pd.DataFrame) -> list[str]:
         ("the biased teacher", taught.rival_method == BIASED),
     ):
         own = taught[rivals]
-        by_task = "; ".join(f"{title(row.tasks).replace("_", " ")} {_points(row, 'difference')}" for _, row in own.iterrows())
+        tasks = [title(name).replace("_", " ") for name in own.tasks]
+        by_task = "; ".join(
+            f"{task} {_points(row, 'difference')}" for task, (_, row) in zip(tasks, own.iterrows(), strict=True)
+        )
         lines.append(f"**One student for all** (T8), taught on {taught.taught_on.iloc[0]}, against {name}: {by_task}.")
     return lines
 
