@@ -200,7 +200,7 @@ def test_one_student_answers_several_things_and_is_trained_once(cell, tmp_path, 
     assert ablations.make([alone, *both], tmp_path / "kept", tmp_path / "work") == 3
     assert [len(lessons) for _, _, lessons, _ in trained] == [1, 2]
     assert {ablations.path(c, ".").parent.as_posix() for c in both} == {
-        f"planted/three-two/on-{on}" for on in ("three", "four")
+        f"planted/three-two-on-{on}" for on in ("three", "four")
     }
     assert [ablations.answer(c, tmp_path / "kept").P.shape for c in both] == [(12, 3, 3), (10, 4, 4)]
     table = ablations.compare([alone, *both], tmp_path / "kept").query("task != 'all' and kind == 'student'")

@@ -321,8 +321,8 @@ class Cell:
 
     @property
     def about(self) -> str:
-        """The tasks in a word, and what else it answers: "piqa", "piqa/on-mmlu"."""
-        return together_as(self.tasks) + (f"/on-{together_as(self.on)}" if self.on else "")
+        """The tasks in a word, and what else it answers: "piqa", "piqa-on-mmlu"."""
+        return together_as(self.tasks) + (f"-on-{together_as(self.on)}" if self.on else "")
 
     @property
     def what(self) -> Description:
