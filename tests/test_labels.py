@@ -50,6 +50,7 @@ def make_model(folder: Path, chat: str | None, next_tokens: dict[str, dict[str, 
     """A checkpoint that says ``next_tokens`` {token after: weight} after a token, and anything after others."""
     tokenizer = make_tokenizer(chat)
     sizes = {"hidden_size": 256, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes["eos_token_id"] = tokenizer.eos_token_id  # where a server ends a reply
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=False, **sizes)

@@ -34,9 +34,9 @@ _ANNOUNCED = [
     rf"\b(?:correct|right|best)\s+(?:choice|option)\s*(?:is\s*:|is\b|:)\s*{_ADVERB}{_NOUN}",
     rf"\bantwort\s*(?:ist\b|lautet\b|:)\s*:?\s*{_ADVERB}(?:(?:die\s+)?(?:option|antwort|buchstabe)\s+)?",
     rf"\bréponse\s+(?:\w+\s+)?est\b\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:lettre|réponse|option)\s+|la\s+)?|\bréponse(?:\s+\w+)?\s*:\s*",
-    rf"\brespuesta\s+(?:\w+\s+)?es\b\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:letra|opción)\s+|la\s+)?|\brespuesta(?:\s+\w+)?\s*:\s*",
-    rf"\brisposta\s+(?:\w+\s+)?è\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:lettera|opzione)\s+|la\s+)?|\brisposta(?:\s+\w+)?\s*:\s*",
-    r"\bresposta\s+(?:\w+\s+)?é\s*:?\s*(?:(?:a\s+)?(?:letra|alternativa|opção)\s+)?|\bresposta(?:\s+\w+)?\s*:\s*",
+    rf"\brespuesta\s+(?:(?!no\b)\w+\s+)?es\b\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:letra|opción)\s+|la\s+)?|\brespuesta(?:\s+\w+)?\s*:\s*",
+    rf"\brisposta\s+(?:(?!non\b)\w+\s+)?è\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:lettera|opzione)\s+|la\s+)?|\brisposta(?:\s+\w+)?\s*:\s*",
+    r"\bresposta\s+(?:(?!não\b)\w+\s+)?é\s*:?\s*(?:(?:a\s+)?(?:letra|alternativa|opção)\s+)?|\bresposta(?:\s+\w+)?\s*:\s*",
     r"\bantwoord\s*(?:is\b|luidt\b|:)\s*:?\s*(?:optie\s+)?",
     r"\bodpowiedź\s*(?:to\b|:|—|–|-)\s*",
     r"\bответ\s*(?::|—|–|-)\s*(?:вариант\s+)?",
@@ -49,14 +49,18 @@ _ANNOUNCED = [
 _STATED = re.compile("|".join(_ANNOUNCED), re.I)
 _HEDGED = re.compile(
     r"\b(?:not|never|no|nor|neither|cannot|if|whether|unless|unlikely|doubt\w*|wrong|incorrect|suppos\w+|assum\w+|might|may"
-    r"|could|would|should|said|says|claim\w*|thought|why|when|nicht|kein\w*|wenn|ob|falls|pas|si|non|não|se|niet|als|nie|не"
-    r"|если|jeśli|eğer)\b|n['’]t\b|[不非没沒若]|如果|もし|ない|아니|만약",
+    r"|could|would|should|said|says|claim\w*|thought|why|when|false|nobody|guess|opposite|contrary"
+    r"|nicht|kein\w*|wenn|ob|falls|pas|si|non|não|se|niet|als|nie|не|если|jeśli|eğer)\b|n['’]t\b|[不非没沒若]|如果|もし|ない|아니|만약"
+    # Right before "answer": somebody else's.
+    r"|\b(?:another|one|other|common|popular|usual|typical|previous|first|initial|worst|bad|your|his|her|their|\w+['’]s?"
+    r"|students?|users?) $",
     re.I,
 )
 _TAKEN_BACK = re.compile(
     r"\b(?:no|nope|nein|non|nee|nie|não|нет|hmm|hold on)\s*[,.:;!?…—–-]"
     r"|\b(?:wait|actually|sorry|correction|rather|instead|oops|scratch|mistake\w*|reflection|second thoughts?|reconsider\w*"
-    r"|changed? my|not right|is wrong|was wrong|moment|doch|eigentlich)\b"
+    r"|changed? my|not right|moment|doch|eigentlich|kidding|joking)\b"
+    r"|(?:\b(?:is|was)|['’]s) (?:also |just |actually |clearly )?(?:wrong|incorrect|false|mistaken|not (?:correct|true))\b"
     r"|\((?:wrong|incorrect|not|no)\b|不对|不，|不,|等等|いや|待って|아니",
     re.I,
 )
@@ -101,10 +105,12 @@ def without_thoughts(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text without emphasis, quotes, dollars and LaTeX's fonts; wide letters are made narrow. \\boxed stays."""
+    """Text without emphasis, quotes, dollars and LaTeX's fonts; <answer> stands on lines of its own; wide letters are made
+    narrow. \\boxed stays."""
     text = unicodedata.normalize("NFKC", text)
     for _ in range(2):  # one inside the other
         text = re.sub(r"\\(?:text|textbf|textit|mathbf|mathrm|mathsf|bf|rm|bm)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"</?answer>", "\n", text, flags=re.I)
     text = re.sub(r"\*+|__|`+|\$+|\\[()\[\]]|[\"“”„«»「」『』]", "", text)
     return re.sub(r"[^\S\n]+", " ", text).strip()
 

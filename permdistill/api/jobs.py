@@ -279,8 +279,8 @@ def unlisted(job: Job, row: dict[str, Any]) -> float:
 
 def said_mass(mass: float) -> str:
     """The label mass for people, with what to do where it is low."""
-    fix = "; the model wants to say something else: another --template, or --mode answer" if mass < LOW_MASS else ""
-    return f"{mass:.2f}{fix}"
+    fix = "; the model wants to say something else: another --template, --mode answer, or more --max-reply-tokens"
+    return f"{mass:.2f}{fix * (mass < LOW_MASS)}"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
 COMMITTED = ROOT / "scores"
-PROMPTING: Mapping[str, Any] = {"template_args": dict, "variants": bool, "min_label_mass": (int, float)}
-ORDINARY: Mapping[str, Any] = {}
+Prompting = Mapping[str, Any]
+PROMPTING: Prompting = {"template_args": dict, "variants": bool, "min_label_mass": (int, float)}
+NONE: Prompting = {}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def read_scores(
     folder: str = "",
     n: int | None = None,
     template: str = "",
-    prompting: Mapping[str, Any] = ORDINARY,
+    prompting: Prompting = NONE,
 ) -> Scored:
     """Scores of (the first ``n`` questions of) a task from the store ``folder``/<teacher>; "" means the committed ones.
 
@@ -89,7 +90,7 @@ def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Sc
     return together([read_scores(settings.teachers[0], task, split, folder, n) for task in pool.tasks])
 
 
-def _read(teacher: str, task: TaskSplit, folder: Path, prompting: Mapping[str, Any] = ORDINARY) -> Scored:
+def _read(teacher: str, task: TaskSplit, folder: Path, prompting: Prompting = NONE) -> Scored:
     own = {name: value for name, value in prompting.items() if name != "min_label_mass"}
     store, key = _store(folder / Path(teacher).name), model_key(teacher, **own)
     log_probs = scores.load(store, unlabelled(task.questions), task.template, key)
@@ -103,12 +104,7 @@ def _read(teacher: str, task: TaskSplit, folder: Path, prompting: Mapping[str, A
 
 
 def teachers_scores(
-    settings: Profile,
-    folder: Path,
-    committed: str = "",
-    teacher: str = "",
-    questions: str = "",
-    prompting: Mapping[str, Any] = ORDINARY,
+    settings: Profile, folder: Path, committed: str = "", teacher: str = "", questions: str = "", prompting: Prompting = NONE
 ) -> list[Scored]:
     """Every teacher of a profile on its test tasks, or your own LLM, or your own questions.
 
@@ -131,14 +127,12 @@ def teachers_scores(
     for name in [teacher] if teacher else settings.teachers[: 1 if questions else None]:
         n = {t: settings.n_test if own else settings.n_questions(name, t) for t in settings.tasks}
         for task in own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in n if n[t]]:
-            where = Path(committed or COMMITTED)
-            result.append(scored(name, task, folder, committed, prompting) if own else _read(name, task, where))
+            stored = Path(committed or COMMITTED)
+            result.append(scored(name, task, folder, committed, prompting) if own else _read(name, task, stored))
     return result
 
 
-def scored(
-    teacher: str, task: TaskSplit, folder: Path, committed: str = "", prompting: Mapping[str, Any] = ORDINARY
-) -> Scored:
+def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "", prompting: Prompting = NONE) -> Scored:
     """A task with a teacher's scores: those of the stores in ``committed`` ("" for the committed ones), or else scored live,
     with progress, into ``folder``/scores. ``prompting``: see :func:`teachers_scores`."""
     try:
