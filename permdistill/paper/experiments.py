@@ -33,6 +33,7 @@ from permdistill.paper.systems import BIASED, COPY, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import LEAST_MASS, TEMPLATES
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
+from permdistill.sources import short
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
@@ -75,9 +76,9 @@ def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Sc
 
 
 def _read(teacher: str, task: TaskSplit, folder: Path) -> Scored:
-    store, key = _store(folder / Path(teacher).name), model_key(teacher)
+    store, key = _store(folder / short(teacher)), model_key(teacher)
     log_probs = scores.load(store, unlabelled(task.questions), task.template, key)
-    read = Scored(Path(teacher).name, task, scores.probabilities(log_probs))
+    read = Scored(short(teacher), task, scores.probabilities(log_probs))
     read = replace(read, label_mass=float(np.exp(log_probs.astype(np.float64)).sum(axis=-1).mean()))
     try:
         free = scores.probabilities(scores.load(store, content_free(task.questions), task.template, key))
@@ -116,7 +117,7 @@ def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "") -> 
         if task.template.name == "letters" and getattr(_live(teacher), "bare", False):
             return scored(teacher, replace(task, template=TEMPLATES["plain"]), folder, str(folder / "scores"))
         texts = unlabelled(task.questions) + content_free(task.questions)
-        scores.score(_store(folder / "scores" / Path(teacher).name), _live(teacher), texts, task.template)
+        scores.score(_store(folder / "scores" / short(teacher)), _live(teacher), texts, task.template)
         return _read(teacher, task, folder / "scores")
 
 
