@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from permdistill.layouts import LAYOUTS, columns
 from permdistill.orders import SETS, order_set
 from permdistill.prompts import LEAST_MASS, LOW_MASS
 from permdistill.questions import UNSAFE, Question, treat_unsafe, unsafe_options
+from permdistill.sources import short
 
 # A live score may differ from a stored one by rounding: other cores sum in another order. Measured: `permdistill audit`.
 AUDIT_MEAN_TV, AUDIT_MAX_TV = 0.02, 0.15
@@ -31,6 +33,15 @@ def add(commands: Any, name: str, run: Callable[[argparse.Namespace], object], t
     command = commands.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=layout)
     command.set_defaults(run=run)
     return command
+
+
+def printable(text: str) -> str:
+    """Text whose control characters and half characters are shown as escapes: what a file or a server says must not steer
+    the terminal. Ends of lines and tabs stay."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
@@ -50,7 +61,7 @@ def main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
         }  # by name: their modules need not be loaded
         if not isinstance(error, (ValueError, OSError)) and type(error).__name__ not in known:
             raise
-        sys.exit(f"permdistill: {error}")
+        sys.exit(printable(f"permdistill: {error}"))
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -212,7 +223,7 @@ class _Scoring:
         from permdistill import scores, teachers
 
         self.args, self.settings, dtype = args, prompting(args), getattr(torch, args.dtype)
-        self.store = scores.Store(Path(args.scores) / Path(teacher).name)
+        self.store = scores.Store(Path(args.scores) / short(teacher))
         self.key = teachers.model_key(teacher, dtype, **self.settings)
         self.make = partial(_made, teacher, dtype, self.settings, getattr(args, "min_label_mass", 0.0))
         self.loaded: Any = None
@@ -292,7 +303,7 @@ def suited(teacher: str, jobs: Jobs) -> Jobs:
 
     if "letters" not in jobs or teachers.has_chat_template(teacher):
         return jobs
-    print(f"{Path(teacher).name} has no chat template: template plain instead of letters")
+    print(f"{short(teacher)} has no chat template: template plain instead of letters")
     return {"plain" if template == "letters" else template: questions for template, questions in jobs.items()}
 
 
@@ -317,7 +328,7 @@ def score(teacher: str, jobs: Jobs, args: argparse.Namespace) -> None:
     from permdistill import scores
     from permdistill.prompts import TEMPLATES
 
-    run, name, unsaid, records, used = _Scoring(teacher, args), Path(teacher).name, [], [], []
+    run, name, unsaid, records, used = _Scoring(teacher, args), short(teacher), [], [], []
     wanted, unsafe = getattr(args, "orders", "all"), getattr(args, "unsafe", "keep")
     for template, questions in jobs.items():
         if wanted == ADAPTIVE and unsafe != "anchor":
@@ -366,7 +377,7 @@ def audit(teacher: str, samples: Jobs, args: argparse.Namespace) -> None:
 
     settings = prompting(args)
     stored = teachers.model_key(teacher, getattr(torch, args.dtype), **settings)
-    store, failed = scores.Store(Path(args.scores) / Path(teacher).name), False
+    store, failed = scores.Store(Path(args.scores) / short(teacher)), False
     wanted, unsafe = getattr(args, "orders", "all"), getattr(args, "unsafe", "keep")
     orders = {
         template: _stored_orders(store, TEMPLATES[template], stored) if wanted == ADAPTIVE else orders_of(wanted, unsafe)

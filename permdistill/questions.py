@@ -59,7 +59,7 @@ def problems(record: Mapping[str, Any]) -> list[str]:
     for name in FIELDS[:4]:
         texts = record.get(name)
         for text in texts if isinstance(texts, (list, tuple)) else [texts]:
-            if isinstance(text, str) and _HALF.search(text):
+            if isinstance(text, str) and HALF.search(text):
                 bad(name, "half a character (a lone surrogate, \\ud800 to \\udfff): repair the text")
                 break
 
@@ -90,7 +90,7 @@ def problems(record: Mapping[str, Any]) -> list[str]:
 
 
 # What UTF-8 cannot write: half of a pair of UTF-16, which JSON's escapes can spell.
-_HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")
 
 
 def _shown(value: object) -> str:
@@ -208,7 +208,7 @@ _OTHERS = r"(?:above|below|aforementioned|foregoing|preceding|options|answers|ch
 _WORDS = re.compile(  # how an option begins: "none of the above; he thinks otherwise"
     rf"^\W*{_WHO}(?: \w+)? of(?: the| these| those| all| other)* {_OTHERS}(?!\w)"
     rf"|^\W*{_WHO}(?: the| these| those)? (?:mentioned |listed )?{_OTHERS}(?: given| listed)?(?:\W*$|,? (?:is|are)(?!\w))"
-    rf"|^\W*{_WHO}(?: \w+)? of (?:these|those)(?!\w)(?=(?:\W*\w+){{,9}}\W*$)"
+    rf"|^\W*{_WHO}(?: \w+)? of (?:these|those)(?!\w)(?=(?:\W*\w++){{,9}}\W*$)"
     rf"|^\W*{_WHO}(?: \w+)? of them(?: (?:is|are|apply|applies)(?: \w+)?)?\W*$"
     r"|^\W*(?:all|none|both|neither) (?:is|are) (?:all |both )?(?:correct|true|right|wrong|false|incorrect)\W*$",
     re.IGNORECASE,

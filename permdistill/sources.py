@@ -44,6 +44,12 @@ def check_whole(location: str, about: Mapping[str, Any]) -> None:
         raise ValueError(f"{location}: its weights lack {lacking[0]} ({len(lacking)} in all): restore the file")
 
 
+def short(name: str) -> str:
+    """What a model is called in tables and folders: the last word of its name, of "." and ".." that of their path."""
+    last = Path(name).name
+    return last if last not in ("", "..") else Path(name).resolve().name
+
+
 Provider = Callable[[str], Source | None]
 _PROVIDERS: list[Provider] = []
 

@@ -436,7 +436,7 @@ def load_teacher(
     model, about = loaded
     sources.check_whole(at["pretrained_model_name_or_path"], about)
     model = with_packed_linears(placed(with_float32_head(model.eval())))
-    teacher = (Seq2SeqTeacher if seq2seq else CausalTeacher)(Path(name).name, model, tokenizer, key, max_tokens)
+    teacher = (Seq2SeqTeacher if seq2seq else CausalTeacher)(sources.short(name), model, tokenizer, key, max_tokens)
     teacher.template_args, teacher.variants = dict(template_args or {}), variants
     return teacher
 

@@ -153,6 +153,26 @@ def test_a_threshold_is_fitted_on_one_half_and_tried_on_the_other(tmp_path):
     assert re.search(r"from 0\.\d\d on: 50\.0% answered, 0\.0% of them wrong", text)
 
 
+def test_experts_on_unconnected_systems_are_least_squares():
+    """As numpy solves the comparisons themselves, which takes pairs times systems in memory."""
+    rng = np.random.default_rng(0)
+    pairs = np.array([sorted(rng.choice(own, 2, replace=False)) for own in (range(4), range(4, 9)) for _ in range(30)])
+    wins = rng.uniform(size=60)
+    design = np.eye(9)[pairs[:, 0]] - np.eye(9)[pairs[:, 1]]
+    odds = np.log(np.clip(wins, 0.01, 0.99) / (1 - np.clip(wins, 0.01, 0.99)))
+    expected = np.linalg.lstsq(np.vstack([design, np.ones(9)]), np.append(odds, 0.0), rcond=None)[0]
+    assert product_of_experts(pairs, wins, 9) == pytest.approx(expected, abs=1e-9)
+
+
+def test_more_systems_than_can_be_ranked_are_counted(tmp_path, monkeypatch):
+    row = {"id": "a", "order": [0, 1], "decision": 0}
+    rows = [row | {"id": f"{i}", "order": o, "systems": ["x", f"y{i}"]} for i in range(3) for o in ([0, 1], [1, 0])]
+    report = report_of(tmp_path / "said.jsonl", rows)
+    assert "systems, ranked from their pairs" in report.everything()
+    monkeypatch.setattr("permdistill.measure.report.RANKED", 3)
+    assert ranking(report.records) is None and "systems: 4 names, which are too many to rank" in report.everything()
+
+
 def test_systems_are_ranked_from_their_pairs(tmp_path):
     strength = {"good": 2.0, "fair": 0.5, "poor": -2.5}
     rows = []
@@ -168,7 +188,7 @@ def test_systems_are_ranked_from_their_pairs(tmp_path):
     for name in ("Bradley-Terry", "product of experts"):
         assert frame[name].to_numpy() == pytest.approx([2, 0.5, -2.5], abs=0.05)
     assert "rank correlation with gold: Spearman 1.00, Kendall 1.00" in report.everything()
-    for wrong in (["good"], ["good", "good"], "good", ["good", 3]):
+    for wrong in (["good"], ["good", "good"], "good", ["good", 3], ["good", "\ud800"]):
         with pytest.raises(BadRecords, match="field 'systems' is .*: give 2 different names, by option"):
             report_of(tmp_path / "bad.jsonl", [rows[0] | {"systems": wrong}])
     assert ranking(report_of(tmp_path / "plain.jsonl", [r | {"systems": None} for r in rows]).records) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,16 @@ def questions(tmp_path):
     records = [{"id": f"q{i}", "question": f"which {i}?", "options": ["a", "b", "c"], "answer": 0} for i in range(4)]
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
     return str(path)
+
+
+def test_a_store_lies_in_its_folder_whatever_the_teacher_is_called(planted, questions, tmp_path, monkeypatch):
+    """ "..": above it, or in it without a folder of its own."""
+    (tmp_path / "mine" / "part").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "part")
+    for name, store in (("..", "mine"), (".", "part"), ("x/planted/", "planted")):
+        scores = tmp_path / f"scores of {store}"
+        cli.main(["score", "--teacher", name, "--questions", questions, "--scores", str(scores)])
+        assert [path.name for path in scores.iterdir()] == [store] and (scores / store / "scores.parquet").exists()
 
 
 def test_score_then_audit(planted, questions, tmp_path, capsys):
@@ -341,6 +352,9 @@ def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypa
     calls = teacher.calls
     cli.main(["sweep", *arguments, "--epochs", "2", "--held-out", "0.25"])  # scores and students are there
     assert capsys.readouterr().out == shown and teacher.calls == calls
+    two = ["--encoders", *(str(shutil.copytree(tmp_path / "encoder", tmp_path / name / "encoder")) for name in "ab")]
+    with pytest.raises(SystemExit, match="two students are called encoder-per_option-plain-k3-2epochs-lr0.001: give"):
+        cli.main(["sweep", *arguments, *two, "--epochs", "2", "--held-out", "0.25"])  # one would lie where the other did
     with pytest.raises(SystemExit, match="held_out = 0, give a share"):
         cli.main(["sweep", *arguments, "--held-out", "0"])
     long = [*records[:11], records[11] | {"options": ["a", "b " * 100, "c"]}]

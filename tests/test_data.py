@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import datasets
 import pytest
@@ -368,6 +369,14 @@ def test_options_that_refer_to_others_are_unsafe(option):
 )
 def test_harmless_options_are_safe(option):
     assert not permutation_unsafe(make(["ice", "fire", option]))
+
+
+def test_a_long_option_is_read_in_no_time():
+    """Ten words of twenty letters after "none of these" took a minute, longer ones for ever."""
+    started = time.process_time()
+    for words in (["a" * 20] * 10, ["a" * 2000] * 20, ["!" * 300 + "a"] * 20):
+        assert not permutation_unsafe(Question("q", "", "?", ("none of these " + " ".join(words), "b")))
+    assert time.process_time() - started < 2
 
 
 def test_unsafe_questions_are_kept_dropped_or_anchored():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import zipfile
 
 import numpy as np
@@ -117,6 +118,27 @@ def test_a_sample_of_an_inspect_log_that_is_too_large_is_refused(tmp_path, monke
     monkeypatch.setattr("permdistill.measure.rows.WHOLE", 1000)
     with pytest.raises(BadRecords, match="sample 2: more than 1,000 bytes in one piece, unpacked"):
         read(tmp_path / "log.eval")
+
+
+def test_an_explanation_without_end_holds_nobody_up(tmp_path):
+    """Two thousand of each took hours: a regular expression tried each beginning with each end."""
+    said = "Choices were shuffled " * 2000 + "x:\n\n" * 2000 + "\nShuffled answer" * 2000
+    log = {"samples": [inspect_sample(["ice", "fire"], "A", "B", explanation=said)]}
+    (tmp_path / "log.json").write_text(json.dumps(log), encoding="utf-8")
+    started = time.process_time()
+    assert read(tmp_path / "log.json").counts.tolist() == [1] and time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"doc_id": 1, "filtered_resps": [[10**400], [-1.0]]},
+        {"samples": [{"id": 1, "choices": ["a", "b"], "epoch": float("inf")}]},
+    ],
+)
+def test_numbers_beyond_all_floats_are_named(tmp_path, row):
+    with pytest.raises(BadRecords, match="line 1: not as in"):
+        read(lines(tmp_path / "far.jsonl", [row]))
 
 
 def test_fastchat_pairs_are_unswapped(tmp_path):

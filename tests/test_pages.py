@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -196,6 +197,13 @@ def test_reports_of_odd_records(tmp_path, records):
     assert len(page.encode()) < 500_000 and page.count("</script>") == 3
     assert "nan" not in page.replace("nance", "") and data_of(page)["labels"] == list(LETTERS)
     assert "beforeprint" in page and "#grids details:not([open])" not in page  # paper shows all items
+
+
+def test_a_file_whose_name_is_no_utf8_has_a_report_too(tmp_path):
+    path = write(tmp_path / os.fsdecode(b"odd\xff<b>.jsonl"), judge(6, 0.5))
+    cli.main(["measure", str(path), "--html", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "odd\\udcff&lt;b&gt;.jsonl" in page and "<b>.jsonl" not in page
 
 
 @pytest.fixture

@@ -551,17 +551,19 @@ def test_a_large_store_opens_quickly_and_in_little_memory(tmp_path):
     values = -np.random.default_rng(0).exponential(size=(100_000, 24, 4)).astype(np.float32)
     scores._write(tmp_path / "scores.parquet", {f"{i:032x}": (f"q{i}", values[i]) for i in range(len(values))})
     script = """
-        import resource, sys, time
+        import sys, time, torch
+        from permdistill.engine.placement import PeakMemory
         from permdistill.scores import Store
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        before, started = peak(), time.process_time()
-        store = Store(sys.argv[1])
-        print(time.process_time() - started, peak() - before, len(store))
+        with PeakMemory(torch.device("cpu")) as memory:  # getrusage() would give this process's peak before it was forked
+            started = time.process_time()
+            store = Store(sys.argv[1])
+            seconds = time.process_time() - started
+        print(seconds, memory.bytes / 2**20, len(store))
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     seconds, megabytes, n = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     print(seconds, megabytes)
-    assert n == 100_000 and seconds < 1.5 and megabytes < 200  # on top of torch's; the values themselves are 38
+    assert n == 100_000 and seconds < 1.5 and 38 < megabytes < 200  # on top of torch's; the values themselves are 38
 
 
 # --------------------------------------------------------------------------------------------------------------------

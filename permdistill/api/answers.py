@@ -19,7 +19,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+LONGEST = 20_000  # characters of a reply that are read, its last ones: some rules take the square of it
 NO_ANSWER, TWO_ANSWERS = "no final answer stated", "final answers that disagree"
 
 _TAG = "think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think"
@@ -143,9 +145,14 @@ def named(text: str, start: int, shown: Shown) -> Found:
 
 def _option_at(text: str, start: int, option: str) -> int:
     """Where the option's text ends if it stands at ``start``, else 0."""
-    words = [re.escape(word) for word in plain(option).rstrip(".!").split()]
-    match = re.compile(r"\s+".join(words) + r"(?!\w)", re.I).match(text, start) if words else None
+    match = pattern.match(text, start) if (pattern := _pattern(option)) else None
     return match.end() if match else 0
+
+
+@lru_cache(maxsize=256)
+def _pattern(option: str) -> re.Pattern[str] | None:
+    words = [re.escape(word) for word in plain(option).rstrip(".!").split()]
+    return re.compile(r"\s+".join(words) + r"(?!\w)", re.I) if words else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -155,8 +162,11 @@ def _option_at(text: str, start: int, option: str) -> int:
 def stated(text: str, shown: Shown) -> Found | None:
     """The last announced answer that is no condition and no denial."""
     text = _BOXED.sub(lambda match: match.group(1).ljust(len(match.group())), text)
-    sentences = ((match, re.split(r"[.!?;\n。！？]", text[: match.start()])[-1]) for match in _STATED.finditer(text))
-    said = [match for match, before in sentences if not _HEDGED.search(before)]
+    said, sentence = [], 0
+    for match in _STATED.finditer(text):
+        sentence = max(sentence, *(text.rfind(mark, sentence, match.start()) + 1 for mark in ".!?;\n。！？"))
+        if not _HEDGED.search(text[sentence : match.start()]):
+            said.append(match)
     if not said:
         return None
     last = said[-1]
@@ -172,9 +182,7 @@ def boxed(text: str, shown: Shown) -> Found | None:
     if not boxes:
         return None
     held = [named(plain(box.group(1)), 0, shown).positions for box in boxes]
-    denied = any(
-        re.search(r"(?:\bnot|n['’]t|\bwrong|\bincorrect)\b[^.\n]{0,20}$", text[: box.start()], re.I) for box in boxes
-    )
+    denied = any(_DENIED.search(text[max(0, box.start() - 40) : box.start()]) for box in boxes)
     agreed = held[0] if not denied and all(own == held[0] for own in held) else frozenset[int]()
     return Found(agreed, boxes[-1].end())
 
@@ -217,7 +225,7 @@ RULES: dict[str, Callable[[str, Shown], Found | None]] = {"stated": stated, "box
 
 def final_answer(reply: str, labels: Sequence[str], options: Sequence[str]) -> tuple[int | None, str]:
     """(position, rules that found it) or (None, why not) of a whole reply. ``labels``, ``options``: by position."""
-    text, shown = plain(without_thoughts(reply)), Shown(labels, options)
+    text, shown = plain(without_thoughts(reply))[-LONGEST:], Shown(labels, options)
     found = {name: one for name, rule in RULES.items() if (one := rule(text, shown)) is not None}
     if not found:
         return None, NO_ANSWER

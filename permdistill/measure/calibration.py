@@ -146,12 +146,12 @@ def product_of_experts(pairs: np.ndarray, wins: np.ndarray, systems: int) -> np.
     Their product has its mean where the squared errors are least, in closed form (Liusie et al., "Efficient LLM Comparative
     Assessment", arXiv 2405.05894). Probabilities are held within 0.01..0.99. Arguments as of :func:`bradley_terry`.
     """
-    pairs = np.asarray(pairs)
+    a, b = np.asarray(pairs).T
     w = np.clip(np.asarray(wins, dtype=np.float64), 0.01, 0.99)
-    design = np.zeros((len(pairs) + 1, systems))
-    design[np.arange(len(pairs)), pairs[:, 0]], design[np.arange(len(pairs)), pairs[:, 1]] = 1, -1
-    design[-1] = 1  # the mean is 0
-    return np.linalg.lstsq(design, np.append(np.log(w / (1 - w)), 0.0), rcond=None)[0]
+    odds, normal = np.log(w / (1 - w)), np.ones((systems, systems))  # the ones: the mean is 0
+    for row, column, sign in ((a, a, 1), (b, b, 1), (a, b, -1), (b, a, -1)):
+        np.add.at(normal, (row, column), sign)
+    return np.linalg.lstsq(normal, np.bincount(a, odds, systems) - np.bincount(b, odds, systems), rcond=None)[0]
 
 
 class Correlation(NamedTuple):

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from permdistill.commands import add_map
+from permdistill.commands import add_map, printable
 from permdistill.files import replacing, write_text
 
 REJECTED = 3  # exit status when a gate's threshold is passed
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> None:
 
     gate = Gate(args.max_flip_rate, args.max_position_preference)
     report = measure(args.records, args.questions, args.format, args.complete, gate, args.map)
-    print(report)
+    print(printable(str(report)))
     if args.all:
-        print(f"\n{report.everything()}")
+        print(printable(f"\n{report.everything()}"))
     if args.csv:
         with replacing(Path(args.csv)) as part:
             report.table.to_csv(part, index=False)

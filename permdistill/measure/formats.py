@@ -98,7 +98,10 @@ def _lm_eval(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict
     yield {"id": name, "order": order, "log_probs": [min(v, 0.0) for v in likelihoods], "answer": answer, RELATIVE: True}
 
 
-_SHUFFLED = re.compile(r"Choices were shuffled .*?:\n\n(.*)\nShuffled answer:\nANSWER:", re.S)
+def _listed(explanation: str) -> str:
+    """What multiple_choice(shuffle=True) listed in "Choices were shuffled ..:", "" where it did not shuffle."""
+    after = explanation.partition("Choices were shuffled ")[2].partition(":\n\n")[2]
+    return after.rpartition("\nShuffled answer:\nANSWER:")[0]
 
 
 def _shown(listed: str, choices: list[str]) -> list[int] | None:
@@ -125,8 +128,8 @@ def _inspect(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict
         name, scores = str(sample["id"]), list((sample.get("scores") or {}).values())
         score = next((s for s in scores if isinstance(s, Mapping) and "answer" in s), {})
         options = _order(name, choices, known)  # dataset.shuffle_choices: samples of one id in several orders
-        shuffled = _SHUFFLED.search(str(score.get("explanation") or ""))  # multiple_choice(shuffle=True)
-        order = _shown(shuffled[1], choices) if shuffled else list(range(len(choices)))
+        listed = _listed(str(score.get("explanation") or ""))
+        order = _shown(listed, choices) if listed else list(range(len(choices)))
         if order is None:
             raise ValueError(f"sample {name!r}: its explanation lists other options than its choices")
         letters = [letter for letter in re.findall(r"[A-Z]", str(score.get("answer") or "")) if letter in LETTERS]
@@ -292,7 +295,7 @@ def _records(
         try:
             for record in chosen.records(row, number, texts):
                 yield line, {**record, "id": within + record["id"]} if within else record
-        except (KeyError, TypeError, ValueError, IndexError, StopIteration, AttributeError, ZeroDivisionError) as error:
+        except (LookupError, TypeError, ValueError, StopIteration, AttributeError, ArithmeticError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             problems.add(line, f"not as in {chosen.about}: {what}")
 

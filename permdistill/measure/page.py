@@ -38,7 +38,8 @@ def filled(template: str | Path, **parts: str) -> str:
     def part(found: re.Match[str]) -> str:
         return parts[found[1]] if found[1] in parts else (web / own[found[1]]).read_text(encoding="utf-8")
 
-    return re.sub(r"\{\{(\w+)\}\}", part, source.read_text(encoding="utf-8"))
+    text = re.sub(r"\{\{(\w+)\}\}", part, source.read_text(encoding="utf-8"))
+    return text.encode("utf-8", "backslashreplace").decode()  # half a character, as in a file's name that is no UTF-8
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", plain: bool = True) -> str:

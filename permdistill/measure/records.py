@@ -30,6 +30,7 @@ import numpy as np
 from permdistill import layouts
 from permdistill.measure.rows import Problems, Row, rows
 from permdistill.orders import LETTERS, MAX_OPTIONS, MIN_OPTIONS
+from permdistill.questions import HALF
 
 LARGE = 1e300  # a whole number in JSON may be larger than any floating-point one
 EXACT = 2**53  # whole numbers above it are rounded by many readers of JSON
@@ -203,7 +204,7 @@ class _Builder:
         if draw is not None and (type(draw) is not int or not 0 <= draw < EXACT):
             return f"field 'draw' is {_quoted(draw)}: give a whole number"
         systems = record.get("systems")
-        if systems is not None and not (isinstance(systems, list) and len({s for s in systems if isinstance(s, str)}) == k):
+        if systems is not None and not (isinstance(systems, list) and len({s for s in systems if _is_text(s)}) == k):
             return f"field 'systems' is {_quoted(systems)}: give {k} different names, by option"
         place, number = self.items.get(name), type(record["id"]) is int
         if systems is not None:
@@ -280,12 +281,14 @@ def _id_problem(record: Mapping[str, Any]) -> str | None:
         return f"field 'id' is {name}: a number this long is rounded by other readers, write it as a string"
     if type(name) is not int and (not isinstance(name, str) or not name.strip()):
         return f"field 'id' is {_quoted(name)}: give a string"
-    if isinstance(name, str) and not name.isascii():
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"field 'id' is {_quoted(name)}: half a character (a lone surrogate), write it out"
+    if isinstance(name, str) and not _is_text(name):
+        return f"field 'id' is {_quoted(name)}: half a character (a lone surrogate), write it out"
     return None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string without half characters (lone surrogates)."""
+    return isinstance(value, str) and (value.isascii() or not HALF.search(value))
 
 
 def _order_problem(record: Mapping[str, Any]) -> str | None:

@@ -28,6 +28,7 @@ from permdistill.questions import Question
 
 MEAN, REPEATS = "accuracy of the mean over orders", "repeats that differ"
 SHARPENED = "all-orders average, sharpened"
+RANKED = 1_000  # systems that are ranked at most: it takes their square in memory
 HEADLINE = ("first position", "flip rate", "consistency", "ps (TV)", "accuracy", MEAN, REPEATS)
 
 
@@ -308,6 +309,8 @@ class Report:
             if len(ranked) > 2 and "gold" in ranked:
                 found = calibration.rank_correlation(ranked["Bradley-Terry"].to_numpy(), ranked["gold"].to_numpy())
                 parts[-1] += f"\nrank correlation with gold: Spearman {found.spearman:.2f}, Kendall {found.kendall:.2f}"
+        elif (n := len({name for own in self.records.systems.values() for name in own})) > RANKED:
+            parts.append(f"systems: {n:,} names, which are too many to rank (at most {RANKED:,})")
         return "\n\n".join([*parts, _long(self.table)])
 
 
@@ -360,7 +363,7 @@ def _sure(records: Records, k: int) -> str:
 def ranking(records: Records) -> pd.DataFrame | None:
     """Systems ranked from the pairs in which they were compared, the mean over a pair's orders counting as the share of a
     win: strengths by Bradley-Terry and by the product of experts, and by Bradley-Terry from gold answers where all have one.
-    None where no pair names its systems."""
+    None where no pair names its systems, or they name more than :data:`RANKED`."""
     if not records.systems or records.failed.all():
         return None
     pairs, wins, gold, verdicts = [], [], [], records.where(~records.failed)
@@ -373,7 +376,10 @@ def ranking(records: Records) -> pd.DataFrame | None:
     if not pairs:
         return None
     systems = sorted({name for pair in pairs for name in pair})
-    places = np.array([[systems.index(name) for name in pair] for pair in pairs])
+    if len(systems) > RANKED:
+        return None
+    numbers = {name: number for number, name in enumerate(systems)}
+    places = np.array([[numbers[name] for name in pair] for pair in pairs])
     share, n = np.array(wins), len(systems)
     won = np.bincount(places[:, 0], share, n) + np.bincount(places[:, 1], 1 - share, n)
     frame = pd.DataFrame({"system": systems, "pairs": np.bincount(places.ravel(), minlength=n), "won": won})

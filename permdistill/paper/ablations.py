@@ -225,9 +225,13 @@ def sweep(runs: Iterable[Run], train_on: Scored | Sequence[Scored], folder: str 
 
     ``train_on``: several, of different numbers of options, for runs with k = 0. ``uniform`` is the KL of an answer that is
     always 1/K: a student that is no better has learnt nothing. Finished runs are loaded, not repeated. Raises ValueError
-    for runs that hold nothing out.
+    for runs that hold nothing out, and for different ones of the same name, whose folder would be the same.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    named: dict[str, Run] = {}
+    for run in (runs := list(runs)):
+        if named.setdefault(run.name, run) != run:
+            raise ValueError(f"two students are called {run.name}: give encoders and rates that differ in their names")
     for run in runs:
         if not run.training.held_out:
             raise ValueError(f"{run.name}: held_out = 0, give a share of the questions to compare the students on")

@@ -34,6 +34,7 @@ from permdistill.paper.systems import BIASED, COPY, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import LEAST_MASS, TEMPLATES
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
+from permdistill.sources import short
 from permdistill.teachers import CausalTeacher, load_teacher, model_key
 from permdistill.training import train
 
@@ -92,9 +93,9 @@ def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Sc
 
 def _read(teacher: str, task: TaskSplit, folder: Path, prompting: Prompting = NONE) -> Scored:
     own = {name: value for name, value in prompting.items() if name != "min_label_mass"}
-    store, key = _store(folder / Path(teacher).name), model_key(teacher, **own)
+    store, key = _store(folder / short(teacher)), model_key(teacher, **own)
     log_probs = scores.load(store, unlabelled(task.questions), task.template, key)
-    read = Scored(Path(teacher).name, task, scores.probabilities(log_probs))
+    read = Scored(short(teacher), task, scores.probabilities(log_probs))
     read = replace(read, label_mass=float(np.exp(log_probs.astype(np.float64)).sum(axis=-1).mean()))
     try:
         free = scores.probabilities(scores.load(store, content_free(task.questions), task.template, key))
@@ -143,7 +144,7 @@ def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "", pro
             plain = replace(task, template=TEMPLATES[template])
             return scored(teacher, plain, folder, str(folder / "scores"), prompting)
         texts, live = unlabelled(task.questions) + content_free(task.questions), _live(teacher, json.dumps(prompting))
-        scores.score(_store(folder / "scores" / Path(teacher).name), live, texts, task.template)
+        scores.score(_store(folder / "scores" / short(teacher)), live, texts, task.template)
         return _read(teacher, task, folder / "scores", prompting)
 
 
