@@ -122,12 +122,11 @@ def test_students_of_one_attribute_are_asked_what_those_of_all_are():
 def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monkeypatch):  # noqa: F811
     folder, other = tmp_path / "kept", with_run(cell, draws=2)
     ablations.make([cell, other], folder, tmp_path / "work")
-    (chosen,) = ablations.cheapest([cell, other], folder)
-    seconds = {one: ablations._kept(one, folder)[2]["seconds"] for one in (cell, other)}
-    assert seconds[chosen] == min(seconds.values())
-    missing = with_run(cell, draws=3)  # what is not stored cannot be audited, and is named
     capsys.readouterr()
-    assert ablations.cheapest([missing, cell, other], folder) == [chosen]
+    assert ablations.auditable([cell, other, cell], folder) == [cell, other]
+    assert not capsys.readouterr().out
+    missing = with_run(cell, draws=3)  # what is not stored cannot be audited, and is named
+    assert ablations.auditable([missing, cell, other], folder) == [cell, other]
     assert capsys.readouterr().out.split() == [
         *"not audited, since its predictions are not stored:".split(),
         *[str(ablations.path(missing, "."))],

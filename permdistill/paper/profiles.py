@@ -195,7 +195,7 @@ PROFILES = {
         ),
         api_teacher="smollm2-135m",
         n_api=30,
-        draws=8,
+        draws=4,
     ),
     # The paper at the scale of a laptop.
     "full": Profile(
@@ -320,7 +320,7 @@ def cells_of(settings: Profile, pool: Pool) -> tuple[Cell, ...]:
 
 SEEDS = (0, 1, 2)
 _MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
-LENGTH = {"joint": 256, "per_option": 128, "bi_encoder": 128}
+LENGTH = {"joint": 256, "per_option": 128, "shared_prefix": 128, "bi_encoder": 128}  # tokens, of every head
 _METHODS: tuple[dict[str, Any], ...] = (
     {"inputs": "plain"},
     {"inputs": "distribution"},
@@ -339,7 +339,7 @@ def _cell(
 ) -> Cell:
     usual = {"epochs": 4 if encoder == _MINILM else 2, "learning_rate": 1e-4 if encoder == _MINILM else 5e-5}
     usual |= {"epochs": 2} if head == "bi_encoder" else {}  # held-out KL is lowest after one or two (`permdistill sweep`)
-    student = StudentConfig(encoder, head, inputs, 4, LENGTH.get(head, 128))
+    student = StudentConfig(encoder, head, inputs, 4, LENGTH[head])
     return Cell(teacher, MULTIPLE_CHOICE, Run(student, TrainingConfig(**usual | (training or {})), **run))
 
 

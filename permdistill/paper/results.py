@@ -32,11 +32,11 @@ learnt RACE yet: its training questions are not scored.""",
     "T2_students_multiple_choice": """T2. Students on multiple choice (notebook 03_students)
 
 ARC-Easy, ARC-Challenge and OpenBookQA as one. The 1.5B teacher taught them, with questions that have no gold answers.
-Predictions are stored (`predictions/`); `make paper` trains the cheapest student of each head anew and compares.""",
+Predictions are stored (`predictions/`); `make paper` trains a small student of each head anew and compares.""",
     "T3_students_summeval": """T3. Students on SummEval (notebook 03_students)
 
 Pairs of summaries, four attributes as one.
-Predictions are stored (`predictions/`); `make paper` trains the cheapest student of each head anew and compares.""",
+Predictions are stored (`predictions/`); `make paper` trains a small student of each head anew and compares.""",
     "T4_matrix": """T4. All students on multiple choice (notebook 05_ablations)
 
 Students that take hours to train together: `make students` does it, and their predictions are kept in `predictions/`.
