@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_a_table_has_every_row_no_index_and_each_interval_on_one_line():
     assert html == display.shown(frame, "a note", drop=["x"])._repr_html_()  # nbval compares it
     assert display.folded(frame, "all of them")._repr_html_().startswith("<details><summary>all of them</summary>")
     assert "None." in display.shown(frame[:0])._repr_html_()
+
+
+def test_short_columns_are_never_wrapped_and_a_fold_is_plain_text():
+    frame = pd.DataFrame({"model": ["qwen2.5-coder-1.5b"], "evidence": ["more than twenty letters"], "n": [12]})
+    html = display.folded(frame, "what `make bench` says")._repr_html_()
+    assert re.search(r" td\.col0, #T_\w+ td\.col2 \{\s*white-space: nowrap;", html) and "td.col1" not in html
+    assert "<summary>what make bench says</summary>" in html
 
 
 def test_numbers_and_gaps_are_shown_shortly():
@@ -79,7 +87,10 @@ def test_the_story_has_the_tables_numbers():
     assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in made and "**SocialIQA whole** (T7): **qwen2.5-coder-1.5b**" in made
     c1 = read("C1_claims")
     counted = ", ".join(f"{n} {verdict}" for verdict, n in c1.groupby("verdict").size().items())
-    assert story.verdicts(c1).endswith(f"Together: {counted}.") and len(story.verdicts(c1).splitlines()) == 12
+    assert (
+        story.verdicts(c1).endswith(f"Together, of {len(c1)} verdicts, one for a claim and a teacher: {counted}.")
+        and len(story.verdicts(c1).splitlines()) == 12
+    )
     assert set("abcdefghijk") == {c.letter for c in claims.CLAIMS}
 
 

@@ -126,7 +126,7 @@ def students(
 
 
 def auditable(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
-    """Those of ``cells`` whose predictions are stored; the others are named. Raises MissingPredictions when there is none."""
+    """Those of ``cells`` whose predictions are stored; the others are named. Raises MissingPredictions if there are none."""
     cells = list(dict.fromkeys(cells))
     found = available(cells, folder)
     for cell in cells:

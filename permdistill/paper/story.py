@@ -109,10 +109,11 @@ def students(table: pd.DataFrame) -> Words:
             if len(rows):
                 best = rows.loc[rows.accuracy.idxmax()]
                 above, below = (rows.gain_low > 0).sum(), (rows.gain_high < 0).sum()
+                name = best.system.replace(f", {method}", "")
                 lines.append(
                     f"{start}{method}, {best.calls} call{'s' * int(best.calls != 1)} of the teacher an answer: the best of "
-                    f"{len(rows)} is {best.system.replace(f', {method}', '')} with {_points(best, 'accuracy')}, {_points(best, 'gain')} against the "
-                    f"biased teacher. Measurably above it: {above} of {len(rows)}; measurably below: {below}."
+                    f"{len(rows)} is {name} with {_points(best, 'accuracy')}, {_points(best, 'gain')} against the biased "
+                    f"teacher. Measurably above it: {above} of {len(rows)}; measurably below: {below}."
                 )
     return _list([*lines, claim("efk")])
 
@@ -127,8 +128,8 @@ def sensitivity(systems: pd.DataFrame) -> Words:
         below = pupils[pupils.ps < teacher.ps]
         both = below[below.gain_low > 0]
         words = f"**{task}**: {len(below)} of {len(pupils)} students depend less on the order than the biased teacher "
-        words += f"(median {100 * pupils.ps.median():.1f} against {100 * teacher.ps:.1f}). Of these, more accurate than "
-        words += f"it: {len(both)}, measurably; less accurate: {(below.gain_high < 0).sum()}."
+        words += f"(median {100 * pupils.ps.median():.1f} against {100 * teacher.ps:.1f}). Measurably more accurate "
+        words += f"than it: {len(both)} of these; measurably less: {(below.gain_high < 0).sum()}."
         lines.append(words)
     return _list(
         [*lines, "Being stable is easy: a student at chance is stable too. Being stable and right is not.", claim("j")]
@@ -189,14 +190,8 @@ def verdicts(table: pd.DataFrame) -> Words:
         text = str(own.claim.iloc[0])[4:]
         lines.append(f"**{letter}** {text}: " + "; ".join(f"**{verdict}** for {who}" for verdict, who in by.items()))
     counts = table.groupby("verdict").size()
-    return _list(
-        [
-            *lines,
-            f"Together, of {len(table)} verdicts, one for a claim and a teacher: "
-            + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-            + ".",
-        ]
-    )
+    together = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+    return _list([*lines, f"Together, of {len(table)} verdicts, one for a claim and a teacher: {together}."])
 
 
 def own(table: pd.DataFrame) -> Words:
