@@ -287,13 +287,35 @@ def context_prior_matching(P: np.ndarray, orders: np.ndarray) -> np.ndarray:
     Raises ValueError naming the first item for which no alpha makes the marginal over positions uniform.
     """
     P, orders = check_orders(P, orders)
-    weights = np.empty((len(P), 1, P.shape[2]))
-    for item, by_position in enumerate(to_positions(P, orders)):
+    by_position = to_positions(P, orders)
+    weights = _newton(by_position)
+    for item in np.flatnonzero(np.isnan(weights).any(axis=1)):  # few, if any: a search that is slower and more robust
         try:
-            weights[item] = prior_weights(by_position)
+            weights[item] = prior_weights(by_position[item])
         except ValueError as error:
             raise ValueError(f"item {item}: {error}") from error
-    return reweigh(P, orders, weights)
+    return reweigh(P, orders, weights[:, None])
+
+
+def _newton(p: np.ndarray) -> np.ndarray:
+    """:func:`prior_weights` of each item (item, row, position) by Newton's method, all at once: (item, position), NaN for
+    items with a 0 or at which it does not settle."""
+    weights, k = np.full((len(p), p.shape[2]), np.nan), p.shape[2]
+    left = np.flatnonzero((p > 0).all(axis=(1, 2)))
+    log_p = np.log(p[left])
+    a = -np.log(p[left].mean(axis=1))
+    a -= a.mean(axis=1, keepdims=True)
+    for _ in range(30):
+        q = softmax(log_p + a[:, None], axis=-1)
+        marginal = q.mean(axis=1)
+        hessian = marginal[..., None] * np.eye(k) - q.swapaxes(1, 2) @ q / p.shape[1] + 1 / k**2 + 1e-12 * np.eye(k)
+        step = np.linalg.solve(hessian, (marginal - 1 / k)[..., None])[..., 0]
+        largest = np.abs(step).max(axis=1, keepdims=True)
+        done = (largest[:, 0] < 1e-9) & (np.abs(marginal - 1 / k).max(axis=1) <= UNIFORM_TOLERANCE)
+        a -= step * np.minimum(1, 2 / np.maximum(largest, 2))  # far from the minimum a whole step may lead away from it
+        weights[left[done]] = a[done]
+        left, log_p, a = left[~done], log_p[~done], a[~done]
+    return weights
 
 
 def position_prior(P: np.ndarray, orders: np.ndarray) -> np.ndarray:

@@ -60,12 +60,12 @@ def test_systems_cost_what_they_call():
 
 def test_training_is_measured_beside_the_limit(monkeypatch, tmp_path):
     monkeypatch.setattr(cost, "ENCODERS", (make_encoder(tmp_path / "encoder"),))
-    monkeypatch.setattr(cost, "LENGTH", {"joint": 128, "bi_encoder": 128})
+    monkeypatch.setattr(cost, "LENGTH", {"joint": 128, "shared_prefix": 128, "bi_encoder": 128})
     monkeypatch.setattr(cost, "_questions", lambda: unlabelled(planted("test", n=24).task.questions))
     rows = cost.training_rows(2, 8)
-    assert [row["round"] for row in rows] == [0, 0, 1, 1] and {row["head"] for row in rows} == {"joint", "bi_encoder"}
+    assert [row["round"] for row in rows] == [0, 0, 0, 1, 1, 1] and {row["head"] for row in rows} == set(cost.LENGTH)
     table = cost.training_table({"training": rows})
-    assert len(table) == 2 and (table["share of the peak"] > 0).all() and (table["share of the peak"] < 1).all()
+    assert len(table) == 3 and (table["share of the peak"] > 0).all() and (table["share of the peak"] < 1).all()
     row = {**MINI, "round": 0, "seconds": 0.5, "flops": 4e9, "peak": 16e9}
     (one,) = cost.training_table({"training": [row]}).to_dict("records")
     assert (one["questions/s"], one["GFLOP a question"], one["share of the peak"]) == (2, 4, 0.5)

@@ -498,6 +498,19 @@ def test_prior_matching_makes_the_positions_uniform(P):
     assert metrics.positional_bias_per_item(debias.context_prior_matching(P, orders), orders).max() <= k / 2 * 1e-8
 
 
+def test_context_prior_matching_is_prior_matching_of_each_item_alone(monkeypatch):
+    """Items that Newton's method settles, and among them those that it does not, which fall to the search one by one."""
+    rng = np.random.default_rng(1)
+    P = np.concatenate([np.maximum(random_rows(rng, c, (100, 24, 4)), 1e-300) for c in (5.0, 0.3, 0.01)])
+    weights = debias._newton(to_positions(P, all_orders(4)))
+    left = np.isnan(weights).any(axis=1)
+    assert not left[:100].any() and left.any()
+    alone = np.concatenate([debias.prior_matching(P[i : i + 1], all_orders(4)) for i in range(len(P))])
+    np.testing.assert_allclose(debias.context_prior_matching(P, all_orders(4)), alone, atol=1e-7)
+    monkeypatch.setattr(debias, "prior_weights", None)  # the settled ones need no search
+    np.testing.assert_allclose(debias.context_prior_matching(P[~left], all_orders(4)), alone[~left], atol=1e-7)
+
+
 @settings(max_examples=40)
 @given(systems(max_k=2))
 def test_context_prior_matching_of_two_options_is_the_geometric_mean_of_the_orders(P):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_a_table_has_every_row_no_index_and_each_interval_on_one_line():
     assert html == display.shown(frame, "a note", drop=["x"])._repr_html_()  # nbval compares it
     assert display.folded(frame, "all of them")._repr_html_().startswith("<details><summary>all of them</summary>")
     assert "None." in display.shown(frame[:0])._repr_html_()
+
+
+def test_short_columns_are_never_wrapped_and_a_fold_is_plain_text():
+    frame = pd.DataFrame({"model": ["qwen2.5-coder-1.5b"], "evidence": ["more than twenty letters"], "n": [12]})
+    html = display.folded(frame, "what `make bench` says")._repr_html_()
+    assert re.search(r" td\.col0, #T_\w+ td\.col2 \{\s*white-space: nowrap;", html) and "td.col1" not in html
+    assert "<summary>what make bench says</summary>" in html
 
 
 def test_numbers_and_gaps_are_shown_shortly():
@@ -79,7 +87,10 @@ def test_the_story_has_the_tables_numbers():
     assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in made and "**SocialIQA whole** (T7): **qwen2.5-coder-1.5b**" in made
     c1 = read("C1_claims")
     counted = ", ".join(f"{n} {verdict}" for verdict, n in c1.groupby("verdict").size().items())
-    assert story.verdicts(c1).endswith(f"Together: {counted}.") and len(story.verdicts(c1).splitlines()) == 12
+    assert (
+        story.verdicts(c1).endswith(f"Together, of {len(c1)} verdicts, one for a claim and a teacher: {counted}.")
+        and len(story.verdicts(c1).splitlines()) == 12
+    )
     assert set("abcdefghijk") == {c.letter for c in claims.CLAIMS}
 
 
@@ -122,12 +133,11 @@ def test_students_of_one_attribute_are_asked_what_those_of_all_are():
 def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monkeypatch):  # noqa: F811
     folder, other = tmp_path / "kept", with_run(cell, draws=2)
     ablations.make([cell, other], folder, tmp_path / "work")
-    (chosen,) = ablations.cheapest([cell, other], folder)
-    seconds = {one: ablations._kept(one, folder)[2]["seconds"] for one in (cell, other)}
-    assert seconds[chosen] == min(seconds.values())
-    missing = with_run(cell, draws=3)  # what is not stored cannot be audited, and is named
     capsys.readouterr()
-    assert ablations.cheapest([missing, cell, other], folder) == [chosen]
+    assert ablations.auditable([cell, other, cell], folder) == [cell, other]
+    assert not capsys.readouterr().out
+    missing = with_run(cell, draws=3)  # what is not stored cannot be audited, and is named
+    assert ablations.auditable([missing, cell, other], folder) == [cell, other]
     assert capsys.readouterr().out.split() == [
         *"not audited, since its predictions are not stored:".split(),
         *[str(ablations.path(missing, "."))],

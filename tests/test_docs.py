@@ -18,8 +18,8 @@ import pytest
 
 from permdistill import cli
 from permdistill.orders import cyclic_orders
+from permdistill.paper import bench, results
 from permdistill.paper import cli as paper_cli
-from permdistill.paper import results
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -218,3 +218,24 @@ def test_the_readmes_first_two_commands():
 def test_numbers_are_those_of_the_tables():
     assert results.readme(README, ROOT / "figures") == README
     assert results.page(ROOT / "figures") == (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
+
+
+def test_numbers_in_the_readmes_words_are_those_of_tables_and_benchmark():
+    words = " ".join(README.split())
+    p1 = bench.table(bench.read())
+    time = p1[p1.model == bench.MODELS[0][0]].set_index(["workload", "arm"]).ratio
+    short, passages, summaries = (f"{time[name, 'padded'] / time[name, 'forest']:.2g}" for name in bench.WORKLOADS)
+    speeds = f"{short} (short questions), {passages} (passages) and {summaries} times (summaries) as fast as padded batches"
+    assert f"On two cores that is {speeds}" in words
+    race, t4 = (pd.read_csv(ROOT / "figures" / f"{name}.csv") for name in ("T2_race", "T4_matrix"))
+    ours = race[(race.source == "stored") & (race.task == "all")].set_index("method").accuracy * 100
+    assert f"from {ours['biased']:.1f} to {ours['all-orders average']:.1f}. No student beats it on multiple choice" in words
+    small = t4[(t4.task == "all") & (t4.teacher == "qwen2.5-coder-0.5b")]
+    best = 100 * small.groupby("method").accuracy.max()
+    beaten = f"0.5B teacher ({best['biased']:.1f}) is beaten by students ({best['distillation']:.1f})"
+    assert f"{beaten}, and by an encoder that nobody taught ({best['untrained']:.1f})" in words
+    t5 = pd.read_csv(ROOT / "figures" / "T5_summaries.csv")
+    whole = t5[(t5.task == "all") & (t5.n == t5.n.max())]
+    best = 100 * whole.groupby("method").accuracy.max()
+    untaught = f"at chance ({best['biased']:.1f}), untaught encoders ({best['untrained']:.1f}) beat it"
+    assert f"{untaught} by more than taught ones ({best['distillation']:.1f})" in words

@@ -133,19 +133,16 @@ def students(
     return found
 
 
-def cheapest(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
-    """Of each head the student that took the fewest seconds to train, of those whose predictions are stored; the others are
-    named. Raises MissingPredictions when there is none."""
-    seconds = {}
-    for cell in dict.fromkeys(cells):
-        try:
-            seconds[cell] = _kept(cell, folder)[2]["seconds"]
-        except MissingPredictions:
+def auditable(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
+    """Those of ``cells`` whose predictions are stored; the others are named. Raises MissingPredictions if there are none."""
+    cells = list(dict.fromkeys(cells))
+    found = available(cells, folder)
+    for cell in cells:
+        if cell not in found:
             print(f"not audited, since its predictions are not stored: {path(cell, '.')}")
-    if not seconds:
+    if not found:
         raise MissingPredictions("none of these students' predictions are stored: run `make students`")
-    by_time = sorted(seconds, key=lambda cell: seconds[cell])
-    return list({cell.run.student.head: cell for cell in reversed(by_time)}.values())
+    return found
 
 
 def audit(cells: Iterable[Cell], work: Path, folder: str | Path = "") -> pd.DataFrame:

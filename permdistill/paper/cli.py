@@ -84,7 +84,7 @@ def _students(args: argparse.Namespace) -> None:
 
     folder = args.predictions or ablations.COMMITTED
     if args.audit:
-        chosen = ablations.cheapest(profiles.MATRIX["audited"], folder)
+        chosen = ablations.auditable(profiles.MATRIX["audited"], folder)
         found = ablations.audit(chosen, Path(args.work or "build/audit"), folder)
         print(found.to_string(index=False, float_format="{:.4f}".format))
         if not found.ok.all():
@@ -155,7 +155,7 @@ def _add_students(command: argparse.ArgumentParser) -> None:
     parts = list(profiles.MATRIX)
     which = command.add_mutually_exclusive_group()
     which.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
-    text = "train the cheapest student of each head anew, and compare with the stored predictions"
+    text = "train a small student of each head anew, and compare with the stored predictions"
     which.add_argument("--audit", action="store_true", help=text)
     text = "the students of this profile's notebook 3 instead, into --work, where it looks for them"
     which.add_argument("--profile", help=text)

@@ -29,8 +29,15 @@ from permdistill.paper.tasks import TASKS, title
 logging.disable_progress_bar()  # of loading weights: seconds, and dead bars in a stored notebook
 _INTERVAL = re.compile(r" \[(-?[\d.]+), (-?[\d.]+)\]")
 _COMMON = ("model", "teacher", "task", "seeds", "n")  # stands above a table in which it is always the same
-_NAMES = {"parameters_millions": "parameters (M)", "n_train": "training questions", "label_mass": "label mass"}
-_NAMES |= {"left out before sampling": "left out"}
+_NAMES = {
+    "parameters_millions": "parameters (M)",
+    "n_train": "training questions",
+    "label_mass": "label mass",
+    "learning_rate": "learning rate",
+}
+_NAMES |= {"left out before sampling": "left out", "kl": "KL", "kl_drawn_from_white_box": "KL, drawn from white box"}
+_NAMES |= {"inside_99": "inside 99%"}
+_SHORT = 20  # letters that a cell has at most in a column that is never wrapped
 _STYLE = [
     {"selector": "", "props": "border-collapse: collapse; font-size: 12px; margin: 4px 0; table-layout: auto; width: auto;"},
     {"selector": "th", "props": "text-align: left; padding: 2px 8px; vertical-align: bottom;"},
@@ -69,12 +76,18 @@ class Shown:
 
     def _repr_html_(self) -> str:
         name = sha256(repr(self).encode()).hexdigest()[:8]  # the same table has the same name in every run
-        styler = self.frame.style.hide(axis="index").format(_cell, escape="html").set_table_styles(_STYLE).set_uuid(name)
+        styler = self.frame.style.hide(axis="index").format(_cell, escape="html").set_uuid(name)
+        short = (self.frame.map(_cell).map(len).max() <= _SHORT).to_numpy().nonzero()[0]
+        unbroken = (
+            [{"selector": ", ".join(f"td.col{i}" for i in short), "props": "white-space: nowrap;"}] if len(short) else []
+        )
+        styler = styler.set_table_styles([*_STYLE, *unbroken])
         small = "<div style='font-size: 12px; margin: 4px 0'>{}</div>"
-        above, note = (small.format(escape(text).replace("`", "")) if text else "" for text in (self.above, self.note))
+        fold, *around = (escape(text).replace("`", "") for text in (self.fold, self.above, self.note))
+        above, note = (small.format(text) if text else "" for text in around)
         table = f"<div style='overflow-x: auto'>{styler.to_html(cell_ids=False)}</div>"  # a wide one scrolls, not the page
         whole = f"{above}{table}{note}" if len(self.frame) else f"{above}<p>None.</p>{note}"
-        return f"<details><summary>{escape(self.fold)}</summary>{whole}</details>" if self.fold else whole
+        return f"<details><summary>{fold}</summary>{whole}</details>" if fold else whole
 
     def __repr__(self) -> str:
         cells = self.frame.map(_cell)
@@ -124,7 +137,7 @@ def source(scores: str | None = None, students: str = "") -> str:
         )
     if students:
         words.append(
-            "Students: stored predictions (predictions/); audited: `make paper` trains the cheapest of each head anew."
+            "Students: stored predictions (predictions/); audited: `make paper` trains a small one of each head anew."
             if students == ablations.STORED
             else "Students: live, trained by this run."
         )

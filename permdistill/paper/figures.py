@@ -13,7 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from permdistill import debias, fewcalls
 from permdistill.files import replacing
@@ -234,6 +234,7 @@ def students(table: pd.DataFrame) -> Figure:
         1,
         len(tasks),
         figsize=(WIDE, 0.7 + 0.18 * len(systems)),
+        sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -409,6 +410,7 @@ def draws(table: pd.DataFrame) -> Figure:
             own = histograms.kl_drawn_from_white_box
             ax.plot(histograms.draws, own, "--", lw=1, color="black", label="drawn from the white-box scores")
             ax.set(yscale="log", ylabel="KL(histogram || average), nats")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.yaxis.set_minor_formatter(NullFormatter())
         else:

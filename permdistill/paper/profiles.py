@@ -196,7 +196,7 @@ PROFILES = {
         ),
         api_teacher="smollm2-135m",
         n_api=30,
-        draws=8,
+        draws=4,
     ),
     # The paper at the scale of a laptop.
     "full": Profile(
@@ -346,7 +346,7 @@ SEEDS = (0, 1, 2)
 BIG = ("socialiqa", "piqa")  # whole training sets
 UNSEEN = (MULTIPLE_CHOICE, ("csqa",), ("hellaswag",), ("mmlu",), ("boolq",))
 _MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
-LENGTH = {"joint": 256, "per_option": 128, "bi_encoder": 128}
+LENGTH = {"joint": 256, "per_option": 128, "shared_prefix": 128, "bi_encoder": 128}  # tokens, of every head
 _UNTRAINED: dict[str, Any] = {"head": "bi_encoder", "epochs": 0, "n_train": 1000}  # which fit the scale alone
 _METHODS: tuple[dict[str, Any], ...] = (
     {"inputs": "plain"},
@@ -366,7 +366,7 @@ def _cell(
 ) -> Cell:
     usual = {"epochs": 4 if encoder == _MINILM else 2, "learning_rate": 1e-4 if encoder == _MINILM else 5e-5}
     usual |= {"epochs": 2} if head == "bi_encoder" else {}  # held-out KL is lowest after one or two (`permdistill sweep`)
-    student = StudentConfig(encoder, head, inputs, 4, LENGTH.get(head, 128))
+    student = StudentConfig(encoder, head, inputs, 4, LENGTH[head])
     return Cell(teacher, MULTIPLE_CHOICE, Run(student, TrainingConfig(**usual | (training or {})), **run))
 
 

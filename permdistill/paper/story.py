@@ -12,7 +12,7 @@ from permdistill import debias, fewcalls
 from permdistill.measure.metrics import Interval
 from permdistill.paper import claims, tables
 from permdistill.paper.display import Words
-from permdistill.paper.systems import BIASED, CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, described
+from permdistill.paper.systems import BIASED, CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, described, head_title
 from permdistill.paper.systems import title as system_title
 from permdistill.paper.tasks import title
 
@@ -88,7 +88,7 @@ def debiasers(d1: pd.DataFrame, kinds: Mapping[str, Sequence[str]]) -> Words:
             words += f" With fewer calls than all: {near}, {100 * few.accuracy[near]:.1f} at {few.calls[near]:.1f} calls, "
             words += f"sensitivity {100 * few.ps[near]:.1f}."
         lines.append(words)
-    note = f'These are means over a column\'s tasks; how rows "{fewcalls.ADAPTIVE_FAMILY}" were chosen stands above.'
+    note = f'These are means over the tasks of a kind; how rows "{fewcalls.ADAPTIVE_FAMILY}" were chosen stands above.'
     return _list([*lines, note, claim("bc")])
 
 
@@ -109,10 +109,11 @@ def students(table: pd.DataFrame) -> Words:
             if len(rows):
                 best = rows.loc[rows.accuracy.idxmax()]
                 above, below = (rows.gain_low > 0).sum(), (rows.gain_high < 0).sum()
+                name = best.system.replace(f", {method}", "")
                 lines.append(
                     f"{start}{method}, {best.calls} call{'s' * int(best.calls != 1)} of the teacher an answer: the best of "
-                    f"{len(rows)} is {best.system} with {_points(best, 'accuracy')}, {_points(best, 'gain')} against the "
-                    f"biased teacher. Measurably above it: {above} of {len(rows)}; measurably below: {below}."
+                    f"{len(rows)} is {name} with {_points(best, 'accuracy')}, {_points(best, 'gain')} against the biased "
+                    f"teacher. Measurably above it: {above} of {len(rows)}; measurably below: {below}."
                 )
     return _list([*lines, claim("efk")])
 
@@ -127,8 +128,8 @@ def sensitivity(systems: pd.DataFrame) -> Words:
         below = pupils[pupils.ps < teacher.ps]
         both = below[below.gain_low > 0]
         words = f"**{task}**: {len(below)} of {len(pupils)} students depend less on the order than the biased teacher "
-        words += f"(median {100 * pupils.ps.median():.1f} against {100 * teacher.ps:.1f}); {len(both)} of them also answer "
-        words += f"measurably better, {(below.gain_high < 0).sum()} measurably worse."
+        words += f"(median {100 * pupils.ps.median():.1f} against {100 * teacher.ps:.1f}). Measurably more accurate "
+        words += f"than it: {len(both)} of these; measurably less: {(below.gain_high < 0).sum()}."
         lines.append(words)
     return _list(
         [*lines, "Being stable is easy: a student at chance is stable too. Being stable and right is not.", claim("j")]
@@ -195,9 +196,9 @@ def cost(p1: pd.DataFrame, costs: pd.DataFrame) -> Words:
     students = costs[costs.kind == "student"]
     fast, slow = students.loc[students.seconds.idxmin()], students.loc[students.seconds.idxmax()]
     lines.append(
-        f"A student without a call answers {slow['times all orders']:.0f} ({slow.encoder}, {slow['head']}) to "
-        f"{fast['times all orders']:,.0f} times ({fast.encoder}, {fast['head']}) as many questions a second as the first "
-        "teacher does in all orders, one by one."
+        f"A student without a call answers {slow['times all orders']:.0f} ({slow.encoder}, {head_title(slow['head'])}) to "
+        f"{fast['times all orders']:,.0f} times ({fast.encoder}, {head_title(fast['head'])}) as many questions a second as "
+        "the first teacher does in all orders, one by one."
     )
     return _list([*lines, "The paper says what it takes in calls, K! against 1; seconds are ours."])
 
@@ -210,7 +211,8 @@ def verdicts(table: pd.DataFrame) -> Words:
         text = str(own.claim.iloc[0])[4:]
         lines.append(f"**{letter}** {text}: " + "; ".join(f"**{verdict}** for {who}" for verdict, who in by.items()))
     counts = table.groupby("verdict").size()
-    return _list([*lines, "Together: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "."])
+    together = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+    return _list([*lines, f"Together, of {len(table)} verdicts, one for a claim and a teacher: {together}."])
 
 
 def own(table: pd.DataFrame) -> Words:
