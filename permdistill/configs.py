@@ -7,7 +7,8 @@ from typing import Any
 
 from permdistill.orders import MAX_OPTIONS, MIN_OPTIONS
 
-HEADS, INPUTS = ("joint", "per_option", "shared_prefix", "bi_encoder"), ("plain", "prediction", "distribution")
+HEADS = ("joint", "per_option", "shared_prefix", "cross_option", "bi_encoder")
+INPUTS = ("plain", "prediction", "distribution")
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,9 @@ class StudentConfig:
     """What a student is, before any training.
 
     encoder     what :func:`permdistill.sources.find` takes: "all-MiniLM-L6-v2", a local folder, a hub repository
-    head        joint | per_option | shared_prefix | bi_encoder
+    head        joint | per_option | shared_prefix | cross_option | bi_encoder
     inputs      plain | prediction | distribution
-    k           number of options, 2..26; 0: any, for the heads that read each option alone (all but joint)
+    k           number of options, 2..26; 0: any, for all heads but joint
     max_length  tokens a sequence; only context and question are ever cut, see :meth:`Student.encode`
     """
 

@@ -8,18 +8,23 @@
     shared_prefix  as per_option, but context and question are read once for all options: they stand before the options of
                 one sequence, and each option sees them and itself, not the other options; nor do they see an option. One
                 score an option, the mean over its tokens. A fraction of the tokens where the context is long.
+    cross_option  as shared_prefix, but the options of a question see each other: each the last token of every other, which
+                has read its option. All stand at the same place, so that none is the first: order-equivariant, up to
+                rounding. (Options that leave different room for the context see a different beginning, and not each other.)
     bi_encoder  question and options each in a sequence of their own, the cosine of their embeddings times a scale as logit.
                 Exactly order-equivariant too, and the only head that starts from what a sentence encoder already knows.
 
 Sources: Liusie, Fathullah and Gales, Findings of ACL 2024, arXiv 2403.13590 (joint head; the others are ours);
-Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine).
+Reimers and Gurevych, "Sentence-BERT", EMNLP 2019 (mean pooling and cosine); Schlatt et al., "Set-Encoder", ECIR 2025, arXiv
+2404.06912 (texts of a set that see one token of each other, at the same positions).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,17 +43,19 @@ from permdistill.orders import LETTERS
 from permdistill.questions import Question
 
 # One tokenised sequence: input_ids; token_type_ids where the encoder has them; for heads that pack "option", 1 from the
-# first token of its second text on.
+# first token of its second text on (2, 3, .. for second texts that see others than these).
 Row = dict[str, np.ndarray]
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding index
 
 
 class Text(NamedTuple):
-    """One input sequence: the text pair (context + question, second), or one of the two alone."""
+    """One input sequence: the text pair (context + question, second), or one of the two alone. ``among``: the options of
+    its question, sorted, where they see each other."""
 
     context: str
     question: str
     second: str
+    among: tuple[str, ...] = ()
 
     @property
     def first(self) -> str:
@@ -112,6 +119,11 @@ def _per_option(question: Question, order: Sequence[int], decision: int | None) 
     return [Text(question.context, question.question, option) for option in _marked(question, decision)]
 
 
+def _among(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
+    options = tuple(sorted(_marked(question, decision)))
+    return [text._replace(among=options) for text in _per_option(question, order, decision)]
+
+
 def _apart(question: Question, order: Sequence[int], decision: int | None) -> list[Text]:
     options = [Text("", "", option) for option in _marked(question, decision)]
     return [Text(question.context, question.question, ""), *options]
@@ -138,10 +150,11 @@ def _short_and_long(once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequenc
 
 
 def alike(rows: Sequence[Row]) -> list[list[int]]:
-    """Places of the sequences that begin alike, up to their options: one list for each beginning."""
+    """Places of the sequences that begin alike, up to their options, and see the same others: one list for each such."""
     found: dict[bytes, list[int]] = {}
     for i, row in enumerate(rows):
-        found.setdefault(row["input_ids"][row["option"] == 0].tobytes(), []).append(i)
+        begin, seen = row["input_ids"][row["option"] == 0], row["option"][-1:]
+        found.setdefault(np.r_[seen, begin].tobytes(), []).append(i)
     return list(found.values())
 
 
@@ -172,10 +185,13 @@ def _of_options(once: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Ro
     return ((scores[places[:, 0]] * own).sum(dim=1) / own.sum(dim=1))[:, None]
 
 
-def _scored(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A score for each token of packed sequences."""
+def _scored(model: PreTrainedModel, inputs: dict[str, torch.Tensor], mutual: bool = False) -> torch.Tensor:
+    """A score for each token of packed sequences. ``mutual``: options see the last token of each other."""
     option, place, there = inputs.pop("option"), inputs.pop("place"), inputs.pop("attention_mask").bool()
     allowed = (option[:, None] == 0) | (option[:, None] == option[:, :, None])  # (sequence, query, key)
+    if mutual:
+        last = (option > 0) & (option != torch.nn.functional.pad(option[:, 1:], (0, 1)))
+        allowed = allowed | (last[:, None] & (option[:, :, None] > 0))
     # A padding token sees itself: softmax over nothing would be NaN.
     allowed = allowed & there[:, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)
     mask = torch.zeros(allowed.shape).to(allowed.device).masked_fill(~allowed, torch.finfo(torch.bfloat16).min)
@@ -204,6 +220,16 @@ def _relative_to(model: PreTrainedModel, place: torch.Tensor) -> Iterator[None]:
         del encoder.compute_position_bias
 
 
+_SHARED_PREFIX = Head(
+    model=AutoModelForTokenClassification,
+    texts=_per_option,
+    width=lambda k: (k,),
+    outputs=_scored,  # (packed sequence, token)
+    logits=lambda found, scale: found[..., 0],
+    packs=True,
+    settings=lambda k: {"num_labels": 1},
+    forward=_of_options,
+)
 HEADS = {  # as in configs.HEADS
     "joint": Head(
         model=AutoModelForSequenceClassification,
@@ -221,16 +247,8 @@ HEADS = {  # as in configs.HEADS
         outputs=lambda model, inputs: _classified(model, {name: v[:, None] for name, v in inputs.items()}),  # (sequence, 1)
         logits=lambda found, scale: found[..., 0],
     ),
-    "shared_prefix": Head(
-        model=AutoModelForTokenClassification,
-        texts=_per_option,
-        width=lambda k: (k,),
-        outputs=_scored,  # (packed sequence, token)
-        logits=lambda found, scale: found[..., 0],
-        packs=True,
-        settings=lambda k: {"num_labels": 1},
-        forward=_of_options,
-    ),
+    "shared_prefix": _SHARED_PREFIX,
+    "cross_option": replace(_SHARED_PREFIX, texts=_among, outputs=partial(_scored, mutual=True)),
     "bi_encoder": Head(
         model=AutoModel,
         texts=_apart,

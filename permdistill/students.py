@@ -149,7 +149,8 @@ class Student:
             raise ValueError(f"question {questions[i].id!r}, order {j}: decision {decisions[i, j]}, give 0..{k - 1}")
 
     def _tokenise(self, different: list[Text], ids: list[str], chunk: int = 1024) -> list[Row]:
-        rows = []
+        rows: list[Row] = []
+        sets: dict[tuple[str, ...], int] = {(): 1}  # numbers of what sees each other
         for start in range(0, len(different), chunk):
             part = different[start : start + chunk]
             encoded = self.tokenizer(*self.head.columns(part), verbose=False)
@@ -158,7 +159,8 @@ class Student:
                 cut = self._cut(encoded[i], text, ids[start + i])
                 own = {name: encoded[name][i] for name in names}
                 if self.head.packs:
-                    own["option"] = np.maximum.accumulate([part == 1 for part in encoded[i].sequence_ids])
+                    second = np.maximum.accumulate([part == 1 for part in encoded[i].sequence_ids])
+                    own["option"] = second * sets.setdefault(text.among, len(sets) + 1)
                 rows.append({name: np.delete(np.array(values, dtype=np.int32), cut) for name, values in own.items()})
         return rows
 

@@ -145,8 +145,8 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
                 cosines = torch.stack([torch.cosine_similarity(embedded[0], option, dim=0) for option in embedded[1:]])
                 assert np.abs(p[i, j] - (3 * cosines).softmax(-1).numpy()).max() < 1e-6
                 continue
-            if head == "shared_prefix":
-                scores = torch.stack([score_alone(student, *pair) for pair in pairs])
+            if head in ("shared_prefix", "cross_option"):
+                scores = (scores_alone if head == "shared_prefix" else scores_together)(student, pairs)
                 assert np.abs(p[i, j] - scores.softmax(-1).numpy()).max() < 1e-6
                 continue
             inputs = student.tokenizer(*map(list, zip(*pairs, strict=True)), return_tensors="pt", padding=True)
@@ -159,15 +159,53 @@ def test_predict_equals_one_naive_forward_at_a_time(encoder, head):
     assert p.std(axis=(0, 1)).min() > 1e-4  # the random student does tell the inputs apart
 
 
-def score_alone(student: Student, first: str, second: str) -> torch.Tensor:
-    """What the shared-prefix head says of one option: a plain pair, of which the first text does not see the second."""
-    inputs = student.tokenizer(first, second, return_tensors="pt")
-    option = inputs["token_type_ids"][0].bool()  # of BERT's pairs, with the last separator
-    hidden = option[None, :] & ~option[:, None]  # (query, key)
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9)[None, None]
+def scores_alone(student: Student, pairs: list[tuple[str, str]]) -> torch.Tensor:
+    """What the shared-prefix head says of options: plain pairs, of which the first text does not see the second."""
+    found = []
+    for first, second in pairs:
+        inputs = student.tokenizer(first, second, return_tensors="pt")
+        option = inputs["token_type_ids"][0].bool()  # of BERT's pairs, with the last separator
+        hidden = option[None, :] & ~option[:, None]  # (query, key)
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9)[None, None]
+        with torch.no_grad():
+            scores = student.model(**{**inputs, "attention_mask": mask}).logits[0, :, 0].double()
+        found.append(scores[option].mean())
+    return torch.stack(found)
+
+
+def scores_together(student: Student, pairs: list[tuple[str, str]]) -> torch.Tensor:
+    """What the cross-option head says, told token by token who sees whom: (0, place) begins, (option, place) follows."""
+    tokenised = [student.tokenizer(*pair) for pair in pairs]
+    ids, who, last = [], [], set()
+    for number, one in enumerate(tokenised, 1):
+        parts = list(zip(one["input_ids"], one["token_type_ids"], range(len(one["input_ids"])), strict=True))
+        for token, part, place in parts if number == 1 else [p for p in parts if p[1]]:
+            ids.append(token)
+            who.append((number * part, place))
+        last.add(len(ids) - 1)
+    mask = torch.full((len(ids), len(ids)), -1e9)
+    for query, (own, _) in enumerate(who):
+        for key, (other, _) in enumerate(who):
+            if other in (0, own) or (own and key in last):
+                mask[query, key] = 0.0
+    inputs = {"input_ids": ids, "token_type_ids": [int(own > 0) for own, _ in who], "position_ids": [at for _, at in who]}
     with torch.no_grad():
-        scores = student.model(**{**inputs, "attention_mask": mask}).logits[0, :, 0].double()
-    return scores[option].mean()
+        found = student.model(**{n: torch.tensor([v]) for n, v in inputs.items()}, attention_mask=mask[None, None])
+    scores, options = found.logits[0, :, 0].double(), torch.tensor([own for own, _ in who])
+    return torch.stack([scores[options == number].mean() for number in range(1, len(pairs) + 1)])
+
+
+def test_options_see_each_other_and_no_other_questions(encoder):
+    """Another option changes what the cross-option head says of the rest; a question of the same wording changes nothing."""
+    student, order = build(StudentConfig(encoder, "cross_option", k=2), 0), np.arange(2)[None]
+    first, second = (Question(n, "long story", "which ?", ("cat", other)) for n, other in (("a", "dog"), ("b", "bird")))
+    together = student.predict_batch([first, second], order, autocast=False)[:, 0]
+    alone = np.concatenate([student.predict_batch([q], order, autocast=False)[:, 0] for q in (first, second)])
+    assert np.abs(together - alone).max() < 1e-6
+    rows, index = student.encode([first, second], np.broadcast_to(order, (2, 1, 2)))
+    with torch.inference_mode():
+        scores = student.forward(rows)[:, 0].numpy()[index[:, 0]]
+    assert abs(scores[0, 0] - scores[1, 0]) > 1e-5  # of "cat", beside "dog" and beside "bird"
 
 
 def test_the_shared_prefix_is_read_once():
@@ -241,7 +279,7 @@ def test_all_heads_but_joint_are_exactly_order_equivariant(encoder):
 
     same, order = np.full((6, 24), 2), [2, 0, 3, 1]
     shown = [Question(q.id, q.context, q.question, tuple(q.options[o] for o in order)) for q in questions]
-    for head in ("per_option", "shared_prefix", "bi_encoder"):
+    for head in ("per_option", "shared_prefix", "cross_option", "bi_encoder"):
         student = build(StudentConfig(encoder, head), 0)
         assert spread(student) == 0.0
         # The same decision in all orders leaves nothing that depends on the order.
@@ -279,6 +317,7 @@ def test_decisions_must_fit_the_inputs(encoder, head):
         ("joint", AutoModelForSequenceClassification),
         ("per_option", AutoModelForMultipleChoice),
         ("shared_prefix", AutoModelForTokenClassification),
+        ("cross_option", AutoModelForTokenClassification),
         ("bi_encoder", AutoModel),
     ],
 )

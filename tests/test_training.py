@@ -165,7 +165,7 @@ def test_training_learns_the_planted_option(encoder, tmp_path, head):
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("head", ["per_option", "shared_prefix", "bi_encoder"])
+@pytest.mark.parametrize("head", ["per_option", "shared_prefix", "cross_option", "bi_encoder"])
 def test_one_student_for_any_number_of_options(dropping, tmp_path, head):
     """Taught on 3 and 2 options together it knows both, and 5, never seen; killed, it goes on to the same weights."""
     told = {k: toy(200, k, k) for k in (3, 2)}
@@ -301,7 +301,7 @@ def test_a_student_that_says_the_targets_has_loss_zero(encoder, tmp_path, head, 
         if head == "joint":
             position = np.array([t.split("yes")[0].count(")") - 1 for t in text])  # "A) .. B) yes": 1
             known = np.log(soft(position))
-        elif head in ("per_option", "shared_prefix"):
+        elif head in ("per_option", "shared_prefix", "cross_option"):
             known = np.log([[0.9 if "yes" in t else 0.05] for t in text])
         else:  # the first step has to find the scale
             known = np.array([[1.0, 0.0] if "yes" in t or "which" in t else [0.0, 1.0] for t in text])

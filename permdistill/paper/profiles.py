@@ -346,7 +346,7 @@ SEEDS = (0, 1, 2)
 BIG = ("socialiqa", "piqa")  # whole training sets
 UNSEEN = (MULTIPLE_CHOICE, ("csqa",), ("hellaswag",), ("mmlu",), ("boolq",))
 _MINILM, _MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
-LENGTH = {"joint": 256, "per_option": 128, "shared_prefix": 128, "bi_encoder": 128}  # tokens, of every head
+LENGTH = {head: 256 if head == "joint" else 128 for head in HEADS}  # tokens
 _UNTRAINED: dict[str, Any] = {"head": "bi_encoder", "epochs": 0, "n_train": 1000}  # which fit the scale alone
 _METHODS: tuple[dict[str, Any], ...] = (
     {"inputs": "plain"},
@@ -457,7 +457,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     # beside it the same encoder taught on each alone, and untaught.
     "one for all": (
         *(_scale_cell(*BIG, on=on, small=True) for on in (*((task,) for task in BIG), *UNSEEN)),
-        *(_scale_cell(task, small=True) for task in BIG),
+        *(_scale_cell(task, small=True, head=head) for head in ("shared_prefix", "cross_option") for task in BIG),
         *(_scale_cell("socialiqa", on=on, small=True, **_UNTRAINED) for on in ((), ("piqa",), *UNSEEN)),
     ),
     # In no table: one student of each head that is cheap enough for `make paper` to train it anew.
