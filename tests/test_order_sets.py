@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -291,8 +292,10 @@ def test_mixed_numbers_of_options_from_ask_to_student(mixed, name, mode, tmp_pat
         command += ["--mode", mode, "--orders", name, "--replies", str(tmp_path / "replies"), "--records", str(records)]
         cli.main([*command, "--dry-run"])
         assert not server.answered
+        planned = re.findall(r"at most ([\d,]+) calls in all", capsys.readouterr().out)
         cli.main(command)
         paid = server.answered.total()
+        assert len(planned) == (name == "adaptive") and all(paid <= int(calls) <= 1.4 * paid for calls in planned)
         cli.main(command)
         assert server.answered.total() == paid
     n = Counter(json.loads(line)["id"] for line in records.read_text().splitlines())

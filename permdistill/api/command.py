@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     from permdistill.api.endpoint import Endpoint, Limits, Prices
     from permdistill.api.jobs import Job, plan, presented
     from permdistill.api.replies import Replies
+    from permdistill.fewcalls import adaptive_plan
     from permdistill.prompts import TEMPLATES
 
     names = "key_name timeout max_retries extra_body top_logprobs limit_field reply_tokens reasoning_effort".split()
@@ -78,15 +79,21 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     def job_of(template: str, questions: Sequence[Question], orders: Callable[[Question], np.ndarray]) -> Job:
         return job_asking(template, presented(questions, orders))
 
-    if adaptive:  # for the plan; who is asked on is not known yet
-        jobs = [
-            job_of(template, questions, lambda q: np.arange(len(q.options))[None]) for template, questions in asked.items()
-        ]
+    hard = args.mode != "logprobs"
+
+    def staged(question: Question) -> tuple[list[np.ndarray], float]:
+        return adaptive_plan(len(question.options), args.calls, hard)
+
+    if adaptive:  # what everybody is asked; who is asked on is not known yet
+        jobs = [job_of(template, questions, lambda q: staged(q)[0][0]) for template, questions in asked.items()]
     else:
         jobs = [job_asking(template, _calls(args, questions)) for template, questions in asked.items()]
     count_tokens = _token_counter(args.tokenizer)
     for job in jobs:
         print(f"{args.model}, template {job.template.name}, {args.mode}: {plan(job, store, prices, count_tokens)}")
+    if adaptive:
+        every = sum(staged(question)[1] for questions in asked.values() for question in questions)
+        print(f"then the least sure again, at most {every:,.0f} calls in all, tokens and cost in proportion")
     spent = store.spent
     total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
     print(f"{args.replies} so far: {spent.calls} calls, {spent.tokens:,} tokens, cost {total:.4f}; limits: {limits}")
@@ -100,7 +107,6 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
                 sys.exit(f"{report}\n{len(report.unasked)} items were not asked: the same command goes on from here")
             return _said(job, store).reshape(len(some), *design.shape)
 
-        hard = args.mode != "logprobs"
         jobs = [
             job_of(template, questions, adaptive_orders(questions, partial(answered, template), args.calls, hard))
             for template, questions in asked.items()
