@@ -37,7 +37,7 @@ _NAMES = {
 }
 _NAMES |= {"left out before sampling": "left out", "kl": "KL", "kl_drawn_from_white_box": "KL, drawn from white box"}
 _NAMES |= {"inside_99": "inside 99%"}
-_SHORT = 20  # letters: a column without a longer cell is never wrapped, others are not squeezed either
+_SHORT = 22  # letters: a column without a longer cell is never wrapped, others are not squeezed either
 _STYLE = [
     {"selector": "", "props": "border-collapse: collapse; font-size: 12px; margin: 4px 0; table-layout: auto; width: auto;"},
     {"selector": "th", "props": "text-align: left; padding: 2px 8px; vertical-align: bottom;"},
