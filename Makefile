@@ -249,7 +249,7 @@ lint: $(INSTALLED) ## style and types
 
 .PHONY: lab
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
-	cd $(NOTEBOOKS) && $(PY) -m jupyterlab
+	cd $(NOTEBOOKS) && $(PY) -m nbformat.sign *.ipynb && $(PY) -m jupyterlab
 
 .PHONY: clean
 clean: ## delete what `make paper` built (live scores too), keep environment and downloads

@@ -37,7 +37,7 @@ _NAMES = {
 }
 _NAMES |= {"left out before sampling": "left out", "kl": "KL", "kl_drawn_from_white_box": "KL, drawn from white box"}
 _NAMES |= {"inside_99": "inside 99%"}
-_SHORT = 20  # letters that a cell has at most in a column that is never wrapped
+_SHORT = 22  # letters: a column without a longer cell is never wrapped, others are not squeezed either
 _STYLE = [
     {"selector": "", "props": "border-collapse: collapse; font-size: 12px; margin: 4px 0; table-layout: auto; width: auto;"},
     {"selector": "th", "props": "text-align: left; padding: 2px 8px; vertical-align: bottom;"},
@@ -77,11 +77,12 @@ class Shown:
     def _repr_html_(self) -> str:
         name = sha256(repr(self).encode()).hexdigest()[:8]  # the same table has the same name in every run
         styler = self.frame.style.hide(axis="index").format(_cell, escape="html").set_uuid(name)
-        short = (self.frame.map(_cell).map(len).max() <= _SHORT).to_numpy().nonzero()[0]
-        unbroken = (
-            [{"selector": ", ".join(f"td.col{i}" for i in short), "props": "white-space: nowrap;"}] if len(short) else []
-        )
-        styler = styler.set_table_styles([*_STYLE, *unbroken])
+        long = self.frame.map(_cell).map(len).max() > _SHORT
+        widths = [
+            {"selector": f"td.col{i}", "props": "min-width: 14em;" if it else "white-space: nowrap;"}
+            for i, it in enumerate(long)
+        ]
+        styler = styler.set_table_styles([*_STYLE, *widths])
         small = "<div style='font-size: 12px; margin: 4px 0'>{}</div>"
         fold, *around = (escape(text).replace("`", "") for text in (self.fold, self.above, self.note))
         above, note = (small.format(text) if text else "" for text in around)
