@@ -64,7 +64,6 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     from permdistill.api.endpoint import Endpoint, Limits, Prices
     from permdistill.api.jobs import Job, plan, presented
     from permdistill.api.replies import Replies
-    from permdistill.fewcalls import adaptive_plan
     from permdistill.prompts import TEMPLATES
 
     names = "key_name timeout max_retries extra_body top_logprobs limit_field reply_tokens reasoning_effort".split()
@@ -79,20 +78,16 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     def job_of(template: str, questions: Sequence[Question], orders: Callable[[Question], np.ndarray]) -> Job:
         return job_asking(template, presented(questions, orders))
 
-    hard = args.mode != "logprobs"
-
-    def staged(question: Question) -> tuple[list[np.ndarray], float]:
-        return adaptive_plan(len(question.options), args.calls, hard)
-
     if adaptive:  # what everybody is asked; who is asked on is not known yet
-        jobs = [job_of(template, questions, lambda q: staged(q)[0][0]) for template, questions in asked.items()]
+        first = partial(_stages, args)
+        jobs = [job_of(template, questions, lambda q: first(q)[0][0]) for template, questions in asked.items()]
     else:
         jobs = [job_asking(template, _calls(args, questions)) for template, questions in asked.items()]
     count_tokens = _token_counter(args.tokenizer)
     for job in jobs:
         print(f"{args.model}, template {job.template.name}, {args.mode}: {plan(job, store, prices, count_tokens)}")
     if adaptive:
-        every = sum(staged(question)[1] for questions in asked.values() for question in questions)
+        every = sum(first(question)[1] for questions in asked.values() for question in questions)
         print(f"then the least sure again, at most {every:,.0f} calls in all, tokens and cost in proportion")
     spent = store.spent
     total = prices.cost(spent.prompt_tokens, spent.completion_tokens)
@@ -108,7 +103,7 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
             return _said(job, store).reshape(len(some), *design.shape)
 
         jobs = [
-            job_of(template, questions, adaptive_orders(questions, partial(answered, template), args.calls, hard))
+            job_of(template, questions, adaptive_orders(questions, partial(answered, template), args.calls, _hard(args)))
             for template, questions in asked.items()
         ]
     reports = []
@@ -120,6 +115,18 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
         write_records(args.records, (record for record in found if record is not None))
     if incomplete := sum(report.items - report.complete for report in reports):
         sys.exit(f"{incomplete} items are incomplete: see the table; the same command goes on from here")
+
+
+def _hard(args: argparse.Namespace) -> bool:
+    """Whether the API says decisions, not probabilities."""
+    return str(args.mode) != "logprobs"
+
+
+def _stages(args: argparse.Namespace, question: Question) -> tuple[list[np.ndarray], float]:
+    """The designs in which adaptive orders ask a question, and how many calls it takes, on average."""
+    from permdistill.fewcalls import adaptive_plan
+
+    return adaptive_plan(len(question.options), args.calls, _hard(args))
 
 
 def _calls(args: argparse.Namespace, questions: list[Question]) -> list[Call]:

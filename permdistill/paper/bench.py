@@ -61,7 +61,6 @@ __all__ = ["ARMS", "Groups", "Work", "flops", "one_order", "shared_trie"]  # of 
 
 MODELS = (("qwen2.5-coder-1.5b", torch.bfloat16), ("smollm2-135m", torch.float32))
 WORKLOADS = ("short questions", "passages", "summaries")
-RIVALS = ("padded", "sorted", "cached prefix")
 PASSAGE_TOKENS = (350, 400)
 QUESTIONS_A_ROUND = {"short questions": 3, "passages": 2}
 SETS = {"PIQA": "piqa", "SocialIQA": "socialiqa", "ARC-Easy": "arc_easy", "OpenBookQA": "openbookqa", "RACE": "race_middle"}
