@@ -46,8 +46,7 @@ def check_whole(location: str, about: Mapping[str, Any]) -> None:
 
 def short(name: str) -> str:
     """What a model is called in tables and folders: the last word of its name, of "." and ".." that of their path."""
-    last = Path(name).name
-    return last if last not in ("", "..") else Path(name).resolve().name
+    return Path(name).name if Path(name).name not in ("", "..") else Path(name).resolve().name
 
 
 Provider = Callable[[str], Source | None]

@@ -252,13 +252,13 @@ def test_thoughts_are_dropped():
     assert without_thoughts("<Thinking>A</Thinking>\nB") == "B" and without_thoughts("x <think> y") == ""
 
 
-@pytest.mark.parametrize("again", ["answer: ", r"\boxed{A}", "not ", "a cow\n", "q\n", "\n", "故\n", "if the answer is A, "])
+@pytest.mark.parametrize("again", ["answer: ", r"\boxed{A}", "a cow\n", "故\n"])
 def test_a_megabyte_without_end_holds_nobody_up(again):
     """A body may be so long; what is read of it takes seconds at most, where it took hours."""
     started = time.process_time()
     final_answer("答案" + again * (10**6 // len(again)) + "\na cow", LABELS, ANIMALS)
     assert final_answer(again * (10**6 // len(again)) + "\n.\nAnswer: B.", LABELS, ANIMALS)[0] in (1, None)
-    assert time.process_time() - started < 15
+    assert time.process_time() - started < 8
 
 
 def test_a_cut_reply_has_no_final_answer():

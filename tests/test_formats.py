@@ -141,6 +141,11 @@ def test_numbers_beyond_all_floats_are_named(tmp_path, row):
         read(lines(tmp_path / "far.jsonl", [row]))
 
 
+def test_a_row_of_pandalm_without_a_result_is_named(tmp_path):
+    with pytest.raises(BadRecords, match=r"line 1: not as in PandaLM results: no field '\*_result'"):
+        read(lines(tmp_path / "x.jsonl", [{"idx": 1}]), "pandalm")
+
+
 def test_fastchat_pairs_are_unswapped(tmp_path):
     row = {"question_id": 81, "model_1": "a", "model_2": "b", "judge": ["gpt-4", "pair-v2"], "turn": 1, "tstamp": 1.0}
     rows = [

@@ -32,6 +32,7 @@ from permdistill.api.jobs import Job, calls_in_orders, drawn_calls, read_decisio
 from permdistill.api.replies import Replies
 from permdistill.configs import StudentConfig
 from permdistill.corrections import Correction
+from permdistill.measure.formats import FORMATS
 from permdistill.measure.report import measure
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import BadRecords, from_dataset, from_jsonl
@@ -223,6 +224,65 @@ def test_records(tmp_path, rng):
         if name == "r.jsonl":
             assert len(found.k) == sum(bool(line.strip()) for line in content.split(b"\n"))
         if n % 100 < len(good):
+            str(report).encode()
+        return "read"
+
+    run(change)
+
+
+def test_rows_of_other_tools(tmp_path, rng):
+    judged = {"judgment": {"judge_model": "m"}, "decision": "A>B"}
+    said = {
+        "output_1": "x",
+        "generator_1": "r",
+        "output_2": "y",
+        "generator_2": "m",
+        "instruction": "Say",
+        "preference": 1.25,
+    }
+    swaps = {f"swap = {swap}": {"completion": ["", ""], "winner": "1"} for swap in (False, True)}
+    shuffled = "Choices were shuffled before:\n\nA) fire\nB) ice\nShuffled answer:\nANSWER: A"
+    played = {
+        "question_id": 1,
+        "model_1": "x",
+        "model_2": "y",
+        "g1_winner": "tie",
+        "g2_winner": "model_1",
+        "judge": ["j", "p"],
+    }
+    voted = {
+        "idx": 7,
+        "response1": "x",
+        "response2": "y",
+        "j_result": "1",
+        "annotator1": 2,
+        "annotator2": 2,
+        "annotator3": 0,
+    }
+    rows = {
+        "lm-eval": lm_eval(0, ["ice", "fire", "air"], [-1.0, -2.0, -9.0], "0"),
+        "inspect": {"samples": [inspect_sample(["ice", "fire"], "A", "B", explanation=shuffled)]},
+        "fastchat": played,
+        "judgebench": {"pair_id": "p", "judgments": [judged, judged], "label": "B>A"},
+        "llmbar": {"label": 2, "output_1": "x", "results": [swaps]},
+        "pandalm": voted,
+        "alpaca_eval": said,
+        "pride": {"type": "result", "data": {"idx": 3, "probs": [[0.5, 0.2], [3, 4]], "ideal": "B"}},
+    }
+    assert rows.keys() == FORMATS.keys() - {"records"}
+    path, n = tmp_path / "tool.jsonl", 0
+
+    def change() -> str:
+        nonlocal n
+        n += 1
+        name = list(rows)[n % len(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in (mutated(rows[name], rng), rows[name])))
+        try:
+            report = measure(path, format=name)
+        except ValueError as error:
+            assert isinstance(error, BadRecords) or str(error).startswith(("no record has", "one record without"))
+            return "refused"
+        if n % 100 < len(rows):
             str(report).encode()
         return "read"
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from test_assets import archive, sha256
-from test_makefile import ROOT, checkout
+from test_makefile import ODD, ROOT, checkout, make
 from test_scaleout import make_causal
 from test_scores import Store, forked, row_of
 from test_students import make_encoder
@@ -256,14 +256,35 @@ esac
 """
 
 
-def test_making(tmp_path):
-    """`make paper` with a Python that only pretends; what that does under a kill is tested above."""
-    home = checkout(tmp_path / "checkout")
+def pretending(home: Path) -> Path:
+    """A checkout whose Python only pretends."""
+    checkout(home)
     for folder in ("permdistill", "notebooks"):
         (home / folder).symlink_to(ROOT / folder)
     python = home / ".venv" / "bin" / "python"
     python.write_text(PYTHON, encoding="utf-8")
     python.chmod(0o755)
+    return home
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_making_under_an_odd_name_works_or_is_refused_in_one_line(tmp_path, name):
+    home = pretending(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    done = make("paper", folder=home)
+    if done.returncode:
+        assert len(done.stderr.splitlines()) == 1 and "make cannot work with" in done.stderr
+    else:
+        made = list((home / "build" / "notebooks").iterdir())
+        assert len(made) > 8 and {path.read_text() for path in made} == {"half\nwhole\n"}
+        assert "nothing to do" in make("paper", folder=home).stdout and list(tmp_path.iterdir()) == [home]
+        assert make("clean", folder=home).returncode == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_making(tmp_path):
+    """`make paper` with a Python that only pretends; what that does under a kill is tested above."""
+    home = pretending(tmp_path / "checkout")
     alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
 
     def run(seconds: float | None = None) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from permdistill import scores
 from permdistill.orders import all_orders
@@ -50,6 +52,7 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
     if not child:
         try:
             torch.set_num_threads(1)  # the threads that OpenMP made before are not in this process: it would wait for them
+            tqdm.set_lock(threading.RLock())  # the usual one is all forks' together: one killed with it holds up the others
             work()
             os._exit(0)
         finally:

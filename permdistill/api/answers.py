@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 LONGEST = 20_000  # characters of a reply that are read, its last ones: some rules take the square of it
+SENTENCE = 1_000  # characters of a sentence without end that are read before what it states
 NO_ANSWER, TWO_ANSWERS = "no final answer stated", "final answers that disagree"
 
 _TAG = "think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think"
@@ -165,7 +166,7 @@ def stated(text: str, shown: Shown) -> Found | None:
     said, sentence = [], 0
     for match in _STATED.finditer(text):
         sentence = max(sentence, *(text.rfind(mark, sentence, match.start()) + 1 for mark in ".!?;\n。！？"))
-        if not _HEDGED.search(text[sentence : match.start()]):
+        if not _HEDGED.search(text[max(sentence, match.start() - SENTENCE) : match.start()]):
             said.append(match)
     if not said:
         return None

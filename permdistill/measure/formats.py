@@ -206,7 +206,7 @@ def _llmbar(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[
 
 
 def _pandalm(row: Mapping[str, Any], number: int, known: Texts) -> Iterator[dict[str, Any]]:
-    said = next(row[key] for key in row if key.endswith("_result"))
+    said = row[next((key for key in row if key.endswith("_result")), "*_result")]
     decision = {"1": "A", "2": "B", "0": "tie", "tie": "tie"}.get(str(said).strip().lower().split("\n")[0])
     name, pair = str(row["idx"]), [str(row[key]) for key in ("response1", "response2") if key in row]
     pair = pair or str(row.get("cmp_key", "")).split("_")
@@ -295,7 +295,7 @@ def _records(
         try:
             for record in chosen.records(row, number, texts):
                 yield line, {**record, "id": within + record["id"]} if within else record
-        except (LookupError, TypeError, ValueError, StopIteration, AttributeError, ArithmeticError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             problems.add(line, f"not as in {chosen.about}: {what}")
 
