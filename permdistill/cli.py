@@ -78,6 +78,7 @@ def _sweep(args: argparse.Namespace) -> None:
             args.encoders, args.heads, args.inputs, args.learning_rates, args.warmups, args.seeds
         )
     ]
+    ablations.comparable(runs)
     asked = experiments.own_tasks(own) if own else [tasks.load_task(t, "train") for t in args.tasks]
     texts = [question for part in asked for question in part.questions]
     long = ablations.overlong(runs, texts) if args.long != "cut" else set()

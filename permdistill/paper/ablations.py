@@ -221,17 +221,11 @@ def sweep(runs: Iterable[Run], train_on: Scored | Sequence[Scored], folder: str 
     held out: mean KL in nats, the lowest first. No gold answer is read, so that none is needed to choose a student.
 
     ``train_on``: several, of different numbers of options, for runs with k = 0. ``uniform`` is the KL of an answer that is
-    always 1/K: a student that is no better has learnt nothing. Finished runs are loaded, not repeated. Raises ValueError
-    for runs that hold nothing out, and for different ones of the same name, whose folder would be the same.
+    always 1/K: a student that is no better has learnt nothing. Finished runs are loaded, not repeated. Raises what
+    :func:`comparable` does.
     """
     rows: list[dict[str, Any]] = []
-    named: dict[str, Run] = {}
-    for run in (runs := list(runs)):
-        if named.setdefault(run.name, run) != run:
-            raise ValueError(f"two students are called {run.name}: give encoders and rates that differ in their names")
-    for run in runs:
-        if not run.training.held_out:
-            raise ValueError(f"{run.name}: held_out = 0, give a share of the questions to compare the students on")
+    for run in comparable(runs):
         lessons = lessons_of(run, train_on)
         train(run.student, run.training, lessons, Path(folder) / run.name)
         log = read_log(Path(folder) / run.name)
@@ -240,6 +234,18 @@ def sweep(runs: Iterable[Run], train_on: Scored | Sequence[Scored], folder: str 
         row |= {"epoch": int(np.argmin(log["held_out_kl"])) + 1, "seconds": round(log["seconds"])}
         rows.append(row | {"uniform": _uniform(lessons), "folder": str(Path(folder) / run.name)})
     return pd.DataFrame(rows).sort_values("held-out KL", ignore_index=True)
+
+
+def comparable(runs: Iterable[Run]) -> list[Run]:
+    """The runs. Raises ValueError for those that hold nothing out, and for different ones of the same name, whose folder
+    would be the same."""
+    named: dict[str, Run] = {}
+    for run in (runs := list(runs)):
+        if not run.training.held_out:
+            raise ValueError(f"{run.name}: held_out = 0, give a share of the questions to compare the students on")
+        if named.setdefault(run.name, run) != run:
+            raise ValueError(f"two students are called {run.name}: give encoders and rates that differ in their names")
+    return runs
 
 
 def overlong(runs: Iterable[Run], questions: Sequence[Question]) -> set[str]:
