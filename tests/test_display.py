@@ -83,8 +83,10 @@ def test_the_story_has_the_tables_numbers():
     both = tables.read(FIGURES, "T2_students_multiple_choice", "T3_students_summeval")
     assert "**all of T2**: 6 of 6 students depend less" in story.sensitivity(both)
     t4, f2, f3, collapse = (read(n) for n in ("T4_matrix", "F2_draws", "F3_questions", "T4_collapse"))
-    t7 = read("T7_scale")
-    made = story.makes(t4, f2, f3, collapse, t7)
+    t7, gaps = read("T7_scale"), read("T8_differences")
+    made = story.makes(t4, f2, f3, collapse, t7, gaps)
+    unseen = gaps[(gaps.tasks == "csqa") & gaps.taught_on.notna() & (gaps.rival_method == "untrained")].iloc[0]
+    assert f"CommonsenseQA {100 * unseen.difference:.1f} [" in made
     assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in made and "**SocialIQA whole** (T7): **qwen2.5-coder-1.5b**" in made
     c1 = read("C1_claims")
     counted = ", ".join(f"{n} {verdict}" for verdict, n in c1.groupby("verdict").size().items())
