@@ -51,8 +51,9 @@ accuracies on these test questions had been seen, so that rows above the biased 
 Pairs of which the averaged teacher knows more than of SummEval's; 1,050 training questions, the whole test set.""",
     "T7_scale": """T7. Whole training sets (notebook 05_ablations)
 
-SocialIQA: two looks at its training questions (one with 1,000 of them), the whole test set. "Untrained" is the sentence encoder's own cosine.
-"n_train" is the number of training questions where it is not all 33,177, of which 4% are held out.""",
+SocialIQA: two looks at its training questions (one where there are 1,000), the whole test set. "Untrained" is the
+sentence encoder's own cosine. "n_train" is the number of training questions where it is not all 33,177, of which 4% are
+held out.""",
     "T8_one_for_all": """T8. One student for every task (notebook 05_ablations)
 
 MiniLM, shared-prefix head, of any number of options. "taught_on" is what it learnt where that is not the task itself;
