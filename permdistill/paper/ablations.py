@@ -66,13 +66,21 @@ class MissingPredictions(LookupError):
     """A student's predictions are not stored; the message says how to make them."""
 
 
-@lru_cache(maxsize=16)
 def data(teacher: str, tasks: tuple[str, ...], on: tuple[str, ...] = ()) -> tuple[list[Scored], Scored]:
     """What students of ``teacher`` learn from: all training questions of ``tasks``, pooled by number of options. And what
     they are tested on: the full profile's questions of ``on`` (of ``tasks`` if that is empty), pooled."""
-    n = n_test(PROFILES["full"], on or tasks)
-    train_on = by_k([read_scores(teacher, task, "train") for task in tasks])
-    return train_on, together([read_scores(teacher, task, "test", n=n) for task in on or tasks])
+    return _taught(teacher, tasks), _asked(teacher, on or tasks)
+
+
+@lru_cache(maxsize=32)
+def _taught(teacher: str, tasks: tuple[str, ...]) -> list[Scored]:
+    return by_k([read_scores(teacher, task, "train") for task in tasks])
+
+
+@lru_cache(maxsize=32)
+def _asked(teacher: str, tasks: tuple[str, ...]) -> Scored:
+    n = n_test(PROFILES["full"], tasks)
+    return together([read_scores(teacher, task, "test", n=n) for task in tasks])
 
 
 def _data(cell: Cell) -> tuple[list[Scored], Scored]:
