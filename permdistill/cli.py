@@ -84,7 +84,9 @@ def _sweep(args: argparse.Namespace) -> None:
     long = ablations.overlong(runs, texts) if args.long != "cut" else set()
     if long and args.long == "refuse":
         what = f"{len(long)} of {len(texts)} questions have options that --max-length {args.max_length} cuts off"
-        sys.exit(f"{what} ({', '.join(sorted(long)[:5])}): give a larger one, or --long drop, or --long cut")
+        raise ValueError(f"{what} ({', '.join(sorted(long)[:5])}): give a larger one, or --long drop, or --long cut")
+    if len(long) == len(texts):
+        raise ValueError(f"--max-length {args.max_length} cuts options of all {len(texts)} questions: give a larger one")
     prompting = commands.prompting(args)
     if own:
         settings, live = profiles.PROFILES["full"], prompting | {"min_label_mass": args.min_label_mass}

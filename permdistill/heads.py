@@ -9,8 +9,9 @@
                 one sequence, and each option sees them and itself, not the other options; nor do they see an option. One
                 score an option, the mean over its tokens. A fraction of the tokens where the context is long.
     cross_option  as shared_prefix, but the options of a question see each other: each the last token of every other, which
-                has read its option. All stand at the same place, so that none is the first: order-equivariant, up to
-                rounding. (Options that leave different room for the context see a different beginning, and not each other.)
+                has read its option. All begin at the same place, so that none is the first: order-equivariant, up to
+                rounding. (An option that leaves less room for the context sees another beginning, and only the options that
+                share it.)
     bi_encoder  question and options each in a sequence of their own, the cosine of their embeddings times a scale as logit.
                 Exactly order-equivariant too, and the only head that starts from what a sentence encoder already knows.
 

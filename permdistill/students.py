@@ -150,7 +150,7 @@ class Student:
 
     def _tokenise(self, different: list[Text], ids: list[str], chunk: int = 1024) -> list[Row]:
         rows: list[Row] = []
-        sets: dict[tuple[str, ...], int] = {(): 1}  # numbers of what sees each other
+        sets: dict[Text, int] = {}  # numbers of what sees each other
         for start in range(0, len(different), chunk):
             part = different[start : start + chunk]
             encoded = self.tokenizer(*self.head.columns(part), verbose=False)
@@ -160,7 +160,9 @@ class Student:
                 own = {name: encoded[name][i] for name in names}
                 if self.head.packs:
                     second = np.maximum.accumulate([part == 1 for part in encoded[i].sequence_ids])
-                    own["option"] = second * sets.setdefault(text.among, len(sets) + 1)
+                    second[-1] = True  # an option without any token is its end alone
+                    asked = text._replace(second="")
+                    own["option"] = second * (sets.setdefault(asked, len(sets) + 2) if text.among else 1)
                 rows.append({name: np.delete(np.array(values, dtype=np.int32), cut) for name, values in own.items()})
         return rows
 

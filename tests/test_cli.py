@@ -364,6 +364,9 @@ def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypa
     assert teacher.calls == calls  # before anything is scored
     cli.main(["sweep", *arguments, "--long", "drop", "--epochs", "1"])
     assert "1 of 12 questions are left out, since --max-length 64" in capsys.readouterr().out
+    path.write_text(json.dumps(long[-1]), encoding="utf-8")
+    with pytest.raises(SystemExit, match="--max-length 64 cuts options of all 1 questions: give a larger one"):
+        cli.main(["sweep", *arguments, "--long", "drop"])
     assert {log["questions"] for log in map(read_log, (output / "students").glob("*-1epochs-*"))} == {10}  # 1 is held out
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
     with pytest.raises(SystemExit, match="k = 0 options: give 2..26 .0, any number, is for all heads but joint"):

@@ -210,6 +210,8 @@ def test_one_student_answers_several_things_and_is_trained_once(cell, tmp_path, 
         ["four", "PIQA and PIQA", 10],
     ]
     assert both[0].what != alone.what and "taught on PIQA and PIQA" in title(both[0].what)
+    with pytest.raises(ValueError, match="n_train = 8: questions of 2 numbers of options are learnt whole"):
+        experiments.lessons_of(replace(run, n_train=8), taught)
     untaught = replace(both[1], run=replace(run, training=replace(run.training, epochs=0)))
     assert untaught.what.taught_on is None  # it learnt nothing anywhere
 

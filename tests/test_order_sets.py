@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -18,7 +19,7 @@ from test_scaleout import Teacher
 from test_students import WORDS, make_encoder
 
 from permdistill import cli, debias, fewcalls, scores, teachers
-from permdistill.api.command import _said
+from permdistill.api.command import _said, _stages
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Job, drawn_calls, presented
 from permdistill.api.replies import Replies
@@ -191,6 +192,10 @@ def test_hard_verdicts_are_asked_on_where_they_disagree():
     )
     assert last.tolist() == [0, 1, 0, 1]  # three could go on, but two are sure
     assert [fewcalls.adaptive_plan(2, hard=hard)[1] for hard in (False, True)] == [1.5, 2]
+    said = argparse.Namespace(calls=50, mode="logprobs")
+    assert _stages(said, Question("q", "", "?", tuple("abcd")))[1] == 24  # more orders there are not
+    with pytest.raises(ValueError, match="1 calls a question: the first design takes 2"):
+        _stages(argparse.Namespace(calls=1, mode="decisions"), Question("q", "", "?", tuple("abcd")))
     assert [len(design) for design in fewcalls.adaptive_plan(4, 8)[0]] == [2, 4, 24]
     with pytest.raises(ValueError, match="1.5 calls a question: the first design takes 2"):
         fewcalls.share(designs, 1.5)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -196,16 +197,25 @@ def scores_together(student: Student, pairs: list[tuple[str, str]]) -> torch.Ten
 
 
 def test_options_see_each_other_and_no_other_questions(encoder):
-    """Another option changes what the cross-option head says of the rest; a question of the same wording changes nothing."""
+    """Another option changes what the cross-option head says of the rest; questions of the same wording change nothing, nor
+    do those that only the tokenizer cannot tell apart."""
     student, order = build(StudentConfig(encoder, "cross_option", k=2), 0), np.arange(2)[None]
     first, second = (Question(n, "long story", "which ?", ("cat", other)) for n, other in (("a", "dog"), ("b", "bird")))
-    together = student.predict_batch([first, second], order, autocast=False)[:, 0]
-    alone = np.concatenate([student.predict_batch([q], order, autocast=False)[:, 0] for q in (first, second)])
-    assert np.abs(together - alone).max() < 1e-6
+    asked = [first, second, Question("c", "long", "story which ?", ("cat", "dog")), replace(first, question="which  ?")]
+    together = student.predict_batch(asked, order, autocast=False)[:, 0]
+    alone = np.concatenate([student.predict_batch([q], order, autocast=False)[:, 0] for q in asked])
+    assert np.abs(together - alone).max() < 1e-6 and np.abs(alone[2:] - alone[0]).max() < 1e-6
     rows, index = student.encode([first, second], np.broadcast_to(order, (2, 1, 2)))
     with torch.inference_mode():
         scores = student.forward(rows)[:, 0].numpy()[index[:, 0]]
     assert abs(scores[0, 0] - scores[1, 0]) > 1e-5  # of "cat", beside "dog" and beside "bird"
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "joint"])
+def test_an_option_without_tokens_has_a_probability(encoder, head):
+    empty = Question("q", "", "which ?", ("cat", "\u200b"))
+    p = build(StudentConfig(encoder, head, k=2), 0).predict_batch([empty], np.arange(2)[None], autocast=False)
+    assert np.isfinite(p).all() and p.sum() == pytest.approx(1)
 
 
 def test_the_shared_prefix_is_read_once():

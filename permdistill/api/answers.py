@@ -37,9 +37,9 @@ _ANNOUNCED = [
     rf"\b(?:correct|right|best)\s+(?:choice|option)\s*(?:is\s*:|is\b|:)\s*{_ADVERB}{_NOUN}",
     rf"\bantwort\s*(?:ist\b|lautet\b|:)\s*:?\s*{_ADVERB}(?:(?:die\s+)?(?:option|antwort|buchstabe)\s+)?",
     rf"\bréponse\s+(?:\w+\s+)?est\b\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:lettre|réponse|option)\s+|la\s+)?|\bréponse(?:\s+\w+)?\s*:\s*",
-    rf"\brespuesta\s+(?:(?!no\b)\w+\s+)?es\b\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:letra|opción)\s+|la\s+)?|\brespuesta(?:\s+\w+)?\s*:\s*",
-    rf"\brisposta\s+(?:(?!non\b)\w+\s+)?è\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:lettera|opzione)\s+|la\s+)?|\brisposta(?:\s+\w+)?\s*:\s*",
-    r"\bresposta\s+(?:(?!não\b)\w+\s+)?é\s*:?\s*(?:(?:a\s+)?(?:letra|alternativa|opção)\s+)?|\bresposta(?:\s+\w+)?\s*:\s*",
+    rf"\brespuesta\s+(?:(?!(?:no|nunca|tampoco|jamás)\b)\w+\s+)?es\b\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:letra|opción)\s+|la\s+)?|\brespuesta(?:\s+\w+)?\s*:\s*",
+    rf"\brisposta\s+(?:(?!(?:non|mai|neppure)\b)\w+\s+)?è\s*:?\s*{_ADVERB}(?:(?:la\s+)?(?:lettera|opzione)\s+|la\s+)?|\brisposta(?:\s+\w+)?\s*:\s*",
+    r"\bresposta\s+(?:(?!(?:não|nunca|nem)\b)\w+\s+)?é\s*:?\s*(?:(?:a\s+)?(?:letra|alternativa|opção)\s+)?|\bresposta(?:\s+\w+)?\s*:\s*",
     r"\bantwoord\s*(?:is\b|luidt\b|:)\s*:?\s*(?:optie\s+)?",
     r"\bodpowiedź\s*(?:to\b|:|—|–|-)\s*",
     r"\bответ\s*(?::|—|–|-)\s*(?:вариант\s+)?",
@@ -52,18 +52,23 @@ _ANNOUNCED = [
 _STATED = re.compile("|".join(_ANNOUNCED), re.I)
 _HEDGED = re.compile(
     r"\b(?:not|never|no|nor|neither|cannot|if|whether|unless|unlikely|doubt\w*|wrong|incorrect|suppos\w+|assum\w+|might|may"
-    r"|could|would|should|said|says|claim\w*|thought|why|when|false|nobody|guess|opposite|contrary"
-    r"|nicht|kein\w*|wenn|ob|falls|pas|si|non|não|se|niet|als|nie|не|если|jeśli|eğer)\b|n['’]t\b|[不非没沒若]|如果|もし|ない|아니|만약"
-    # Right before "answer": somebody else's.
-    r"|\b(?:another|one|other|common|popular|usual|typical|previous|first|initial|worst|bad|your|his|her|their|\w+['’]s?"
-    r"|students?|users?) $",
+    r"|could|would|should|said|says|claim\w*|thought|why|when|nobody|guess|opposite of|contrary to|false that"
+    r"|nicht|kein\w*|wenn|ob|falls|pas|si|non|não|se|niet|als|nie|не|если|jeśli|eğer)\b|n['’]t\b|[不非没沒若]|如果|もし|ない|아니|만약",
+    re.I,
+)
+# What stands right before "answer" where it is somebody else's.
+_OTHERS = re.compile(
+    r"(?:\b(?:another|one|other|common|popular|usual|typical|previous|first|initial|worst|bad|his|her|their|students?|users?)"
+    r"|(?<!\blet)(?<!\bhere)(?<!\d)['’]s|s['’]) $",
     re.I,
 )
 _TAKEN_BACK = re.compile(
     r"\b(?:no|nope|nein|non|nee|nie|não|нет|hmm|hold on)\s*[,.:;!?…—–-]"
     r"|\b(?:wait|actually|sorry|correction|rather|instead|oops|scratch|mistake\w*|reflection|second thoughts?|reconsider\w*"
     r"|changed? my|not right|moment|doch|eigentlich|kidding|joking)\b"
-    r"|(?:\b(?:is|was)|['’]s) (?:also |just |actually |clearly )?(?:wrong|incorrect|false|mistaken|not (?:correct|true))\b"
+    r"|(?:^ ?|\b(?:it|this|that|which) ?)(?:is|was|['’]s) (?:also |just |actually |clearly )?"
+    r"(?:wrong|incorrect|false|mistaken|not (?:correct|true))\b"
+    r"|\b(?:das|eso|esto|ciò|questo|isso) (?:ist|es|è|é) (?:falsch|fals[oa]|sbagliato|errado)\b"
     r"|\((?:wrong|incorrect|not|no)\b|不对|不，|不,|等等|いや|待って|아니",
     re.I,
 )
@@ -108,12 +113,12 @@ def without_thoughts(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text without emphasis, quotes, dollars and LaTeX's fonts; <answer> stands on lines of its own; wide letters are made
-    narrow. \\boxed stays."""
+    """Text without emphasis, quotes, dollars and LaTeX's fonts; wide letters are made narrow. \\boxed{B} stays, and
+    <answer>B</answer> becomes one."""
     text = unicodedata.normalize("NFKC", text)
     for _ in range(2):  # one inside the other
         text = re.sub(r"\\(?:text|textbf|textit|mathbf|mathrm|mathsf|bf|rm|bm)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"</?answer>", "\n", text, flags=re.I)
+    text = re.sub(r"<answer>([^<>{}]{1,500})</answer>", r"\\boxed{\1}", text, flags=re.I)
     text = re.sub(r"\*+|__|`+|\$+|\\[()\[\]]|[\"“”„«»「」『』]", "", text)
     return re.sub(r"[^\S\n]+", " ", text).strip()
 
@@ -166,7 +171,8 @@ def stated(text: str, shown: Shown) -> Found | None:
     said, sentence = [], 0
     for match in _STATED.finditer(text):
         sentence = max(sentence, *(text.rfind(mark, sentence, match.start()) + 1 for mark in ".!?;\n。！？"))
-        if not _HEDGED.search(text[max(sentence, match.start() - SENTENCE) : match.start()]):
+        before = text[max(sentence, match.start() - SENTENCE) : match.start()]
+        if not (_HEDGED.search(before) or (match[0][:6].lower() == "answer" and _OTHERS.search(before))):
             said.append(match)
     if not said:
         return None

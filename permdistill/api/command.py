@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from permdistill.commands import ADAPTIVE, adaptive_orders, add_orders, json_object, orders_of, real, whole, write_records
+from permdistill.commands import (
+    ADAPTIVE,
+    adaptive_orders,
+    add_orders,
+    json_object,
+    orders_of,
+    printable,
+    real,
+    whole,
+    write_records,
+)
 from permdistill.questions import Question, unsafe_options
 
 if TYPE_CHECKING:
@@ -99,7 +109,9 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
         def answered(template: str, some: Sequence[Question], design: np.ndarray) -> np.ndarray:
             job = job_of(template, some, lambda question: design)
             if (report := ask.ask(job, store, limits, prices, args.concurrency)).unasked:
-                sys.exit(f"{report}\n{len(report.unasked)} items were not asked: the same command goes on from here")
+                sys.exit(
+                    printable(f"{report}\n{len(report.unasked)} items were not asked: the same command goes on from here")
+                )
             return _said(job, store).reshape(len(some), *design.shape)
 
         jobs = [
@@ -109,7 +121,7 @@ def run(args: argparse.Namespace, asked: Mapping[str, list[Question]]) -> None:
     reports = []
     for job in jobs:
         reports.append(ask.ask(job, store, limits, prices, args.concurrency))
-        print(f"\n{reports[-1]}")
+        print(printable(f"\n{reports[-1]}"))
     if args.records:
         found = (job.record(store, call) for job in jobs for call in job.calls)
         write_records(args.records, (record for record in found if record is not None))
@@ -124,9 +136,11 @@ def _hard(args: argparse.Namespace) -> bool:
 
 def _stages(args: argparse.Namespace, question: Question) -> tuple[list[np.ndarray], float]:
     """The designs in which adaptive orders ask a question, and how many calls it takes, on average."""
-    from permdistill.fewcalls import adaptive_plan
+    from permdistill.fewcalls import adaptive_plan, share
 
-    return adaptive_plan(len(question.options), args.calls, _hard(args))
+    designs, calls = adaptive_plan(len(question.options), args.calls, _hard(args))
+    share(designs, calls)  # refuses fewer calls than the first design takes
+    return designs, min(calls, len(designs[-1]))
 
 
 def _calls(args: argparse.Namespace, questions: list[Question]) -> list[Call]:

@@ -69,16 +69,18 @@ class MissingPredictions(LookupError):
 def data(teacher: str, tasks: tuple[str, ...], on: tuple[str, ...] = ()) -> tuple[list[Scored], Scored]:
     """What students of ``teacher`` learn from: all training questions of ``tasks``, pooled by number of options. And what
     they are tested on: the full profile's questions of ``on`` (of ``tasks`` if that is empty), pooled."""
-    return _taught(teacher, tasks), _asked(teacher, on or tasks)
+    return taught(teacher, tasks), asked(teacher, on or tasks)
 
 
 @lru_cache(maxsize=32)
-def _taught(teacher: str, tasks: tuple[str, ...]) -> list[Scored]:
+def taught(teacher: str, tasks: tuple[str, ...]) -> list[Scored]:
+    """The first part of :func:`data`."""
     return by_k([read_scores(teacher, task, "train") for task in tasks])
 
 
 @lru_cache(maxsize=32)
-def _asked(teacher: str, tasks: tuple[str, ...]) -> Scored:
+def asked(teacher: str, tasks: tuple[str, ...]) -> Scored:
+    """Its second part."""
     n = n_test(PROFILES["full"], tasks)
     return together([read_scores(teacher, task, "test", n=n) for task in tasks])
 

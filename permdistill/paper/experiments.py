@@ -142,7 +142,10 @@ def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "", pro
         (template,) = suited(teacher, {task.template.name: task.questions})
         if template != task.template.name:
             plain = replace(task, template=TEMPLATES[template])
-            return scored(teacher, plain, folder, str(folder / "scores"), prompting)
+            try:
+                return _read(teacher, plain, Path(committed or COMMITTED), prompting)
+            except scores.MissingScores:
+                return scored(teacher, plain, folder, str(folder / "scores"), prompting)
         texts, live = unlabelled(task.questions) + content_free(task.questions), _live(teacher, json.dumps(prompting))
         scores.score(_store(folder / "scores" / short(teacher)), live, texts, task.template)
         return _read(teacher, task, folder / "scores", prompting)
@@ -296,7 +299,10 @@ def baselines(test: Scored) -> list[System]:
 
 def lessons_of(run: Run, train_on: Scored | Sequence[Scored]) -> list[Lesson]:
     """:func:`lesson_of` each part: one, or several of different numbers of options for a student with k = 0."""
-    return [lesson_of(run, part) for part in ([train_on] if isinstance(train_on, Scored) else train_on)]
+    parts = [train_on] if isinstance(train_on, Scored) else train_on
+    if run.n_train and len(parts) > 1:
+        raise ValueError(f"n_train = {run.n_train}: questions of {len(parts)} numbers of options are learnt whole, give 0")
+    return [lesson_of(run, part) for part in parts]
 
 
 def lesson_of(run: Run, train_on: Scored) -> Lesson:

@@ -261,7 +261,7 @@ def sensitivity_against_accuracy(systems: pd.DataFrame) -> Figure:
     wholes = [task for task in dict.fromkeys(systems.task) if str(task).startswith("all")]
     size = (WIDE if len(wholes) > 1 else NARROW, 3.4)
     figure, axes = plt.subplots(1, len(wholes), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
-    heads = {"joint": "s", "per_option": "^", "bi_encoder": "D"}
+    heads = {"joint": "s", "per_option": "^", "shared_prefix": "v", "cross_option": "P", "bi_encoder": "D"}
     for ax, task in zip(axes[0], wholes, strict=True):
         part = systems[systems.task == task]
         for row in part.to_dict("records"):
@@ -360,7 +360,7 @@ def accuracy_and_cost(systems: pd.DataFrame) -> Figure:
     teachers = list(dict.fromkeys(systems.teacher))
     size = (WIDE if len(teachers) > 1 else NARROW, 3.6)
     figure, axes = plt.subplots(1, len(teachers), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    heads, labels = {"joint": "s", "per_option": "o", "bi_encoder": "D"}, []
+    heads, labels = {"joint": "s", "per_option": "o", "shared_prefix": "v", "cross_option": "P", "bi_encoder": "D"}, []
     for ax, teacher in zip(axes[0], teachers, strict=True):
         own = systems[systems.teacher == teacher].reset_index(drop=True)
         x, y, student = own.seconds.to_numpy(), 100 * own.accuracy.to_numpy(), own.kind == "student"

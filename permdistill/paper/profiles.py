@@ -387,7 +387,7 @@ def _piqa_cell(encoder: str = _MINILM, head: str = "bi_encoder", inputs: str = "
 def _scale_cell(
     *tasks: str, on: tuple[str, ...] = (), small: bool = False, head: str = "shared_prefix", n_train: int = 0, **more: Any
 ) -> Cell:
-    """One look at all questions, unless said, at the small students' rate: none was tried at this size. ``small``: any K."""
+    """One look at all questions, unless said, at the small students' rate: no other was tried here. ``small``: any K."""
     usual = {"epochs": 1, "learning_rate": 1e-4 if small else 5e-5, "batch_size": 32, "micro_tokens": 4096, "held_out": 0.04}
     encoder, k, length = (_MINILM, 0, 256) if small else (_MPNET, TASKS[tasks[0]].k, 128)
     student = StudentConfig(encoder, head, "plain", k, length)

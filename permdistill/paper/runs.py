@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from permdistill.configs import StudentConfig, TrainingConfig
 from permdistill.paper.systems import CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, Description, title
+from permdistill.sources import short
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Run:
     def name(self) -> str:
         """For files, e.g. "all-MiniLM-L6-v2-joint-plain-k4-4epochs-lr0.0001"; what is not the default is added."""
         s, t = self.student, self.training
-        name = f"{Path(s.encoder).name}-{s.head}-{s.inputs}-k{s.k}-{t.epochs}epochs-lr{t.learning_rate:g}"
+        name = f"{short(s.encoder)}-{s.head}-{s.inputs}-k{s.k}-{t.epochs}epochs-lr{t.learning_rate:g}"
         extra = self._unusual | {f"warmup{t.warmup:g}": t.warmup != TrainingConfig.warmup, f"seed{t.seed}": t.seed != 0}
         return "-".join([name, *(word for word, wanted in extra.items() if wanted)])
 
@@ -66,7 +66,7 @@ class Run:
             "distribution": WHITE_BOX,
         }[self.student.inputs]
         n_train = self.n_train if self.training.epochs else 0  # of an untrained one they fit the scale alone
-        encoder, settings = Path(self.student.encoder).name, (self.greedy, self.power, self.draws, n_train, self.orders)
+        encoder, settings = short(self.student.encoder), (self.greedy, self.power, self.draws, n_train, self.orders)
         return Description("student", method, self.calls, encoder, self.student.head, *settings)
 
     @property

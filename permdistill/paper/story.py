@@ -168,13 +168,15 @@ def makes(
 
 def _one_for_all(gaps: pd.DataFrame) -> list[str]:
     taught = gaps[gaps.taught_on.notna()]
-    lines = []
+    lines: list[str] = []
+    if taught.empty:
+        return lines
     for name, rivals in (
         ("the same encoder untaught", taught.rival_method == UNTRAINED),
         ("the biased teacher", taught.rival_method == BIASED),
     ):
         own = taught[rivals]
-        tasks = [title(name).replace("_", " ") for name in own.tasks]
+        tasks = [title(task).replace("_", " ") for task in own.tasks]
         by_task = "; ".join(
             f"{task} {_points(row, 'difference')}" for task, (_, row) in zip(tasks, own.iterrows(), strict=True)
         )
