@@ -260,8 +260,8 @@ def test_training_and_test_share_no_question_and_no_document():
         }
         if task == "piqa":
             assert len(train.questions) == 16084 == len({q.id for q in train.questions}) and len(test.questions) == 1837
-            goals = {q.context for q in train.questions}
-            assert sum(q.context in goals for q in test.questions) == 191  # as T6 says
+            goals = {" ".join(q.context.casefold().split()) for q in train.questions}
+            assert sum(" ".join(q.context.casefold().split()) in goals for q in test.questions) == 191  # as T6 says
         if task in registry.SUMMEVAL:
             assert not set(train.groups) & set(test.groups)
             assert len(set(test.groups)) == 40

@@ -49,7 +49,7 @@ accuracies on these test questions had been seen, so that rows above the biased 
     "T6_piqa": """T6. Students on PIQA, stored (notebook 05_ablations)
 
 Pairs of which the averaged teacher knows more than of SummEval's; 1,050 training questions, the whole test
-set, of which 191 of 1,837 questions have a goal that training questions have too. Students that are not stored yet are
+set, of which 191 of 1,837 questions have a goal that training questions have too, but for capitals and spaces. Students that are not stored yet are
 missing here: notebook 5 counts them.""",
     "T7_scale": """T7. Whole training sets (notebook 05_ablations)
 
