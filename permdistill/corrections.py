@@ -1,4 +1,5 @@
-"""What is fitted before an encoder learns anything: the correction of a teacher's one answer, and the scale of cosines."""
+"""What is fitted in a few numbers, before an encoder learns anything (the correction of a teacher's one answer, the scale of
+cosines) or after (a student's answer and the teacher's one as one answer). No gold answer is read."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import softmax
 
 from permdistill.debias import EPSILON
 from permdistill.orders import to_options, to_positions
@@ -29,6 +31,26 @@ class Correction:
         return to_options(self.scale * by_position + np.array(self.position), orders)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """What a student says and what the teacher says in one order, as one answer (stacking; Wolpert, Neural Networks 1992):
+    logits student * log S + teacher * log P(position) + position[position].
+
+    student, teacher  how much each counts
+    position          (K,) what takes the teacher's preference for positions away
+    """
+
+    student: float
+    teacher: float
+    position: tuple[float, ...]
+
+    def answer(self, S: np.ndarray, P: np.ndarray, orders: np.ndarray) -> np.ndarray:
+        """The student's S and the teacher's P (item, order, option), orders (order, K) -> answers (item, order, option). P
+        may be decisions (:func:`permdistill.debias.one_hot`), if it was in fitting."""
+        logits = Correction(self.teacher, self.position).logits(P, orders)
+        return softmax(self.student * np.log(np.maximum(S, EPSILON)) + logits, axis=-1)
+
+
 def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Correction:
     """The scale and position logits that bring the teacher's answers in single orders closest to the targets.
 
@@ -37,22 +59,43 @@ def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Co
     unlike it, it takes the teacher's answers over the other orders of the same questions as its goal. Raises ValueError
     when no minimum is found.
     """
-    k = P.shape[2]
-    log_p = np.log(np.maximum(to_positions(np.asarray(P, dtype=np.float64), orders), EPSILON)).reshape(-1, k)
-    goals = to_positions(np.broadcast_to(targets[:, None], P.shape), orders).reshape(-1, k)
+    (scale,), position = _closest([P], orders, targets)
+    return Correction(scale, position)
+
+
+def fit_stack(S: np.ndarray, P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Stack:
+    """The :class:`Stack` whose answers come closest to the targets, as :func:`fit_correction`.
+
+    S, P     the student's and the teacher's answers (item, order, option) over ``orders`` (order, K), of questions that the
+             student did not learn from: a hundred are enough for K + 2 numbers
+    targets  (item, option), the teacher's averages over all orders. No gold answer is read
+    """
+    (student, teacher), position = _closest([S, P], orders, targets)
+    return Stack(student, teacher, position)
+
+
+def _closest(
+    answers: Sequence[np.ndarray], orders: np.ndarray, targets: np.ndarray
+) -> tuple[list[float], tuple[float, ...]]:
+    """How much the log of each of ``answers`` (item, order, option) counts, and the logits of positions, that together come
+    closest to the targets."""
+    k, n = targets.shape[1], len(answers)
+    logs = [np.log(np.maximum(to_positions(np.asarray(P, dtype=np.float64), orders), EPSILON)) for P in answers]
+    log_p = np.stack(logs).reshape(n, -1, k)
+    goals = to_positions(np.broadcast_to(targets[:, None], answers[0].shape), orders).reshape(-1, k)
 
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = x[0] * log_p + x[1:]
+        logits = np.tensordot(x[:n], log_p, 1) + x[n:]
         log_q = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
         slope = (np.exp(log_q) - goals) / len(goals)
         # The mean of the position logits changes nothing: the square picks 0.
-        value = -(goals * log_q).sum() / len(goals) + x[1:].mean() ** 2 / 2
-        return value, np.concatenate([[(slope * log_p).sum()], slope.sum(axis=0) + x[1:].mean() / k])
+        value = -(goals * log_q).sum() / len(goals) + x[n:].mean() ** 2 / 2
+        return value, np.concatenate([(slope * log_p).sum(axis=(1, 2)), slope.sum(axis=0) + x[n:].mean() / k])
 
-    found = minimize(value_and_gradient, np.r_[1.0, np.zeros(k)], jac=True, method="BFGS", options={"gtol": 1e-6})
+    found = minimize(value_and_gradient, np.r_[np.ones(n), np.zeros(k)], jac=True, method="BFGS", options={"gtol": 1e-6})
     if not np.abs(found.jac).max() < 1e-4:  # BFGS stops short of gtol where the value rounds off
         raise ValueError(f"no correction brings the teacher to the targets ({found.message}): use inputs='prediction'")
-    return Correction(float(found.x[0]), tuple(float(v) for v in found.x[1:] - found.x[1:].mean()))
+    return found.x[:n].tolist(), tuple((found.x[n:] - found.x[n:].mean()).tolist())
 
 
 def fit_scale(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:

@@ -108,21 +108,34 @@ def test_fits_says_whether_a_student_learnt_what_it_was_shown(cell, tmp_path):
     assert both.students.tolist() == [2] and both["training KL"][0] == pytest.approx(table["training KL"][:2].mean())
 
 
-def test_mixtures_lie_between_one_call_and_the_student(cell, tmp_path):
+def test_a_stack_of_student_and_teacher_reads_no_gold_and_answers_each_half_by_the_other(cell, tmp_path):
     folder = tmp_path / "predictions"
     ablations.make([cell], folder, tmp_path / "work")
     _, test = ablations.data("planted", cell.tasks)
-    named = {system.what.method: system for system in ablations.rivals(test)}
-    right = [q.answer for q in test.task.questions]
-    table = ablations.mixtures(cell, (0.0, 1.0, 1e4), folder)
-    assert table.weight.tolist() == [0, 1, 1e4] and table.teacher.tolist() == ["planted"] * 3
-    ends = (named["prior-matching"].P, ablations.answer(cell, folder).P)
-    assert table.accuracy.tolist()[::2] == pytest.approx([metrics.accuracy(P, right).mean() for P in ends])
-    product = ends[0] * ends[1]
-    both = metrics.accuracy(product / product.sum(axis=-1, keepdims=True), right).mean()
-    biased = metrics.accuracy(named["biased"].P, right).mean()
-    assert table.accuracy[1] == pytest.approx(both) and table.gain[1] == pytest.approx(both - biased)
-    assert table.ps[0] > table.ps[2] == pytest.approx(0, abs=1e-6)
+    student = ablations.answer(cell, folder)
+    blind = replace(test, task=replace(test.task, questions=unlabelled(test.task.questions)))
+    for system, same in zip(ablations.stacked(test, student), ablations.stacked(blind, student), strict=True):
+        assert np.array_equal(system.P, same.P) and system.what.calls == 1
+        assert system.P.sum(axis=-1) == pytest.approx(1)
+    said, white_box = ablations.stacked(test, student)
+    assert said.what.greedy and not white_box.what.greedy
+    # What a question's own other orders say has no part in its answer: only in those of the other half.
+    first = experiments.drawn(test.task, 0.5)
+    P = test.P.copy()
+    others = [i for i, order in enumerate(test.orders.tolist()) if order not in cyclic_orders(test.task.k).tolist()]
+    P[np.ix_(first, others)] = 1 / test.task.k
+    _, changed = ablations.stacked(replace(test, P=P), student)
+    assert np.array_equal(changed.P[first], white_box.P[first])
+    assert not np.allclose(changed.P[~first], white_box.P[~first])
+    # An averaged teacher as the student: nothing is left to correct.
+    average = replace(student, P=debias.broadcast(debias.permutation_average(test.P), test.task.k))
+    for system in ablations.stacked(test, average):
+        assert np.abs(system.P - average.P).max() < 1e-3
+    table = ablations.compare([cell], folder, stack=True)
+    assert [row for row in table.method if "stacked" in row] == [
+        "stacked error correction",
+        "stacked white-box error correction",
+    ] * 2
 
 
 def test_levels_and_coverage(cell, tmp_path, monkeypatch):

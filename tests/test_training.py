@@ -17,7 +17,7 @@ from test_students import WORDS, make_encoder
 from permdistill import configs, corrections
 from permdistill import training as training_module
 from permdistill.configs import StudentConfig, TrainingConfig
-from permdistill.corrections import fit_correction, fit_scale
+from permdistill.corrections import fit_correction, fit_scale, fit_stack
 from permdistill.lessons import Distributions, Draws, Lesson
 from permdistill.orders import all_orders, to_options
 from permdistill.questions import Question
@@ -230,6 +230,23 @@ def test_correction_takes_a_planted_bias_and_temperature_away():
     corrected = correction.logits(planted_scores(preferences, bias), np.broadcast_to(all_orders(K), (50, 6, K)))
     corrected -= corrected.mean(axis=-1, keepdims=True)  # a constant changes no probability
     assert corrected == pytest.approx(np.broadcast_to(corrected[:, :1], corrected.shape), abs=1e-4)  # in every order
+
+
+def test_a_stack_finds_how_much_student_and_teacher_count_and_takes_the_bias_away():
+    rng = np.random.default_rng(0)
+    own, known, bias = rng.normal(size=(100, K)), rng.normal(size=(100, K)), np.array([1.5, -0.5, -1.0])
+    normalised = lambda logits: np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)  # noqa: E731
+    targets, orders, P = normalised(0.7 * own + 0.3 * known), all_orders(K), planted_scores(known, bias)
+    S = np.broadcast_to(normalised(own)[:, None], P.shape)
+    stack = fit_stack(S, P, orders, targets)
+    assert (stack.student, stack.teacher) == pytest.approx((0.7, 0.3), abs=1e-3)
+    assert stack.position == pytest.approx(-0.3 * bias, abs=1e-3)
+    assert np.abs(stack.answer(S, P, orders) - targets[:, None]).max() < 1e-3
+    # Of decisions too, whose zeros say no more than that another option was chosen.
+    decisions = (P == P.max(axis=-1, keepdims=True)).astype(float)
+    stack = fit_stack(S, decisions, orders, targets)
+    kl = lambda A: (targets[:, None] * np.log(targets[:, None] / A)).sum(-1).mean()  # noqa: E731
+    assert stack.teacher > 0 and kl(stack.answer(S, decisions, orders)) < kl(S)
 
 
 def test_a_correction_that_was_not_found_says_so(monkeypatch):

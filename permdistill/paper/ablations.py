@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from permdistill import debias
+from permdistill.corrections import fit_stack
 from permdistill.files import locked
 from permdistill.lessons import Lesson
 from permdistill.measure import evaluate, metrics
@@ -40,6 +40,7 @@ from permdistill.paper.experiments import (
     black_box_decisions,
     by_k,
     distil,
+    drawn,
     in_cyclic_orders,
     lessons_of,
     read_predictions,
@@ -50,7 +51,17 @@ from permdistill.paper.experiments import (
 )
 from permdistill.paper.paths import ROOT
 from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Pool, Profile, Run, cells_of, n_test, together_as
-from permdistill.paper.systems import COPY, TWO_ORDERS, Description, described_rows, title
+from permdistill.paper.systems import (
+    COPY,
+    DISTILLATION,
+    STACKED,
+    STACKED_WHITE_BOX,
+    TWO_ORDERS,
+    Description,
+    described_rows,
+    title,
+)
+from permdistill.paper.tasks import SEED
 from permdistill.questions import Question
 from permdistill.students import Student, build
 from permdistill.training import content_key, digest, read_log, train
@@ -306,13 +317,38 @@ def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
         yield Path(teacher).name, _data(own[0])[1], own
 
 
-def compare(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
+def compare(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False) -> pd.DataFrame:
     """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.paper.tables.students`. Seeds of one student
-    share a row."""
+    share a row. ``stack``: with :func:`stacked` of each that was taught and sees no answer of the teacher."""
     parts = []
     for _, test, own in _pools(cells):
-        parts.append(tables.students(test, [*rivals(test), *(answer(cell, folder) for cell in own)]))
+        systems = [*rivals(test), *(answer(cell, folder) for cell in own)]
+        alone = [system for system in systems if stack and system.what.method == DISTILLATION]
+        parts.append(tables.students(test, [*systems, *(one for system in alone for one in stacked(test, system))]))
     return pd.concat(parts, ignore_index=True)
+
+
+def stacked(test: Scored, student: System, n: int = 100) -> list[System]:
+    """Error correction without training anew: the answers of a student that sees none of the teacher's, stacked with the
+    teacher's one decision (its most probable one), and with its one answer in probabilities
+    (:func:`permdistill.corrections.fit_stack`). Fitted on ``n`` random test questions, whose all-orders averages are the
+    goal, and answering the others: half answers by what is fitted on the other half. No gold answer is read."""
+    orders, P, Q = cyclic_orders(test.task.k), in_cyclic_orders(test.P), debias.permutation_average(test.P)
+    first = drawn(test.task, 0.5)
+    random = np.random.default_rng(SEED).permutation(len(Q))
+    result = []
+    for method, said in (
+        (STACKED, debias.one_hot(black_box_decisions(test, greedy=True), test.task.k)),
+        (STACKED_WHITE_BOX, P),
+    ):
+        answers = np.empty_like(P)
+        for half in (first, ~first):
+            others = [i for i in random if not half[i]][:n]
+            stack = fit_stack(student.P[others], said[others], orders, Q[others])
+            answers[half] = stack.answer(student.P[half], said[half], orders)
+        what = replace(student.what, method=method, calls=1, greedy=method == STACKED)
+        result.append(System(what, answers, orders, student.parameters))
+    return result
 
 
 def differences(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
@@ -386,24 +422,6 @@ def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
     right = [evaluate.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
     labelled = ~np.isnan(right[0])
     return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
-
-
-def mixtures(cell: Cell, weights: Sequence[float], folder: str | Path = "") -> pd.DataFrame:
-    """What a student that sees no answer of the teacher can add to one: log P(prior-matching) + weight * log P(student), by
-    weight (0: prior-matching alone), with the gain over the biased teacher. The best row is what error correction could
-    reach as a product of the two, had it known the weight."""
-    test = _data(cell)[1]
-    orders = cyclic_orders(test.task.k)
-    biased, student = in_cyclic_orders(test.P), answer(cell, folder).P
-    matched = debias.prior_matching(biased, orders)
-    log_teacher, log_student = (np.log(np.maximum(P, debias.EPSILON)) for P in (matched, student))
-    baseline = evaluate.correct(biased, test.task.questions)
-    rows = []
-    for weight in weights:
-        P = softmax(log_teacher + weight * log_student, axis=-1)
-        row = evaluate.measure([P], orders, test.task.questions, test.task.groups, baseline)
-        rows.append({"teacher": Path(cell.teacher).name, "weight": weight, **row})
-    return pd.DataFrame(rows)
 
 
 def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:

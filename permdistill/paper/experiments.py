@@ -173,17 +173,17 @@ def split(scored: Scored, share: float = 0.75, seed: int = SEED) -> tuple[Scored
 
     Raises ValueError when one side would be empty.
     """
-    inside = _drawn(scored.task, share, seed)
+    inside = drawn(scored.task, share, seed)
     return scored.where(inside), scored.where(~inside)
 
 
 def split_task(task: TaskSplit, share: float, seed: int = SEED) -> tuple[TaskSplit, TaskSplit]:
     """:func:`split` of questions that nobody has answered yet."""
-    inside = _drawn(task, share, seed)
+    inside = drawn(task, share, seed)
     return replace(task.where(inside), name=f"{task.name}, train"), replace(task.where(~inside), name=f"{task.name}, test")
 
 
-def _drawn(task: TaskSplit, share: float, seed: int) -> np.ndarray:
+def drawn(task: TaskSplit, share: float, seed: int = SEED) -> np.ndarray:
     """Which items belong to a random ``share`` of the groups, (item,)."""
     groups = list(dict.fromkeys(task.groups))
     cut = round(share * len(groups))

@@ -12,7 +12,17 @@ from permdistill import debias, fewcalls
 from permdistill.measure.metrics import Interval
 from permdistill.paper import claims, tables
 from permdistill.paper.display import Words
-from permdistill.paper.systems import BIASED, CORRECTION, DISTILLATION, UNTRAINED, WHITE_BOX, described, head_title
+from permdistill.paper.systems import (
+    BIASED,
+    CORRECTION,
+    DISTILLATION,
+    STACKED,
+    STACKED_WHITE_BOX,
+    UNTRAINED,
+    WHITE_BOX,
+    described,
+    head_title,
+)
 from permdistill.paper.systems import title as system_title
 from permdistill.paper.tasks import title
 
@@ -104,7 +114,7 @@ def students(table: pd.DataFrame) -> Words:
         if (own.kind == "debiased").any():
             words += f", the average over all orders on {_points(own[own.method == debias.DEBIASED].iloc[0], 'accuracy')}"
         lines.append(f"{words} of 100 questions.")
-        for method in (DISTILLATION, CORRECTION, WHITE_BOX, UNTRAINED):
+        for method in (DISTILLATION, CORRECTION, WHITE_BOX, STACKED, STACKED_WHITE_BOX, UNTRAINED):
             rows = pupils[pupils.method == method]
             if len(rows):
                 best = rows.loc[rows.accuracy.idxmax()]
@@ -162,7 +172,9 @@ def makes(
         f"**Collapse**: {stuck} of {len(collapse)} settings of the joint head, distilled, stay at chance; the best reaches "
         f"{_points(collapse.loc[collapse.accuracy.idxmax()], 'accuracy')}."
     )
-    lines += [f"**SocialIQA whole** (T7): {line[2:]}" for line in students(scale).split("\n")[:-1]]
+    for task, own in scale[scale.task != "all"].groupby("task", sort=False):
+        found = students(own.assign(task="all")).split("\n")[:-1]
+        lines += [f"**{title(str(task))} whole** (T7): {line[2:]}" for line in found]
     return _list([*lines, *_one_for_all(gaps), claim("efghi")])
 
 

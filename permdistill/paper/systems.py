@@ -17,6 +17,7 @@ DISTILLATION, CORRECTION, WHITE_BOX, UNTRAINED = (
     "white-box error correction",
     "untrained",
 )
+STACKED, STACKED_WHITE_BOX = "stacked error correction", "stacked white-box error correction"
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Description:
     """What answers. Each field is a column of tables; None where it does not concern the kind.
 
     kind           teacher | debiased | copy | student
-    method         of a student :data:`DISTILLATION`, :data:`CORRECTION`, :data:`WHITE_BOX` or :data:`UNTRAINED`; else what
-                   is made of the teacher's answers
+    method         of a student :data:`DISTILLATION`, :data:`CORRECTION`, :data:`WHITE_BOX` or :data:`UNTRAINED`, or, after
+                   distillation, :data:`STACKED`, :data:`STACKED_WHITE_BOX`; else what is made of the teacher's answers
     calls          of the teacher that an answer in one order takes
     encoder, head  of a student
     greedy         whether the decision that it sees or copies is the most probable one, not a sampled one
