@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,17 @@ from permdistill.questions import unlabelled
 from permdistill.training import content_key
 
 
+def give(patch: pytest.MonkeyPatch, data: Callable[..., tuple]) -> None:
+    """Let ``data`` stand in for the stores; keys of other data are forgotten."""
+    patch.setattr(ablations, "data", data)
+    patch.setattr(ablations, "_own_key", lru_cache(ablations._own_key.__wrapped__))
+
+
 @pytest.fixture
 def cell(tmp_path, monkeypatch) -> profiles.Cell:
     """A tiny student of a planted teacher, whose scores stand in for the stores."""
     pools = {"planted": ([planted("train", n=24)], planted("test", n=12, seed=5))}
-    monkeypatch.setattr(ablations, "data", lambda teacher, tasks, on=(): pools[teacher])
+    give(monkeypatch, lambda teacher, tasks, on=(): pools[teacher])
     student = StudentConfig(make_encoder(tmp_path / "encoder"), "per_option", "plain", 3, 64)
     return profiles.Cell("planted", ("one", "two"), profiles.Run(student, TrainingConfig(epochs=1)))
 
@@ -166,12 +174,12 @@ def test_other_scores_recipes_or_questions_void_them(cell, tmp_path, monkeypatch
     (train,), test = ablations.data("planted", cell.tasks)
     for pools in (([replace(train, P=train.P[:, ::-1] * 0.9 + 0.1 / 3)], test), ([train], planted("test", n=11, seed=5))):
         with monkeypatch.context() as patch:
-            patch.setattr(ablations, "data", lambda *args, pools=pools: pools)
+            give(patch, lambda *args, pools=pools: pools)
             with pytest.raises(ablations.MissingPredictions, match="another recipe, scores or questions"):
                 ablations.answer(cell, folder)
     # Another machine's exp() rounds the last digit otherwise: the same student.
     with monkeypatch.context() as patch:
-        patch.setattr(ablations, "data", lambda *args: ([replace(train, P=train.P + 1e-13)], test))
+        give(patch, lambda *args: ([replace(train, P=train.P + 1e-13)], test))
         ablations.answer(cell, folder)
 
 
@@ -203,7 +211,7 @@ def test_one_student_answers_several_things_and_is_trained_once(cell, tmp_path, 
     """Taught on questions of 3 and 2 options together, it answers 3, and 4 that it never saw; each compared with its own."""
     taught = [planted("three", n=24), planted("two", k=2, n=24)]
     asked = {("three",): planted("three", n=12, seed=5), ("four",): planted("four", k=4, n=10, seed=6)}
-    monkeypatch.setattr(ablations, "data", lambda teacher, tasks, on=(): (taught[: len(tasks)], asked[on or tasks]))
+    give(monkeypatch, lambda teacher, tasks, on=(): (taught[: len(tasks)], asked[on or tasks]))
     monkeypatch.setattr(profiles, "TASKS", {name: tasks.TASKS["piqa"] for name in ("three", "two", "four")})
     run = replace(cell.run, student=replace(cell.run.student, k=0))
     alone = profiles.Cell("planted", ("three",), run)

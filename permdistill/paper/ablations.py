@@ -103,7 +103,16 @@ def _data(cell: Cell) -> tuple[list[Scored], Scored]:
 def key(cell: Cell, over: tuple[list[Scored], Scored] | None = None) -> str:
     """sha256 over whatever the predictions depend on: training, its data, and what the student is asked. ``over``: questions
     to train and test on, by default those of :func:`data`."""
-    train_on, test = over or _data(cell)
+    return _key(cell, over) if over else _own_key(cell)
+
+
+@lru_cache(maxsize=1024)
+def _own_key(cell: Cell) -> str:
+    return _key(cell, _data(cell))
+
+
+def _key(cell: Cell, over: tuple[list[Scored], Scored]) -> str:
+    train_on, test = over
     asked = test_inputs(cell.run, test)
     weights = content_key(cell.run.student, cell.run.training, lessons_of(cell.run, train_on))
     return digest(weights, asked["questions"], asked["orders"], asked["decisions"], asked["distributions"])

@@ -172,10 +172,22 @@ def makes(
         f"**Collapse**: {stuck} of {len(collapse)} settings of the joint head, distilled, stay at chance; the best reaches "
         f"{_points(collapse.loc[collapse.accuracy.idxmax()], 'accuracy')}."
     )
-    for task, own in scale[scale.task != "all"].groupby("task", sort=False):
-        found = students(own.assign(task="all")).split("\n")[:-1]
-        lines += [f"**{title(str(task))} whole** (T7): {line[2:]}" for line in found]
+    lines += [_whole(str(task), own) for task, own in scale[scale.task != "all"].groupby("task", sort=False)]
     return _list([*lines, *_one_for_all(gaps), claim("efghi")])
+
+
+def _whole(task: str, own: pd.DataFrame) -> str:
+    """Of one task of T7."""
+    biased, averaged = (own[own.method == name].iloc[0] for name in (BIASED, debias.DEBIASED))
+    words = (
+        f"**{title(task)} whole** (T7): the biased teacher is right on {_points(biased, 'accuracy')}, its average over all "
+    )
+    words += f"orders gains {_points(averaged, 'gain')}; of its whole training set the student gains"
+    whole = own[(own.kind == "student") & ~(own.n_train > 0)]
+    best = [(m, whole[whole.method == m]) for m in (DISTILLATION, STACKED, STACKED_WHITE_BOX, UNTRAINED)]
+    called = {STACKED: "with the teacher's one decision", STACKED_WHITE_BOX: "with one distribution", UNTRAINED: "untrained"}
+    parts = [f"{_points(rows.iloc[0], 'gain')} {called.get(m, 'without a call')}" for m, rows in best if len(rows)]
+    return f"{words} {', '.join(parts)}."
 
 
 def _one_for_all(gaps: pd.DataFrame) -> list[str]:
