@@ -58,7 +58,6 @@ def _ask(args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     import itertools
-    from functools import partial
     from pathlib import Path
 
     import numpy as np
@@ -88,16 +87,15 @@ def _sweep(args: argparse.Namespace) -> None:
     if len(long) == len(texts):
         raise ValueError(f"--max-length {args.max_length} cuts options of all {len(texts)} questions: give a larger one")
     prompting = commands.prompting(args)
-    if own:
-        settings, live = profiles.PROFILES["full"], prompting | {"min_label_mass": args.min_label_mass}
-        train_on = experiments.teachers_scores(settings, Path(args.output), args.scores, args.teacher, own, live)
-    else:
-        read = partial(experiments.read_scores, args.teacher, split="train", folder=args.scores, prompting=prompting)
-        train_on = experiments.by_k([read(task) for task in args.tasks])
-    if long:
+    if long:  # before their scores are asked for
         print(f"{len(long)} of {len(texts)} questions are left out, since --max-length {args.max_length} cuts their options")
-        train_on = [part.where(np.array([q.id not in long for q in part.task.questions])) for part in train_on]
-        train_on = [part for part in train_on if len(part.P)]
+        asked = [part.where(np.array([q.id not in long for q in part.questions])) for part in asked]
+        asked = [part for part in asked if part.questions]
+    if own:
+        live = prompting | {"min_label_mass": args.min_label_mass}
+        train_on = [experiments.scored(args.teacher, part, Path(args.output), args.scores, live) for part in asked]
+    else:
+        train_on = experiments.by_k([experiments.read_stored(args.teacher, part, args.scores, prompting) for part in asked])
     table = ablations.sweep(runs, train_on, Path(args.output) / "students")
     print(table.drop(columns=["uniform", "folder"]).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")

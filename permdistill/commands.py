@@ -288,7 +288,7 @@ def add_prompting(command: argparse.ArgumentParser, tried: bool) -> None:
     text = 'sum the forms of a label ("A", " A", "(A", "a"); part of the scores\' key'
     command.add_argument("--variants", action="store_true", help=text)
     if tried:
-        text = "stop at once where labels get less of the probability on a few questions; 0: never (%(default)s)"
+        text = "before scoring, stop where labels get less of the probability on a few questions; 0: never (%(default)s)"
         command.add_argument("--min-label-mass", type=real(0, 1), default=LEAST_MASS, metavar="SHARE", help=text)
 
 

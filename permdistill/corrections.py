@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import softmax
 
-from permdistill.debias import EPSILON
+from permdistill.debias import EPSILON, check_orders
 from permdistill.orders import to_options, to_positions
 
 
@@ -36,8 +36,9 @@ class Stack:
     """What a student says and what the teacher says in one order, as one answer (stacking; Wolpert, Neural Networks 1992):
     logits student * log S + teacher * log P(position) + position[position].
 
-    student, teacher  how much each counts
-    position          (K,) what takes the teacher's preference for positions away
+    student, teacher  how much each counts. A decision's probabilities are 1 and 0, and log 0 is taken as log
+                      :data:`permdistill.debias.EPSILON`, so that decisions count by small numbers
+    position          (K,) what takes the teacher's preference for positions away, 0 on average
     """
 
     student: float
@@ -46,7 +47,8 @@ class Stack:
 
     def answer(self, S: np.ndarray, P: np.ndarray, orders: np.ndarray) -> np.ndarray:
         """The student's S and the teacher's P (item, order, option), orders (order, K) -> answers (item, order, option). P
-        may be decisions (:func:`permdistill.debias.one_hot`), if it was in fitting."""
+        may be decisions (:func:`permdistill.debias.one_hot`), if it was in fitting. Raises ValueError for other shapes."""
+        S, P = _checked([S, P], orders)
         logits = Correction(self.teacher, self.position).logits(P, orders)
         return softmax(self.student * np.log(np.maximum(S, EPSILON)) + logits, axis=-1)
 
@@ -59,7 +61,7 @@ def fit_correction(P: np.ndarray, orders: np.ndarray, targets: np.ndarray) -> Co
     unlike it, it takes the teacher's answers over the other orders of the same questions as its goal. Raises ValueError
     when no minimum is found.
     """
-    (scale,), position = _closest([P], orders, targets)
+    (scale,), position = _closest(_checked([P], orders), orders, targets)
     return Correction(scale, position)
 
 
@@ -69,9 +71,18 @@ def fit_stack(S: np.ndarray, P: np.ndarray, orders: np.ndarray, targets: np.ndar
     S, P     the student's and the teacher's answers (item, order, option) over ``orders`` (order, K), of questions that the
              student did not learn from: a hundred are enough for K + 2 numbers
     targets  (item, option), the teacher's averages over all orders. No gold answer is read
+
+    Raises ValueError for answers of other shapes or that are no probabilities, and when no minimum is found.
     """
-    (student, teacher), position = _closest([S, P], orders, targets)
+    (student, teacher), position = _closest(_checked([S, P], orders), orders, targets)
     return Stack(student, teacher, position)
+
+
+def _checked(answers: Sequence[np.ndarray], orders: np.ndarray) -> list[np.ndarray]:
+    """Answers of one shape, each of them of questions in ``orders``."""
+    if len(shapes := {np.shape(P) for P in answers}) > 1:
+        raise ValueError(f"answers of shapes {sorted(shapes)}: give both (item, order, option), over the same orders")
+    return [check_orders(P, orders)[0] for P in answers]
 
 
 def _closest(
@@ -94,7 +105,7 @@ def _closest(
 
     found = minimize(value_and_gradient, np.r_[np.ones(n), np.zeros(k)], jac=True, method="BFGS", options={"gtol": 1e-6})
     if not np.abs(found.jac).max() < 1e-4:  # BFGS stops short of gtol where the value rounds off
-        raise ValueError(f"no correction brings the teacher to the targets ({found.message}): use inputs='prediction'")
+        raise ValueError(f"no correction brings the teacher to the targets ({found.message}): use its decisions instead")
     return found.x[:n].tolist(), tuple((found.x[n:] - found.x[n:].mean()).tolist())
 
 

@@ -16,7 +16,17 @@ from permdistill.orders import cyclic_orders
 from permdistill.paper import ablations, claims, profiles, systems, tables
 from permdistill.paper.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE
 from permdistill.paper.experiments import System
-from permdistill.paper.systems import BIASED, COPY, CORRECTION, DISTILLATION, WHITE_BOX, Description, described_rows
+from permdistill.paper.systems import (
+    BIASED,
+    COPY,
+    CORRECTION,
+    DISTILLATION,
+    STACKED,
+    STACKED_WHITE_BOX,
+    WHITE_BOX,
+    Description,
+    described_rows,
+)
 
 USUAL = Path(profiles.USUAL.teacher).name
 
@@ -102,15 +112,23 @@ def test_students_claims():
 
 def test_white_box_students_are_counted_and_decide_nothing():
     own = [(student(CORRECTION), 0.5, -0.1, 0.1), (student(WHITE_BOX), 0.7, 0.1, 0.3)]
-    gaps = differences(("t", student(WHITE_BOX, "n"), BASELINES[0][0], 0.1), ("t", student(WHITE_BOX, "n"), COPIES[0], 0.2))
+    ours = [student(WHITE_BOX, "n"), student(STACKED_WHITE_BOX), student(STACKED, greedy=True), student(STACKED)]
+    gaps = differences(
+        *(("t", what, BASELINES[0][0], 0.1) for what in ours),
+        *(("t", what, COPIES[1], 0.2) for what in ours[:3]),
+        ("t", ours[3], COPIES[0], 0.0),
+        # What a student does not see is not what it has to beat.
+        *(("t", what, COPIES[0], -0.2) for what in ours[:3]),
+        ("t", ours[3], COPIES[1], 0.2),
+    )
     m = measured((), of_teacher(), students(*BASELINES, *own), students(*BASELINES), gaps)
     found = dict(judged(m, "fjk"))
     assert {letter: f.holds for letter, f in found.items()} == {"f": False, "j": True, "k": False}
     shown = {letter: f.evidence.split(": ", 1)[1] for letter, f in found.items()}
-    others = "white-box, not the paper's: 1 of 1 this run's, 1 of 1 stored"
-    for letter in "fk":
+    others = "white-box, not the paper's: 1 of 1 this run's, 1 of 1 stored; stacked, not the paper's: "
+    for letter, stacks in {"f": "2 of 3 stored", "k": "3 of 3 stored"}.items():
         assert shown[letter].startswith("0 of 1 this run's; best: m, joint head, error correction")
-        assert shown[letter].endswith(others) and found[letter].students == "this run's and stored"
+        assert shown[letter].endswith(others + stacks) and found[letter].students == "this run's and stored"
     assert shown["j"] == "1 of 1 this run's; white-box, not the paper's: 0 of 1 this run's"
 
 

@@ -364,6 +364,7 @@ def test_sweep_compares_students_of_own_questions_without_their_answers(monkeypa
     assert teacher.calls == calls  # before anything is scored
     cli.main(["sweep", *arguments, "--long", "drop", "--epochs", "1"])
     assert "1 of 12 questions are left out, since --max-length 64" in capsys.readouterr().out
+    assert teacher.calls == calls  # the others are scored, and what is left out is not asked for
     path.write_text(json.dumps(long[-1]), encoding="utf-8")
     with pytest.raises(SystemExit, match="--max-length 64 cuts options of all 1 questions: give a larger one"):
         cli.main(["sweep", *arguments, "--long", "drop"])

@@ -122,28 +122,30 @@ def test_a_stack_of_student_and_teacher_reads_no_gold_and_answers_each_half_by_t
     _, test = ablations.data("planted", cell.tasks)
     student = ablations.answer(cell, folder)
     blind = replace(test, task=replace(test.task, questions=unlabelled(test.task.questions)))
-    for system, same in zip(ablations.stacked(test, student), ablations.stacked(blind, student), strict=True):
+    for system, same in zip(experiments.stacked(test, student), experiments.stacked(blind, student), strict=True):
         assert np.array_equal(system.P, same.P) and system.what.calls == 1
         assert system.P.sum(axis=-1) == pytest.approx(1)
-    said, white_box = ablations.stacked(test, student)
-    assert said.what.greedy and not white_box.what.greedy
+    most_probable, sampled, white_box = experiments.stacked(test, student)
+    assert (most_probable.what.greedy, sampled.what.greedy, white_box.what.greedy) == (True, False, False)
     # What a question's own other orders say has no part in its answer: only in those of the other half.
     first = experiments.drawn(test.task, 0.5)
     P = test.P.copy()
     others = [i for i, order in enumerate(test.orders.tolist()) if order not in cyclic_orders(test.task.k).tolist()]
     P[np.ix_(first, others)] = 1 / test.task.k
-    _, changed = ablations.stacked(replace(test, P=P), student)
+    *_, changed = experiments.stacked(replace(test, P=P), student)
     assert np.array_equal(changed.P[first], white_box.P[first])
     assert not np.allclose(changed.P[~first], white_box.P[~first])
     # An averaged teacher as the student: nothing is left to correct.
     average = replace(student, P=debias.broadcast(debias.permutation_average(test.P), test.task.k))
-    for system in ablations.stacked(test, average):
+    for system in experiments.stacked(test, average):
         assert np.abs(system.P - average.P).max() < 1e-3
     table = ablations.compare([cell], folder, stack=True)
-    assert [row for row in table.method if "stacked" in row] == [
-        "stacked error correction",
-        "stacked white-box error correction",
-    ] * 2
+    named = ["stacked error correction"] * 2 + ["stacked white-box error correction"]
+    assert [row for row in table.method[table.task == "all"] if "stacked" in row] == named
+    gaps = ablations.differences([cell], folder, stack=True)
+    alone = gaps[gaps.rival_method == "distillation"]  # each stack beside the student that it is made of
+    right = [metrics.accuracy(one.P, [q.answer for q in test.task.questions]).mean() for one in (student, white_box)]
+    assert alone.method.tolist() == named and alone.difference.iloc[2] == pytest.approx(right[1] - right[0])
 
 
 def test_levels_and_coverage(cell, tmp_path, monkeypatch):

@@ -249,6 +249,25 @@ def test_a_stack_finds_how_much_student_and_teacher_count_and_takes_the_bias_awa
     assert stack.teacher > 0 and kl(stack.answer(S, decisions, orders)) < kl(S)
 
 
+def test_a_stack_refuses_what_does_not_go_together():
+    orders, P = all_orders(K), planted_scores(np.zeros((4, K)), np.array([1.5, -0.5, -1.0]))
+    targets = P.mean(axis=1)
+    for S, said, message in (
+        (
+            targets,
+            P,
+            r"answers of shapes .*\(4, 3\), \(4, 6, 3\).*: give both \(item, order, option\), over the same orders",
+        ),
+        (P[:, :1], P, "over the same orders"),
+        (P[:0], P[:0], r"scores of shape \(0, 6, 3\)"),
+        (np.where(np.arange(4)[:, None, None] == 2, np.nan, P), P, "scores of item 2, order 0 are .nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_stack(S, said, orders, targets[: len(S)])
+    with pytest.raises(ValueError, match="over the same orders"):
+        fit_stack(P, P, orders, targets).answer(targets, P[:, :1], orders[:1])
+
+
 def test_a_correction_that_was_not_found_says_so(monkeypatch):
     found = corrections.minimize
     monkeypatch.setattr(corrections, "minimize", lambda f, x, **rest: found(f, x, **(rest | {"options": {"maxiter": 1}})))

@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from permdistill import debias
-from permdistill.corrections import fit_stack
 from permdistill.files import locked
 from permdistill.lessons import Lesson
 from permdistill.measure import evaluate, metrics
@@ -40,12 +39,12 @@ from permdistill.paper.experiments import (
     black_box_decisions,
     by_k,
     distil,
-    drawn,
     in_cyclic_orders,
     lessons_of,
     read_predictions,
     read_scores,
     save_predictions,
+    stacked,
     test_inputs,
     together,
 )
@@ -57,11 +56,11 @@ from permdistill.paper.systems import (
     STACKED,
     STACKED_WHITE_BOX,
     TWO_ORDERS,
+    UNTRAINED,
     Description,
     described_rows,
     title,
 )
-from permdistill.paper.tasks import SEED
 from permdistill.questions import Question
 from permdistill.students import Student, build
 from permdistill.training import content_key, digest, read_log, train
@@ -329,51 +328,39 @@ def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
 def compare(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False) -> pd.DataFrame:
     """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.paper.tables.students`. Seeds of one student
     share a row. ``stack``: with :func:`stacked` of each that was taught and sees no answer of the teacher."""
-    parts = []
-    for _, test, own in _pools(cells):
-        systems = [*rivals(test), *(answer(cell, folder) for cell in own)]
-        alone = [system for system in systems if stack and system.what.method == DISTILLATION]
-        parts.append(tables.students(test, [*systems, *(one for system in alone for one in stacked(test, system))]))
+    pools = _pools(cells)
+    parts = [tables.students(test, [*rivals(test), *_answers(test, own, folder, stack)]) for _, test, own in pools]
     return pd.concat(parts, ignore_index=True)
 
 
-def stacked(test: Scored, student: System, n: int = 100) -> list[System]:
-    """Error correction without training anew: the answers of a student that sees none of the teacher's, stacked with the
-    teacher's one decision (its most probable one), and with its one answer in probabilities
-    (:func:`permdistill.corrections.fit_stack`). Fitted on ``n`` random test questions, whose all-orders averages are the
-    goal, and answering the others: half answers by what is fitted on the other half. No gold answer is read."""
-    orders, P, Q = cyclic_orders(test.task.k), in_cyclic_orders(test.P), debias.permutation_average(test.P)
-    first = drawn(test.task, 0.5)
-    random = np.random.default_rng(SEED).permutation(len(Q))
-    result = []
-    for method, said in (
-        (STACKED, debias.one_hot(black_box_decisions(test, greedy=True), test.task.k)),
-        (STACKED_WHITE_BOX, P),
-    ):
-        answers = np.empty_like(P)
-        for half in (first, ~first):
-            others = [i for i in random if not half[i]][:n]
-            stack = fit_stack(student.P[others], said[others], orders, Q[others])
-            answers[half] = stack.answer(student.P[half], said[half], orders)
-        what = replace(student.what, method=method, calls=1, greedy=method == STACKED)
-        result.append(System(what, answers, orders, student.parameters))
-    return result
+def _answers(test: Scored, cells: Sequence[Cell], folder: str | Path, stack: bool = False) -> list[System]:
+    found = [answer(cell, folder) for cell in cells]
+    alone = [one for one in found if stack and one.what.method == DISTILLATION]
+    return [*found, *(both for one in alone for both in stacked(test, one))]
 
 
-def differences(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
-    """Accuracy of each student minus that of each of :func:`rivals`, and of each untrained student among ``cells``, paired
-    by question: one row for each pair, with the 95% interval over the questions (or documents) of the mean over the
-    student's seeds. What the rival is stands in columns "rival_kind" etc."""
+def differences(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False) -> pd.DataFrame:
+    """Accuracy of each student (``stack``: see :func:`compare`; then also against the student alone) minus that of each of
+    :func:`rivals`, and of each untrained student among ``cells``, paired by question: one row for each pair, with the 95%
+    interval over the questions (or documents) of the mean over the student's seeds. What the rival is stands in columns
+    "rival_kind" etc."""
     rows = []
     for teacher, test, own in _pools(cells):
         questions, groups = test.task.questions, test.task.groups
-        untrained = [answer(cell, folder) for cell in own if not cell.run.training.epochs]
-        against = {rival.what: evaluate.correct(rival.P, questions) for rival in (*rivals(test), *untrained)}
-        for student, seeds in _by_student(own).items():
-            P = [answer(cell, folder).P for cell in seeds]
+        students: dict[Description, list[System]] = {}
+        for one in _answers(test, own, folder, stack):
+            students.setdefault(one.what, []).append(one)
+        alike = {what: [evaluate.correct(one.P, questions) for one in seeds] for what, seeds in students.items()}
+        fixed = {rival.what: evaluate.correct(rival.P, questions) for rival in rivals(test)}
+        fixed |= {what: np.mean(right, axis=0) for what, right in alike.items() if what.method == UNTRAINED}
+        for student, seeds in students.items():
+            plain = replace(student, method=DISTILLATION, calls=0, greedy=False)
+            stacks = student.method in (STACKED, STACKED_WHITE_BOX)
+            against = fixed | ({plain: np.mean(alike[plain], axis=0)} if stacks else {})
             for rival, baseline in against.items():
                 if rival == student:
                     continue
+                P = [one.P for one in seeds]
                 row = evaluate.measure(P, cyclic_orders(test.task.k), questions, groups, baseline, ["accuracy"])
                 gain = {f"difference{part}": row[f"gain{part}"] for part in ("", "_low", "_high")}
                 other = {f"rival_{name}": getattr(rival, name) for name in RIVAL}
@@ -454,13 +441,6 @@ def _setting(cell: Cell, name: str) -> Any:
     if name == "n_train" and not run.n_train:
         return sum(len(part.P) for part in _data(cell)[0])
     return next(getattr(part, name) for part in (run, run.training, run.student) if hasattr(part, name))
-
-
-def _by_student(cells: Sequence[Cell]) -> dict[Description, list[Cell]]:
-    result: dict[Description, list[Cell]] = {}
-    for cell in cells:
-        result.setdefault(cell.what, []).append(cell)
-    return result
 
 
 def available(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:

@@ -24,14 +24,24 @@ from permdistill.measure.metrics import Interval
 from permdistill.paper import ablations, paths, profiles, tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.models import MODELS
-from permdistill.paper.systems import CORRECTION, DISTILLATION, WHITE_BOX, Description, described, title
+from permdistill.paper.systems import (
+    CORRECTION,
+    DISTILLATION,
+    STACKED,
+    STACKED_WHITE_BOX,
+    WHITE_BOX,
+    Description,
+    described,
+    title,
+)
 from permdistill.paper.tasks import RACE, SUMMARIES, TASKS
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
 CLOSE = 0.02  # claim (c): accuracies within so much of each other are close
-# The paper's students see the teacher's decision, or nothing of it. Those that see its probabilities are ours: they are
-# counted, and decide no claim.
+# The paper's students see the teacher's decision, or nothing of it. Those that see its probabilities are ours, and so are
+# those that are stacked with the teacher: they are counted, and decide no claim.
 PAPERS_METHODS = (DISTILLATION, CORRECTION)
+OURS = {"white-box": (WHITE_BOX,), "stacked": (STACKED, STACKED_WHITE_BOX)}
 LIVE, STORED = "this run's", "stored"
 USUAL_TEACHER = Path(profiles.USUAL.teacher).name
 TARGETS = Path(__file__).parent / "targets.csv"
@@ -65,12 +75,15 @@ class Measured:
 
     @cached_property
     def gaps(self) -> pd.DataFrame:
-        """Of the trained stored students on multiple choice, paired by question."""
-        cells = (*profiles.MATRIX["heads and inputs"], *profiles.MATRIX["encoders"])
-        there = ablations.available(cells, self.folder) if self.with_stored else []
+        """Of the trained stored students on ARC and OpenBookQA, and of those of whole training sets, paired by question."""
         columns = ["teacher", "kind", "method", "greedy", *(f"rival_{name}" for name in ablations.RIVAL)]
-        columns += ["difference", "difference_low", "difference_high"]
-        return ablations.differences(there, self.folder) if there else pd.DataFrame(columns=columns)
+        parts = []
+        for names, stack in ((("heads and inputs", "encoders"), False), (("scale",), True)) if self.with_stored else ():
+            cells = [cell for name in names for cell in profiles.MATRIX[name] if cell.run.training.epochs]
+            if there := ablations.available(cells, self.folder):
+                parts.append(ablations.differences(there, self.folder, stack))
+        nothing = pd.DataFrame(columns=[*columns, "tasks", "difference", "difference_low", "difference_high"])
+        return pd.concat(parts, ignore_index=True) if parts else nothing
 
 
 class Finding(NamedTuple):
@@ -206,15 +219,18 @@ def _counts(rows: pd.DataFrame) -> str:
 
 def _judged(rows: pd.DataFrame, holds: Callable[[pd.Series], bool], words: str) -> Iterator[Finding]:
     """One finding a teacher, from columns teacher, method, made (:data:`LIVE` or :data:`STORED`) and holds: the paper's
-    students decide, white-box ones are counted beside them."""
+    students decide, :data:`OURS` are counted beside them."""
     for teacher, every in rows.groupby("teacher", sort=False):
-        own, other = every[every.method.isin(PAPERS_METHODS)], every[every.method == WHITE_BOX]
+        own = every[every.method.isin(PAPERS_METHODS)]
         evidence = f"{words}: {_counts(own) or 'no students'}"
         if "difference" in own and len(own):
             best = own.loc[own.difference.idxmax()]
             gap = Interval(best.difference, best.difference_low, best.difference_high)
-            evidence += f"; best: {best.system} {gap.percent()}"
-        evidence += f"; white-box, not the paper's: {_counts(other)}" if len(other) else ""
+            on = f", on {TASKS[best.tasks].title}" if "tasks" in own and best.tasks in TASKS else ""
+            evidence += f"; best: {best.system}{on} {gap.percent()}"
+        for kind, methods in OURS.items():
+            other = every[every.method.isin(methods)]
+            evidence += f"; {kind}, not the paper's: {_counts(other)}" if len(other) else ""
         made = " and ".join(dict.fromkeys(every.made))
         yield Finding(str(teacher), made, holds(own.holds) if len(own) else None, evidence)
 
@@ -227,14 +243,20 @@ def _students(live: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
 
 
 def copying_beaten(m: Measured) -> Iterator[Finding]:
-    """On multiple choice a student's whole interval lies above the copy of the decision that it sees."""
+    """On multiple choice a student's whole interval lies above the copy of the decision that it sees, or, if it sees
+    probabilities, of the most probable decision."""
     copy = m.t2[(m.t2.task == "all") & (m.t2.kind == "copy")].iloc[0]
-    live, gaps = _over_all(m.t2, CORRECTION, WHITE_BOX), m.gaps
+    live, gaps = _over_all(m.t2, CORRECTION), m.gaps
     # This run's tables hold no difference from the copy: there it is the student's interval minus the copy's value.
     live = live[live.greedy == copy.greedy]
     live = live.assign(**{f"difference{end}": live[f"accuracy{end}"] - copy.accuracy for end in ("", "_low", "_high")})
-    stored = gaps[gaps.method.isin((CORRECTION, WHITE_BOX)) & (gaps.rival_kind == "copy")]
-    stored = stored[stored.rival_greedy == stored.greedy]
+    # The most probable decisions are right as often as the biased teacher, to which gains are.
+    white_box = _over_all(m.t2, WHITE_BOX)
+    white_box = white_box.assign(**{f"difference{end}": white_box[f"gain{end}"] for end in ("", "_low", "_high")})
+    seen = gaps.greedy.astype(bool) | gaps.method.isin((WHITE_BOX, STACKED_WHITE_BOX))
+    corrected = gaps.method.isin((CORRECTION, WHITE_BOX, STACKED, STACKED_WHITE_BOX))
+    stored = gaps[corrected & (gaps.rival_kind == "copy") & (gaps.rival_greedy.astype(bool) == seen)]
+    live = pd.concat([live, white_box], ignore_index=True)
     yield from _judged(_students(live, stored), any, "above the copy with the whole interval")
 
 

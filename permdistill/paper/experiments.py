@@ -25,12 +25,13 @@ from permdistill import debias, scores
 from permdistill.api.endpoint import Endpoint
 from permdistill.api.jobs import Drawn, Job, calls_in_orders, drawn_calls
 from permdistill.commands import suited
+from permdistill.corrections import fit_stack
 from permdistill.files import replacing, write_text
 from permdistill.lessons import Distributions, Lesson
 from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.paper.paths import ROOT, output_folder, tables_folder  # noqa: F401  (notebooks take them from here)
 from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Pool, Profile, Run
-from permdistill.paper.systems import BIASED, COPY, Description
+from permdistill.paper.systems import BIASED, COPY, STACKED, STACKED_WHITE_BOX, Description
 from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
 from permdistill.prompts import LEAST_MASS, TEMPLATES
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
@@ -82,7 +83,7 @@ def read_scores(
     ``template`` names another prompt than the task's usual one; ``prompting``: see :func:`teachers_scores`. Raises
     MissingScores when the store lacks some, with the command that makes them.
     """
-    return _read(teacher, load_task(task, split, template).first(n), Path(folder or COMMITTED), prompting)
+    return read_stored(teacher, load_task(task, split, template).first(n), folder, prompting)
 
 
 def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Scored:
@@ -91,9 +92,10 @@ def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Sc
     return together([read_scores(settings.teachers[0], task, split, folder, n) for task in pool.tasks])
 
 
-def _read(teacher: str, task: TaskSplit, folder: Path, prompting: Prompting = NONE) -> Scored:
+def read_stored(teacher: str, task: TaskSplit, folder: str | Path = "", prompting: Prompting = NONE) -> Scored:
+    """:func:`read_scores`, of any questions."""
     own = {name: value for name, value in prompting.items() if name != "min_label_mass"}
-    store, key = _store(folder / short(teacher)), model_key(teacher, **own)
+    store, key = _store(Path(folder or COMMITTED) / short(teacher)), model_key(teacher, **own)
     log_probs = scores.load(store, unlabelled(task.questions), task.template, key)
     read = Scored(short(teacher), task, scores.probabilities(log_probs))
     read = replace(read, label_mass=float(np.exp(log_probs.astype(np.float64)).sum(axis=-1).mean()))
@@ -128,8 +130,7 @@ def teachers_scores(
     for name in [teacher] if teacher else settings.teachers[: 1 if questions else None]:
         n = {t: settings.n_test if own else settings.n_questions(name, t) for t in settings.tasks}
         for task in own_tasks(questions) if questions else [load_task(t, "test").first(n[t]) for t in n if n[t]]:
-            stored = Path(committed or COMMITTED)
-            result.append(scored(name, task, folder, committed, prompting) if own else _read(name, task, stored))
+            result.append(scored(name, task, folder, committed, prompting) if own else read_stored(name, task, committed))
     return result
 
 
@@ -137,18 +138,18 @@ def scored(teacher: str, task: TaskSplit, folder: Path, committed: str = "", pro
     """A task with a teacher's scores: those of the stores in ``committed`` ("" for the committed ones), or else scored live,
     with progress, into ``folder``/scores. ``prompting``: see :func:`teachers_scores`."""
     try:
-        return _read(teacher, task, Path(committed or COMMITTED), prompting)
+        return read_stored(teacher, task, committed, prompting)
     except scores.MissingScores:
         (template,) = suited(teacher, {task.template.name: task.questions})
         if template != task.template.name:
             plain = replace(task, template=TEMPLATES[template])
             try:
-                return _read(teacher, plain, Path(committed or COMMITTED), prompting)
+                return read_stored(teacher, plain, committed, prompting)
             except scores.MissingScores:
                 return scored(teacher, plain, folder, str(folder / "scores"), prompting)
         texts, live = unlabelled(task.questions) + content_free(task.questions), _live(teacher, json.dumps(prompting))
         scores.score(_store(folder / "scores" / short(teacher)), live, texts, task.template)
-        return _read(teacher, task, folder / "scores", prompting)
+        return read_stored(teacher, task, folder / "scores", prompting)
 
 
 @lru_cache(maxsize=1)
@@ -295,6 +296,35 @@ def baselines(test: Scored) -> list[System]:
         System(Description("debiased", debias.DEBIASED, len(test.orders)), averaged, cyclic_orders(k)),
         System(Description("copy", COPY, 1, greedy=False), copied, cyclic_orders(k)),
     ]
+
+
+def stacked(test: Scored, student: System, n: int = 100) -> list[System]:
+    """Error correction without training anew: the answers of a student that sees none of the teacher's, stacked with the
+    teacher's one decision (its most probable one, or a sampled one), and with its one answer in probabilities
+    (:func:`permdistill.corrections.fit_stack`).
+
+    Half of the questions are answered by what is fitted on (up to) ``n`` random ones of the other half, which cost K! calls
+    each: their all-orders averages are the goal. No gold answer is read.
+    """
+    orders, P, Q = cyclic_orders(test.task.k), in_cyclic_orders(test.P), debias.permutation_average(test.P)
+    first = drawn(test.task, 0.5)
+    random = np.random.default_rng(SEED).permutation(len(Q))
+    most_probable, sampled = (debias.one_hot(black_box_decisions(test, greedy), test.task.k) for greedy in (True, False))
+    result = []
+    for method, greedy, said in (
+        (STACKED, True, most_probable),
+        (STACKED, False, sampled),
+        (STACKED_WHITE_BOX, False, P),
+    ):
+        answers = np.empty_like(P)
+        for half in (first, ~first):
+            others = [i for i in random if not half[i]][:n]
+            stack = fit_stack(student.P[others], said[others], orders, Q[others])
+            answers[half] = stack.answer(student.P[half], said[half], orders)
+        result.append(
+            System(replace(student.what, method=method, calls=1, greedy=greedy), answers, orders, student.parameters)
+        )
+    return result
 
 
 def lessons_of(run: Run, train_on: Scored | Sequence[Scored]) -> list[Lesson]:

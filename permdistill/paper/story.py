@@ -179,15 +179,21 @@ def makes(
 def _whole(task: str, own: pd.DataFrame) -> str:
     """Of one task of T7."""
     biased, averaged = (own[own.method == name].iloc[0] for name in (BIASED, debias.DEBIASED))
+    pupils = own[(own.kind == "student") & ~(own.n_train > 0)]  # taught by all questions, or by none
     words = (
-        f"**{title(task)} whole** (T7): the biased teacher is right on {_points(biased, 'accuracy')}, its average over all "
+        f"**{title(task)} whole** (T7): the biased teacher is right on {_points(biased, 'accuracy')} of 100 questions; its "
     )
-    words += f"orders gains {_points(averaged, 'gain')}; of its whole training set the student gains"
-    whole = own[(own.kind == "student") & ~(own.n_train > 0)]
-    best = [(m, whole[whole.method == m]) for m in (DISTILLATION, STACKED, STACKED_WHITE_BOX, UNTRAINED)]
-    called = {STACKED: "with the teacher's one decision", STACKED_WHITE_BOX: "with one distribution", UNTRAINED: "untrained"}
-    parts = [f"{_points(rows.iloc[0], 'gain')} {called.get(m, 'without a call')}" for m, rows in best if len(rows)]
-    return f"{words} {', '.join(parts)}."
+    words += f"average over all orders gains {_points(averaged, 'gain')}, the student"
+    for method, greedy, name in (
+        (DISTILLATION, False, "alone"),
+        (STACKED, True, "with the teacher's most probable decision"),
+        (STACKED, False, "with a sampled one"),
+        (STACKED_WHITE_BOX, False, "with its probabilities"),
+        (UNTRAINED, False, "an untaught encoder"),
+    ):
+        rows = pupils[(pupils.method == method) & (pupils.greedy == greedy)]
+        words += f" {_points(rows.iloc[0], 'gain')} {name}," if len(rows) else ""
+    return f"{words[:-1]}."
 
 
 def _one_for_all(gaps: pd.DataFrame) -> list[str]:
