@@ -172,11 +172,12 @@ $(wordlist 2,$(words $(EXECUTED)),$(EXECUTED)): $(AUDITED)
 previous :=
 $(foreach target,$(EXECUTED),$(eval $(target): $(previous))$(eval previous := $(target)))
 
-# The figures and tables that git keeps are those of the full profile.
+# The figures and tables that git keeps are those of the full profile, but for what an API's samples decide anew.
 $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED) $(RETRAINED)
 	@$(if $(EXECUTED),,echo "there are no notebooks in $(NOTEBOOKS)/" >&2; exit 1)
 	@if [ $(PROFILE) = full ] && [ -d "$(BUILD)/full/figures" ]; then \
-	    mkdir -p figures && cp $(BUILD)/full/figures/* $(BUILD)/full/tables/* figures/; fi
+	    mkdir -p figures && cp $(BUILD)/full/figures/* $(BUILD)/full/tables/* figures/; \
+	    rm -f figures/*_api_*; fi
 	@$(PAPER) manifest "$(BUILD)"
 	$(eval MADE := yes)
 
