@@ -182,7 +182,7 @@ $(BUILD)/manifest.json: $(EXECUTED) $(AUDITED) $(RETRAINED)
 	$(eval MADE := yes)
 
 .PHONY: paper
-paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks and two audits (half an hour on 2 cores)
+paper: $(BUILD)/manifest.json ## every table and figure: run all notebooks and two audits (some 20 minutes on 2 cores)
 	@echo "$(if $(MADE),done,nothing to do): tables and figures are up to date, see $(BUILD)/ and $(BUILD)/manifest.json"
 
 .PHONY: site
