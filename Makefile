@@ -119,7 +119,7 @@ PREDICTED := $(wildcard predictions/*/*/*.parquet)
 RETRAINED := $(if $(filter stored,$(STUDENTS)),$(BUILD)/students.ok)
 
 # Whatever decides about a score. Scores are found by content, so a rerun recomputes only what really changed.
-SCORING := $(addprefix permdistill/,commands.py orders.py prompts.py questions.py scores.py sources.py teachers.py $(addprefix paper/,assets.py cli.py hub.py models.py profiles.py readers.py tasks.py)) $(wildcard permdistill/engine/*.py)
+SCORING := $(addprefix permdistill/,commands.py orders.py prompts.py questions.py scores.py sources.py teachers.py $(addprefix paper/,assets.py cli.py hub.py models.py matrix.py profiles.py readers.py tasks.py)) $(wildcard permdistill/engine/*.py)
 
 OURS := $(BUILD)/$(MARKER)
 $(OURS):

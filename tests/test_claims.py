@@ -13,7 +13,7 @@ from test_experiments import planted
 from permdistill import debias
 from permdistill.measure.metrics import Interval
 from permdistill.orders import cyclic_orders
-from permdistill.paper import ablations, claims, profiles, systems, tables
+from permdistill.paper import ablations, claims, matrix, systems, tables
 from permdistill.paper.claims import CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE
 from permdistill.paper.experiments import System
 from permdistill.paper.systems import (
@@ -28,7 +28,7 @@ from permdistill.paper.systems import (
     described_rows,
 )
 
-USUAL = Path(profiles.USUAL.teacher).name
+USUAL = Path(matrix.USUAL.teacher).name
 
 
 NOTHING = pd.DataFrame(columns=["teacher", "task", "kind", "method"])
@@ -143,14 +143,14 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     def answers(share: float) -> np.ndarray:
         return np.repeat(np.where((luck < share)[:, None], right, wrong)[:, None], 3, axis=1)
 
-    small, large = profiles.SIZES["SummEval"]
-    shares = {cell: 0.6 for cell in profiles.MATRIX["draws"] if cell.run.draws >= 32}
-    shares |= {cell: 0.3 for cell in profiles.MATRIX["draws"] if cell.run.draws < 32}
-    shares |= {profiles.USUAL: 0.6, profiles.SIZES["multiple choice"][1]: 0.9, small: 0.5, large: 0.5}
+    small, large = matrix.SIZES["SummEval"]
+    shares = {cell: 0.6 for cell in matrix.MATRIX["draws"] if cell.run.draws >= 32}
+    shares |= {cell: 0.3 for cell in matrix.MATRIX["draws"] if cell.run.draws < 32}
+    shares |= {matrix.USUAL: 0.6, matrix.SIZES["multiple choice"][1]: 0.9, small: 0.5, large: 0.5}
     orders = cyclic_orders(3)
     monkeypatch.setattr(ablations, "data", lambda teacher, tasks, on=(): ([test], test))
 
-    def answer(cell: profiles.Cell, folder: str = "") -> System:
+    def answer(cell: matrix.Cell, folder: str = "") -> System:
         if cell not in shares:
             raise ablations.MissingPredictions("run `make students`")
         return System(cell.run.what, answers(shares[cell]), orders, 1)
@@ -159,9 +159,9 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     m = measured(t1=of_teacher(USUAL))
     assert by_claim(m, "ghi") == {"g": True, "h": None, "i": True}
     shares[large] = 0.9
-    del shares[profiles.MATRIX["draws"][1]]
+    del shares[matrix.MATRIX["draws"][1]]
     assert by_claim(m, "ghi") == {"g": None, "h": None, "i": False}
-    shares[profiles.MATRIX["draws"][1]] = 0.3
+    shares[matrix.MATRIX["draws"][1]] = 0.3
     assert by_claim(m, "g") == {"g": False}
 
 
@@ -308,7 +308,7 @@ def test_difference_of_independent_intervals():
     assert difference == pytest.approx((0.3, 0.3 - 0.03 * 2**0.5, 0.3 + 0.04 * 2**0.5))
 
 
-@pytest.mark.parametrize("teacher", [profiles.USUAL.teacher, "her-own/llm"])
+@pytest.mark.parametrize("teacher", [matrix.USUAL.teacher, "her-own/llm"])
 def test_stored_students_are_judged_beside_their_own_teachers_only(monkeypatch, teacher):
     asked = []
     monkeypatch.setattr(ablations, "available", lambda cells, folder: asked.append(1) or [])

@@ -14,7 +14,7 @@ from test_bench import made_up
 from test_experiments import planted
 from test_matrix import cell, with_run  # noqa: F401  (a fixture)
 
-from permdistill.paper import ablations, claims, display, experiments, figures, paths, profiles, story, tables
+from permdistill.paper import ablations, claims, display, experiments, figures, matrix, paths, profiles, story, tables
 from permdistill.paper.cli import main
 
 matplotlib.use("Agg")
@@ -149,7 +149,7 @@ def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monk
         *"not audited, since its predictions are not stored:".split(),
         *[str(ablations.path(missing, "."))],
     ]
-    monkeypatch.setitem(profiles.MATRIX, "audited", (missing,))
+    monkeypatch.setitem(matrix.MATRIX, "audited", (missing,))
     with pytest.raises(SystemExit, match="none of these students' predictions are stored: run `make students`"):
         main(["students", "--audit", "--predictions", str(folder), "--work", str(tmp_path / "again")])
     found = ablations.audit([cell], tmp_path / "again", folder)
@@ -159,7 +159,7 @@ def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monk
     _, orders, P, about = experiments.read_predictions(ablations.path(cell, folder))
     sure = np.eye(P.shape[-1])[np.zeros(P.shape[:2], dtype=int)]
     experiments.save_predictions(ablations.path(cell, folder), test, orders, sure, about)
-    monkeypatch.setitem(profiles.MATRIX, "audited", (cell,))
+    monkeypatch.setitem(matrix.MATRIX, "audited", (cell,))
     with pytest.raises(SystemExit, match="mean TV above 0.05: train the students live"):
         main(["students", "--audit", "--predictions", str(folder), "--work", str(tmp_path / "again")])
     assert "False" in capsys.readouterr().out

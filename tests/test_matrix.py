@@ -18,7 +18,7 @@ from permdistill.configs import HEADS, StudentConfig, TrainingConfig
 from permdistill.lessons import Lesson
 from permdistill.measure import metrics
 from permdistill.orders import all_orders, cyclic_orders
-from permdistill.paper import ablations, experiments, profiles, tables, tasks
+from permdistill.paper import ablations, experiments, matrix, profiles, tables, tasks
 from permdistill.paper.cli import main
 from permdistill.paper.systems import title, titled
 from permdistill.questions import unlabelled
@@ -32,15 +32,15 @@ def give(patch: pytest.MonkeyPatch, data: Callable[..., tuple]) -> None:
 
 
 @pytest.fixture
-def cell(tmp_path, monkeypatch) -> profiles.Cell:
+def cell(tmp_path, monkeypatch) -> matrix.Cell:
     """A tiny student of a planted teacher, whose scores stand in for the stores."""
     pools = {"planted": ([planted("train", n=24)], planted("test", n=12, seed=5))}
     give(monkeypatch, lambda teacher, tasks, on=(): pools[teacher])
     student = StudentConfig(make_encoder(tmp_path / "encoder"), "per_option", "plain", 3, 64)
-    return profiles.Cell("planted", ("one", "two"), profiles.Run(student, TrainingConfig(epochs=1)))
+    return matrix.Cell("planted", ("one", "two"), profiles.Run(student, TrainingConfig(epochs=1)))
 
 
-def with_run(cell: profiles.Cell, **changes: object) -> profiles.Cell:
+def with_run(cell: matrix.Cell, **changes: object) -> matrix.Cell:
     return replace(cell, run=replace(cell.run, **changes))
 
 
@@ -214,10 +214,10 @@ def test_one_student_answers_several_things_and_is_trained_once(cell, tmp_path, 
     taught = [planted("three", n=24), planted("two", k=2, n=24)]
     asked = {("three",): planted("three", n=12, seed=5), ("four",): planted("four", k=4, n=10, seed=6)}
     give(monkeypatch, lambda teacher, tasks, on=(): (taught[: len(tasks)], asked[on or tasks]))
-    monkeypatch.setattr(profiles, "TASKS", {name: tasks.TASKS["piqa"] for name in ("three", "two", "four")})
+    monkeypatch.setattr(matrix, "TASKS", {name: tasks.TASKS["piqa"] for name in ("three", "two", "four")})
     run = replace(cell.run, student=replace(cell.run.student, k=0))
-    alone = profiles.Cell("planted", ("three",), run)
-    both = [profiles.Cell("planted", ("three", "two"), run, (on,)) for on in ("three", "four")]
+    alone = matrix.Cell("planted", ("three",), run)
+    both = [matrix.Cell("planted", ("three", "two"), run, (on,)) for on in ("three", "four")]
     trained, train = [], ablations.train
     monkeypatch.setattr(ablations, "train", lambda *args: trained.append(args) or train(*args))
     assert ablations.make([alone, *both], tmp_path / "kept", tmp_path / "work") == 3
@@ -286,20 +286,20 @@ def test_rivals_cost_what_they_say():
     )
 
 
-def every_cell() -> list[profiles.Cell]:
-    return list(dict.fromkeys(cell for part in profiles.MATRIX.values() for cell in part))
+def every_cell() -> list[matrix.Cell]:
+    return list(dict.fromkeys(cell for part in matrix.MATRIX.values() for cell in part))
 
 
 def test_every_cell_has_a_file_of_its_own():
     cells = every_cell()
     assert len({ablations.path(cell) for cell in cells}) == len(cells)
     assert {cell.about for cell in cells if not cell.on} <= {"multiple_choice", "summeval", *tasks.TASKS}
-    assert all(set(cell.tasks) <= {*tasks.MULTIPLE_CHOICE, *tasks.SUMMEVAL, *profiles.BIG} for cell in cells)
-    assert not any(set(tested) & set(profiles.BIG) for tested in profiles.UNSEEN)
-    titles = [(cell.teacher, cell.run.title) for cell in profiles.MATRIX["heads and inputs"]]
+    assert all(set(cell.tasks) <= {*tasks.MULTIPLE_CHOICE, *tasks.SUMMEVAL, *matrix.BIG} for cell in cells)
+    assert not any(set(tested) & set(matrix.BIG) for tested in matrix.UNSEEN)
+    titles = [(cell.teacher, cell.run.title) for cell in matrix.MATRIX["heads and inputs"]]
     # Seeds of one student share a title; the weak teacher's joint and per-option students have one seed.
-    assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(profiles.SEEDS)}
-    assert {titles.count(title) for title in titles} == {1, len(profiles.SEEDS)}
+    assert {titles.count(title) for title in titles if title[0] == profiles.TEACHERS[0]} == {len(matrix.SEEDS)}
+    assert {titles.count(title) for title in titles} == {1, len(matrix.SEEDS)}
 
 
 def test_the_audit_of_students_knows_every_head(monkeypatch):
@@ -308,7 +308,7 @@ def test_the_audit_of_students_knows_every_head(monkeypatch):
     monkeypatch.setattr(ablations, "audit", lambda *_: pd.DataFrame({"ok": [True]}))
     main(["students", "--audit"])
     assert {cell.run.student.head for cell in chosen} == set(HEADS)
-    small = profiles.MATRIX["audited"]
+    small = matrix.MATRIX["audited"]
     assert {cell.run.student.head for cell in small} == set(HEADS)
     assert {(cell.about, cell.run.student.inputs, cell.run.n_train) for cell in small} == {("multiple_choice", "plain", 500)}
 
@@ -322,5 +322,5 @@ def test_the_committed_predictions_are_those_of_the_matrix(capsys):
     assert P.shape == (1050, 4, 4) and P.sum(-1) == pytest.approx(1, abs=1e-5) and len(set(ids)) == 1050
     assert (orders == cyclic_orders(4)).all() and about["seconds"] > 10 and len(about["losses"]) > 20
     main(["students", "--list", "--parts", "heads and inputs"])
-    first = profiles.MATRIX["heads and inputs"][0]
+    first = matrix.MATRIX["heads and inputs"][0]
     assert Path(capsys.readouterr().out.splitlines()[0].split()[1]) == ablations.path(first, ".")

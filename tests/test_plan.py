@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from permdistill import scores
-from permdistill.paper import budget, cli, hub, profiles, tasks
+from permdistill.paper import budget, cli, hub, matrix, profiles, tasks
 from permdistill.paper.models import TEACHERS
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import unlabelled
@@ -44,17 +44,17 @@ def test_needs_are_what_the_notebooks_read():
 
 def test_full_profile_scores_what_the_matrix_reads_too():
     settings = profiles.PROFILES["full"]
-    needs = profiles.all_needs(settings)
+    needs = matrix.all_needs(settings)
     assert {n.teacher for n in needs} == set(TEACHERS)
     assert {n.template_name for n in needs} == {*profiles.PROMPTS["letters"], *profiles.PROMPTS["summaries"]}
     more = needs[len(profiles.needs(settings)) :]
     trained = [("qwen2.5-coder-0.5b", task, "train") for task in tasks.MULTIPLE_CHOICE]
     large = [("qwen2.5-coder-1.5b", task, "train") for task in ("piqa", "socialiqa")]
     assert [(n.teacher, n.task, n.split) for n in more] == [*trained, *large]
-    for cell in (cell for part in profiles.MATRIX.values() for cell in part):
+    for cell in (cell for part in matrix.MATRIX.values() for cell in part):
         for task, split in [*((t, "train") for t in cell.tasks), *((t, "test") for t in cell.tested)]:
             assert split in {n.split for n in needs if (n.teacher, n.task) == (cell.teacher, task)}
-    assert profiles.all_needs(PAPER) == profiles.needs(PAPER)
+    assert matrix.all_needs(PAPER) == profiles.needs(PAPER)
 
 
 def test_profile_with_a_limit_has_no_more_questions_and_the_same_students():
@@ -62,7 +62,7 @@ def test_profile_with_a_limit_has_no_more_questions_and_the_same_students():
     assert small == PAPER.limited(12) and profiles.get("paper") is PAPER
     assert (small.n_test, small.n_train, small.n_api) == (12, 12, 12) and {p.n_test for p in small.pools.values()} == {12}
     assert (small.teachers, small.tasks, small.runs) == (PAPER.teachers, PAPER.tasks, PAPER.runs)
-    needs = profiles.all_needs(profiles.get("full-12"))
+    needs = matrix.all_needs(profiles.get("full-12"))
     assert {n.n for n in needs if n.template_name != "summaries_letters"} == {12}
     assert {n.n for n in needs if n.template_name == "summaries_letters"} == {140}  # intervals need several documents
     smoke = profiles.PROFILES["smoke"]

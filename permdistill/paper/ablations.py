@@ -48,8 +48,9 @@ from permdistill.paper.experiments import (
     test_inputs,
     together,
 )
+from permdistill.paper.matrix import MATRIX, Cell, cells_of, together_as
 from permdistill.paper.paths import ROOT
-from permdistill.paper.profiles import MATRIX, PROFILES, Cell, Pool, Profile, Run, cells_of, n_test, together_as
+from permdistill.paper.profiles import PROFILES, Pool, Profile, Run, n_test
 from permdistill.paper.systems import (
     COPY,
     DISTILLATION,
@@ -431,7 +432,7 @@ def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
 
 
 def coverage(folder: str | Path = "") -> pd.DataFrame:
-    """How many students of each part of :data:`permdistill.paper.profiles.MATRIX` are stored."""
+    """How many students of each part of :data:`permdistill.paper.matrix.MATRIX` are stored."""
     counts = [(part, len(available(cells, folder)), len(set(cells))) for part, cells in MATRIX.items()]
     return pd.DataFrame(counts, columns=["part", "stored", "of"])
 

@@ -21,7 +21,7 @@ from permdistill import debias
 from permdistill.files import write_text
 from permdistill.measure import evaluate, metrics
 from permdistill.measure.metrics import Interval
-from permdistill.paper import ablations, paths, profiles, tables
+from permdistill.paper import ablations, matrix, paths, tables
 from permdistill.paper.experiments import Scored
 from permdistill.paper.models import MODELS
 from permdistill.paper.systems import (
@@ -43,7 +43,7 @@ CLOSE = 0.02  # claim (c): accuracies within so much of each other are close
 PAPERS_METHODS = (DISTILLATION, CORRECTION)
 OURS = {"white-box": (WHITE_BOX,), "stacked": (STACKED, STACKED_WHITE_BOX)}
 LIVE, STORED = "this run's", "stored"
-USUAL_TEACHER = Path(profiles.USUAL.teacher).name
+USUAL_TEACHER = Path(matrix.USUAL.teacher).name
 TARGETS = Path(__file__).parent / "targets.csv"
 PAPERS_MODELS = {Path(name).name: model.papers for name, model in MODELS.items() if model.papers}
 
@@ -79,7 +79,7 @@ class Measured:
         columns = ["teacher", "kind", "method", "greedy", *(f"rival_{name}" for name in ablations.RIVAL)]
         parts = []
         for names, stack in ((("heads and inputs", "encoders"), False), (("scale",), True)) if self.with_stored else ():
-            cells = [cell for name in names for cell in profiles.MATRIX[name] if cell.run.training.epochs]
+            cells = [cell for name in names for cell in matrix.MATRIX[name] if cell.run.training.epochs]
             if there := ablations.available(cells, self.folder):
                 parts.append(ablations.differences(there, self.folder, stack))
         nothing = pd.DataFrame(columns=[*columns, "tasks", "difference", "difference_low", "difference_high"])
@@ -287,9 +287,9 @@ def draws_saturate(m: Measured) -> Iterator[Finding]:
     if not m.with_stored:
         yield _elsewhere(m)
         return
-    by_draws = {cell.run.draws: cell for cell in profiles.MATRIX["draws"]}
+    by_draws = {cell.run.draws: cell for cell in matrix.MATRIX["draws"]}
     try:
-        few, many = (ablations.gap(profiles.USUAL, by_draws[n], m.folder) for n in (1, 32))
+        few, many = (ablations.gap(matrix.USUAL, by_draws[n], m.folder) for n in (1, 32))
     except ablations.MissingPredictions as missing:
         yield Finding(USUAL_TEACHER, STORED, None, str(missing))
         return
@@ -302,7 +302,7 @@ def examples_needed(m: Measured) -> Iterator[Finding]:
     if not m.with_stored:
         yield _elsewhere(m)
         return
-    rows = ablations.available([*profiles.MATRIX["questions"], profiles.USUAL], m.folder)
+    rows = ablations.available([*matrix.MATRIX["questions"], matrix.USUAL], m.folder)
     words = "none stored"
     if rows:
         curve = ablations.effects(rows, "n_train", folder=m.folder)
@@ -317,7 +317,7 @@ def student_size(m: Measured) -> Iterator[Finding]:
     if not m.with_stored:
         yield _sizes(m)
         return
-    pairs = (profiles.SIZES["multiple choice"], profiles.SIZES["SummEval"])
+    pairs = (matrix.SIZES["multiple choice"], matrix.SIZES["SummEval"])
     try:
         choice, summaries = (ablations.gap(large, small, m.folder) for small, large in pairs)
     except ablations.MissingPredictions as missing:

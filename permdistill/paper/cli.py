@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from permdistill import commands
-from permdistill.paper import hub, models, profiles
+from permdistill.paper import hub, matrix, models, profiles
 from permdistill.paper.assets import fetch, verify
 from permdistill.paper.models import MODELS
 from permdistill.paper.paths import ROOT, output_folder
@@ -54,7 +54,7 @@ def _questions(needs: Sequence[profiles.Need]) -> dict[str, list[Question]]:
 def _score(args: argparse.Namespace) -> None:
     settings = profiles.get(args.profile)
     hub.check(profiles.repositories(settings))
-    needs = profiles.all_needs(settings)
+    needs = matrix.all_needs(settings)
     for teacher in settings.teachers:
         commands.score(teacher, _questions([need for need in needs if need.teacher == teacher]), args)
 
@@ -63,7 +63,7 @@ def _audit(args: argparse.Namespace) -> None:
     """Of every teacher's scores ``--n`` questions of each template, and three of those that only R1 reads; of the first
     teacher's questions for training and testing together, of the others' apart."""
     settings = profiles.get(args.profile)
-    needs = profiles.all_needs(settings)
+    needs = matrix.all_needs(settings)
     for teacher in settings.teachers:
         groups: dict[tuple[str, str], list[profiles.Need]] = {}
         for need in (need for need in needs if need.teacher == teacher):
@@ -84,13 +84,13 @@ def _students(args: argparse.Namespace) -> None:
 
     folder = args.predictions or ablations.COMMITTED
     if args.audit:
-        chosen = ablations.auditable(profiles.MATRIX["audited"], folder)
+        chosen = ablations.auditable(matrix.MATRIX["audited"], folder)
         found = ablations.audit(chosen, Path(args.work or "build/audit"), folder)
         print(found.to_string(index=False, float_format="{:.4f}".format))
         if not found.ok.all():
             sys.exit(f"mean TV above {ablations.AUDIT_TV}: train the students live, and report it")
         return
-    cells = list(dict.fromkeys(cell for part in args.parts for cell in profiles.MATRIX[part]))
+    cells = list(dict.fromkeys(cell for part in args.parts for cell in matrix.MATRIX[part]))
     cells.sort(key=lambda cell: cell.run.training.seed)  # one seed of everything before the second of anything
     if args.list:
         stored = set(ablations.available(cells, folder))
@@ -152,7 +152,7 @@ def _manifest(args: argparse.Namespace) -> None:
 
 
 def _add_students(command: argparse.ArgumentParser) -> None:
-    parts = list(profiles.MATRIX)
+    parts = list(matrix.MATRIX)
     which = command.add_mutually_exclusive_group()
     which.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     text = "train a small student of each head anew, and compare with the stored predictions"

@@ -32,9 +32,9 @@ from permdistill.files import write_text
 from permdistill.lessons import Lesson
 from permdistill.orders import all_orders
 from permdistill.paper import bench
+from permdistill.paper.matrix import LENGTH
 from permdistill.paper.models import TEACHERS
 from permdistill.paper.paths import committed
-from permdistill.paper.profiles import LENGTH
 from permdistill.paper.systems import head_title
 from permdistill.paper.tasks import MULTIPLE_CHOICE, load_task
 from permdistill.prompts import TEMPLATES
