@@ -205,11 +205,11 @@ students: $(INSTALLED) ## train the matrix of students and keep their prediction
 	$(PAPER) students
 
 .PHONY: cost
-cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 6
+cost: $(INSTALLED) ## measure what an answer of every teacher and student costs here (minutes), for notebook 7
 	$(PY) -m permdistill.paper.cost --output figures/cost.json
 
 .PHONY: bench
-bench: $(INSTALLED) | $(OURS) ## measure the shared-prefix engine against its rivals (an hour or more), show it in notebook 6
+bench: $(INSTALLED) | $(OURS) ## measure the shared-prefix engine against its rivals (an hour or more), show it in notebook 7
 	$(PY) -m permdistill.paper.bench --output $(BUILD)/bench.json --keep figures
 	$(MAKE) --no-print-directory performance
 
@@ -218,8 +218,8 @@ IN_PLACE := TQDM_DISABLE=1 $(PY) -m nbconvert --to notebook --execute --inplace 
 	--ExecutePreprocessor.startup_timeout=600
 
 .PHONY: performance
-performance: $(INSTALLED) ## what `make bench` and `make cost` measured, into notebook 6, figures/ and the README
-	$(IN_PLACE) notebooks/06_cost.ipynb
+performance: $(INSTALLED) ## what `make bench` and `make cost` measured, into notebook 7, figures/ and the README
+	$(IN_PLACE) notebooks/07_cost.ipynb
 	cp build/full/figures/P[12]_* build/full/tables/P[12]_* figures/
 	$(PAPER) results
 

@@ -576,7 +576,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capsys, caplog):
 
 @pytest.mark.slow
 def test_the_key_is_nowhere_in_a_notebook_nor_in_the_manifest(tmp_path):
-    """Notebook 9 with somebody else's API: its outputs, what it writes, and the manifest of the run."""
+    """Notebook 10 with somebody else's API: its outputs, what it writes, and the manifest of the run."""
     build = tmp_path / "build"
     (build / "notebooks").mkdir(parents=True)
     records = [asdict(q) | {"answer": 0} for q in make_questions(10)]
@@ -591,8 +591,8 @@ def test_the_key_is_nowhere_in_a_notebook_nor_in_the_manifest(tmp_path):
         command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--log-output"]
         command += [word for name, value in parameters.items() for word in ("-r", name, str(value))]
         command += [
-            str(TESTS.parent / "notebooks/09_api_to_student.ipynb"),
-            str(build / "notebooks/09_api_to_student.ipynb"),
+            str(TESTS.parent / "notebooks/10_api_to_student.ipynb"),
+            str(build / "notebooks/10_api_to_student.ipynb"),
         ]
         environment = os.environ | {"OPENAI_API_KEY": CANARY}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

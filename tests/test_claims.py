@@ -147,6 +147,9 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     shares = {cell: 0.6 for cell in matrix.MATRIX["draws"] if cell.run.draws >= 32}
     shares |= {cell: 0.3 for cell in matrix.MATRIX["draws"] if cell.run.draws < 32}
     shares |= {matrix.USUAL: 0.6, matrix.SIZES["multiple choice"][1]: 0.9, small: 0.5, large: 0.5}
+    curve = matrix.MATRIX["questions at scale"]
+    whole = next(cell for cell in curve if not cell.run.n_train)
+    shares |= dict.fromkeys([*curve, *matrix.MATRIX["draws at scale"]], 0.5) | {whole: 0.9}
     orders = cyclic_orders(3)
     monkeypatch.setattr(ablations, "data", lambda teacher, tasks, on=(): ([test], test))
 
@@ -163,6 +166,10 @@ def test_ablations_follow_the_stored_students(monkeypatch):
     assert by_claim(m, "ghi") == {"g": None, "h": None, "i": False}
     shares[matrix.MATRIX["draws"][1]] = 0.3
     assert by_claim(m, "g") == {"g": False}
+    shares[whole] = 0.5  # no more than 8,000 questions teach
+    assert by_claim(m, "h") == {"h": False}
+    del shares[whole]
+    assert by_claim(m, "h") == {"h": None}
 
 
 GAPS = ["teacher", "kind", "method", "greedy", "rival_kind", "rival_greedy"]

@@ -83,11 +83,15 @@ def test_the_story_has_the_tables_numbers():
     both = tables.read(FIGURES, "T2_students_multiple_choice", "T3_students_summeval")
     assert "**all of T2**: 6 of 6 students depend less" in story.sensitivity(both)
     t4, f2, f3, collapse = (read(n) for n in ("T4_matrix", "F2_draws", "F3_questions", "T4_collapse"))
-    t7, gaps = read("T7_scale"), read("T8_differences")
-    made = story.makes(t4, f2, f3, collapse, t7, gaps)
+    made = story.makes(t4, f2, f3, collapse)
+    assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in made and "exact targets" not in made
+    t7, gaps, *curves = (read(n) for n in ("T7_scale", "T8_differences", "F3_scale", "F2_scale", "T7_collapse"))
+    made = story.scale(t7, gaps, *curves)
+    assert f"33,177 teach {100 * curves[0].accuracy.iloc[-1]:.1f}" in made
+    assert f"exact targets {100 * curves[1].accuracy.iloc[0]:.1f}" in made
     unseen = gaps[(gaps.tasks == "csqa") & gaps.taught_on.notna() & (gaps.rival_method == "untrained")].iloc[0]
     assert f"CommonsenseQA {100 * unseen.difference:.1f} [" in made
-    assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in made and "**SocialIQA whole** (T7): the biased" in made
+    assert "**SocialIQA whole** (T7): the biased" in made
     stacks = t7[(t7.method == "stacked error correction") & (t7.task == "socialiqa") & (t7.n_train == 0)]
     decided, sampled = (stacks[stacks.greedy.astype(bool) == greedy].iloc[0] for greedy in (True, False))
     assert re.search(rf"{100 * decided.gain:.1f} \[[^]]*\] with the teacher's most probable decision", made)

@@ -51,7 +51,7 @@ def planted(name: str, n: int = 40, k: int = 3, bias: float = 2.0, seed: int = 0
     ]
     teacher = PlantedTeacher({q.id: np.eye(k)[a] for q, a in zip(questions, answers, strict=True)}, np.eye(k)[0] * bias)
     P = scores.probabilities(teacher.log_probs(questions, all_orders(k), TEMPLATES["letters"]).astype(float))
-    task = registry.TaskSplit(name, questions, TEMPLATES["letters"], [q.id for q in questions], [name] * n, {"repeated": 3})
+    task = registry.TaskSplit(name, questions, TEMPLATES["letters"], [name] * n, {"repeated": 3})
     return Scored("planted", task, P)
 
 
@@ -417,7 +417,11 @@ def test_t1_says_what_the_labels_got_of_the_probability():
 
 def test_split_keeps_groups_together_and_loses_nothing():
     s = planted("one")
-    grouped = replace(s, task=replace(s.task, groups=[str(i // 4) for i in range(40)]))
+    questions = [replace(q, context=f"passage {i // 4}") for i, q in enumerate(s.task.questions)]
+    grouped = replace(s, task=replace(s.task, questions=questions))
+    assert grouped.task.groups == [q.context for q in questions] and s.task.groups == [q.id for q in s.task.questions]
+    same = replace(s.task, questions=[replace(q, context="of all") for q in questions])
+    assert same.groups == s.task.groups
     train, test = experiments.split(grouped, 0.7)
     assert (len(train.P), len(test.P)) == (28, 12)
     assert not set(train.task.groups) & set(test.task.groups)

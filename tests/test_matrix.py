@@ -159,7 +159,7 @@ def test_levels_and_coverage(cell, tmp_path, monkeypatch):
     student = ablations.answer(cell, tmp_path / "kept").P
     assert levels["student of exact targets"] == pytest.approx(metrics.accuracy(student, gold).mean())
     monkeypatch.setattr(ablations, "MATRIX", {"first": (cell,), "both": (cell, other, other)})
-    assert ablations.coverage(tmp_path / "kept").to_numpy().tolist() == [["first", 1, 1], ["both", 1, 2]]
+    assert ablations.coverage(["first", "both"], tmp_path / "kept").to_numpy().tolist() == [["first", 1, 1], ["both", 1, 2]]
     with pytest.raises(ablations.MissingPredictions, match="none of these .* run `make students`"):
         ablations.effects(ablations.available([other], tmp_path / "kept"), "draws")
     # A student that stands in two parts counts once, and "all questions" has a number.

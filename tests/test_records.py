@@ -289,11 +289,11 @@ def test_items_in_any_orders_and_any_k(tmp_path):
         for order, p in zip(block.orders[place], block.P[place], strict=True):
             assert p[order] == pytest.approx(own[tuple(order.tolist())]) and len(p) == k
     report = measure(path)
-    assert "6 items, K = 2, 3, 5, 10, 26, 2 to 26 orders" in str(report) and "1 items incomplete" in str(report)
+    assert "6 items, K = 2, 3, 5, 10, 26, 2 to 26 orders" in str(report) and "1 item incomplete" in str(report)
     expected = [metrics.permutation_sensitivity(by_item[i].P)[by_item[i].items.tolist().index(i)] for i in range(6)]
     assert report.tally.ps == pytest.approx(expected)
     fewer = measure(path, complete=True)
-    assert len(fewer.records.ids) == 5 and "1 incomplete items left out" in str(fewer)
+    assert len(fewer.records.ids) == 5 and "1 incomplete item left out" in str(fewer)
 
 
 def test_gold_answers_need_no_texts(tmp_path):
@@ -322,7 +322,7 @@ def test_complete_and_map_on_the_command_line(tmp_path, capsys):
     command = ["measure", path, "--questions", str(gold), "--map", "id=key,options=n,answer=gold"]
     cli.main([*command, "--complete"])
     out = capsys.readouterr().out
-    assert "2 items, K = 2, 2 orders; 4 records" in out and "1 incomplete items left out" in out
+    assert "2 items, K = 2, 2 orders; 4 records" in out and "1 incomplete item left out" in out
     assert re.search(r"^accuracy +75\.0 ", out, re.M)  # a: right in one of two orders, b in both
     cli.main(command)
     assert "3 items, K = 2, 1 to 2 orders; 5 records" in (out := capsys.readouterr().out)

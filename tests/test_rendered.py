@@ -109,7 +109,7 @@ def test_fits_the_screen_in_a_browser(path, page, tmp_path):
     [
         "03_students",
         "04_sensitivity_accuracy",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("01_teachers", "02_debiasers", "07_claims")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("01_teachers", "02_debiasers", "08_claims")),
     ],
 )
 def test_nbval_fails_when_one_stored_score_changes_by_005(name, tmp_path):

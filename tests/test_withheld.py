@@ -1,5 +1,7 @@
 """RACE's numbers without RACE's texts: committed scores and answers, compared with the texts where these can be had."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,9 +17,9 @@ def test_race_stands_in_the_repository_as_numbers_alone():
     """The teacher is the paper's: 62.0 biased (there 61.2), 68.1 debiased (68.3)."""
     race = withheld.read_scores()
     assert race.P.shape == (4894, 24, 4) and len({q.id for q in race.task.questions}) == 4894
-    assert {(q.context, q.question, q.options) for q in race.task.questions} == {
-        ("", "", ("option 0", "option 1", "option 2", "option 3"))
-    }
+    blank = ("", ("option 0", "option 1", "option 2", "option 3"))
+    assert {(q.question, q.options) for q in race.task.questions} == {blank}
+    assert len(set(race.task.groups)) == 1407 and all(re.fullmatch("[0-9a-f]{16}", unit) for unit in race.task.groups)
     averaged = debias.broadcast(debias.permutation_average(race.P), 24)
     found = [np.mean(correct(P, race.task.questions)) for P in (race.P, averaged)]
     assert [round(100 * share, 1) for share in found] == [62.0, 68.1]
@@ -34,7 +36,7 @@ def test_the_table_stands_beside_the_papers():
 
 def test_a_row_without_scores_is_said(tmp_path):
     (tmp_path / withheld.FILE).parent.mkdir(exist_ok=True)
-    rows = pd.DataFrame({"id": ["race_high/test/1"], "key": ["0" * 32], "answer": [1]})
+    rows = pd.DataFrame({"id": ["race_high/test/1"], "key": ["0" * 32], "answer": [1], "passage": ["0" * 16]})
     rows.to_parquet(tmp_path / withheld.FILE)
     with pytest.raises(scores.MissingScores, match="1 of 1 rows of .* are not in"):
         withheld.read_scores(folder=tmp_path)

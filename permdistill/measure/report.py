@@ -133,7 +133,7 @@ class Report:
         for k, (at, own) in t.wins.items():
             wins[at], even[at] = own[:, 0], t.decided[at] / k
         odd = int((~t.balanced).sum())
-        note = f"{odd} items not in balanced orders: content counts too" if odd else ""
+        note = f"{odd} item{'s' * (odd != 1)} not in balanced orders: content counts too" if odd else ""
         return share_of(wins, t.decided), float(even.sum() / t.decided.sum()), note
 
     @cached_property
@@ -146,7 +146,7 @@ class Report:
             for position in range(k):
                 row: dict[str, float | int | str] = {"K": k, "position": position, "label": LETTERS[position], "even": 1 / k}
                 if of.any():
-                    level = 1 - 0.05 / k  # so that all K hold together
+                    level = 1 - 0.05 / k if k > 2 else 0.95  # so that all K hold together; of 2, one says what the other is
                     share = share_of(wins[:, position], of, level)[0]
                     row |= _columns("share", share) | _columns("preference", Interval(*(v - 1 / k for v in share)))
                 gold = self.tally.gold[k][:, position]
@@ -203,7 +203,8 @@ class Report:
             parts.append(f"Another order changes the verdict in {percent(flips.interval, '%')} of cases.")
         if (gain := self.gain).value == gain.value:
             does = "gains" if gain.low > 0 else "changes accuracy by"
-            parts.append(f"Averaging the orders {does} {percent(gain, ' points')}.")
+            left = " (failed verdicts left out)" if self.tally.failed.any() else ""
+            parts.append(f"Averaging the orders {does} {percent(gain, ' points')}{left}.")
         return parts
 
     @property
@@ -213,9 +214,9 @@ class Report:
         ks, counts = sorted(set(r.options.tolist())), np.bincount(r.item[~r.repeated])
         orders = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
         again = f" ({int(r.repeated.sum())} repeat an order)" if r.repeated.any() else ""
-        left = f"; {self.dropped} incomplete items left out" if self.dropped else ""
+        left = f"; {self.dropped} incomplete item{'s' * (self.dropped != 1)} left out" if self.dropped else ""
         if n := int(r.incomplete.sum()):
-            left = f"; {n} items incomplete (--complete leaves them out)"
+            left = f"; {n} item{'s' * (n != 1)} incomplete (--complete leaves them out)"
         some = f"{int(t.decided.sum())} decided, {int(t.tied.sum())} tied, {int(t.failed.sum())} failed"
         return (
             f"{len(r.ids)} items, K = {', '.join(map(str, ks))}, {orders} orders; {len(r.k)} records{again}: {some}{left}; "

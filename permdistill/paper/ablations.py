@@ -328,10 +328,15 @@ def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
 
 def compare(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False) -> pd.DataFrame:
     """Students beside :func:`rivals`, teacher by teacher: :func:`permdistill.paper.tables.students`. Seeds of one student
-    share a row. ``stack``: with :func:`stacked` of each that was taught and sees no answer of the teacher."""
-    pools = _pools(cells)
-    parts = [tables.students(test, [*rivals(test), *_answers(test, own, folder, stack)]) for _, test, own in pools]
-    return pd.concat(parts, ignore_index=True)
+    share a row. ``stack``: with :func:`stacked` of each that was taught and sees no answer of the teacher. Where students of
+    several tasks together and of one of them alone are asked that one, column "together" says who is whose."""
+    parts, asked = [], []
+    for _, test, own in _pools(cells):
+        part = tables.students(test, [*rivals(test), *_answers(test, own, folder, stack)])
+        parts.append(part.assign(together=together_as(own[0].tested)))
+        asked += [(own[0].teacher, task) for task in own[0].tested]
+    table = pd.concat(parts, ignore_index=True)
+    return table if len(set(asked)) < len(asked) else table.drop(columns="together")
 
 
 def _answers(test: Scored, cells: Sequence[Cell], folder: str | Path, stack: bool = False) -> list[System]:
@@ -431,9 +436,9 @@ def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
     return {name: float(np.nanmean(evaluate.correct(P, test.task.questions))) for name, P in found.items()}
 
 
-def coverage(folder: str | Path = "") -> pd.DataFrame:
-    """How many students of each part of :data:`permdistill.paper.matrix.MATRIX` are stored."""
-    counts = [(part, len(available(cells, folder)), len(set(cells))) for part, cells in MATRIX.items()]
+def coverage(parts: Iterable[str], folder: str | Path = "") -> pd.DataFrame:
+    """How many students of each of these parts of :data:`permdistill.paper.matrix.MATRIX` are stored."""
+    counts = [(part, len(available(MATRIX[part], folder)), len(set(MATRIX[part]))) for part in parts]
     return pd.DataFrame(counts, columns=["part", "stored", "of"])
 
 

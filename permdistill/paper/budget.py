@@ -9,7 +9,7 @@ lengths and a simple rule for tokens stand in: "guessed". Nothing is downloaded 
 Operations are counted by formula (:func:`permdistill.paper.bench.flops`): 2 per weight and token in linear layers,
 and attention. Hours are operations over the GPU's peak times :data:`UTILISATION`, an assumption: on a CPU the trie
 reaches 40 to 50% of the
-fastest matrix product (notebook 5); ``--measure`` puts what this machine reaches in its place.
+fastest matrix product (notebook 7); ``--measure`` puts what this machine reaches in its place.
 """
 
 from __future__ import annotations

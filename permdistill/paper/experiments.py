@@ -219,10 +219,7 @@ def own_tasks(path: str) -> list[TaskSplit]:
         by_k.setdefault(len(question.options), []).append(question)
     stem = Path(path).stem
     names = {k: stem if len(by_k) == 1 else f"{stem}, K = {k}" for k in by_k}
-    return [
-        TaskSplit(names[k], part, TEMPLATES["letters"], [q.id for q in part], [names[k]] * len(part), {})
-        for k, part in sorted(by_k.items())
-    ]
+    return [TaskSplit(names[k], part, TEMPLATES["letters"], [names[k]] * len(part), {}) for k, part in sorted(by_k.items())]
 
 
 @lru_cache(maxsize=4)
@@ -241,7 +238,6 @@ def together(parts: Sequence[Scored]) -> Scored:
         name="all",
         questions=[q for s in parts for q in s.task.questions],
         template=parts[0].task.template,
-        groups=[g for s in parts for g in s.task.groups],
         members=[m for s in parts for m in s.task.members],
         left_out={},
     )

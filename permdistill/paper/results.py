@@ -11,7 +11,7 @@ import pandas as pd
 
 from permdistill import debias
 from permdistill.files import write_text
-from permdistill.paper import systems, tables
+from permdistill.paper import cost, systems, tables
 from permdistill.paper.paths import ROOT
 from permdistill.paper.tasks import title
 
@@ -52,14 +52,14 @@ accuracies on these test questions had been seen, so that rows above the biased 
 Pairs of which the averaged teacher knows more than of SummEval's; 1,050 training questions, the whole test
 set, of which 191 of 1,837 questions have a goal that training questions have too (but for capitals and spaces).
 Students that are not stored yet are missing here: notebook 5 counts them.""",
-    "T7_scale": """T7. Whole training sets (notebook 05_ablations)
+    "T7_scale": """T7. Whole training sets (notebook 06_scale)
 
-SocialIQA: two looks at its training questions (one where there are 1,000), the whole test set. "Untrained" is the
-sentence encoder's own cosine. "n_train" is the number of training questions where it is not all 33,177, of which 4% are
-held out; the student of 1,000 sees each once, the other each twice. "Stacked": the student's answer and the teacher's in
-one order, combined by K + 2 numbers; two fits, each on 100 test questions of the other half in all orders (once, K! calls
-each), without gold answers. "(greedy)": with the teacher's most probable decision; else with a sampled one.""",
-    "T8_one_for_all": """T8. One student for every task (notebook 05_ablations)
+Two looks at all training questions of SocialIQA (33,177) or PIQA (16,084; 191 of its 1,837 test questions have a goal that
+training questions have too), of which 4% are held out; the whole test sets. Where "n_train" is 1000, one look at so many.
+"Untrained" is the sentence encoder's own cosine. "Stacked": the student's answer and the teacher's in one order, combined by
+K + 2 numbers; two fits, each on 100 test questions of the other half in all orders (once, K! calls each), without gold
+answers. "(greedy)": with the teacher's most probable decision; else with a sampled one.""",
+    "T8_one_for_all": """T8. One student for every task (notebook 06_scale)
 
 MiniLM, of any number of options, one look at each question; "taught on" says what it learnt where that is not the task
 itself. Unseen are all tasks but SocialIQA and PIQA. "Untrained" is the sentence encoder's own cosine. Of BoolQ's answers
@@ -70,19 +70,31 @@ Targets are histograms of so many sampled decisions a question.""",
     "F3_questions": """F3. Training questions (notebook 05_ablations)
 
 The same student, taught by fewer questions.""",
+    "F3_scale": """F3 on SocialIQA's whole training set (notebook 06_scale)
+
+MiniLM, shared-prefix; three seeds up to 8,000 questions. 500 are looked at four times, 2,000 twice, more once.""",
+    "F2_scale": """F2 on SocialIQA (notebook 06_scale)
+
+MiniLM, shared-prefix, 8,000 questions; "draws" 0: exact targets.""",
+    "T7_targets": """Sharpened targets on SocialIQA (notebook 06_scale)
+
+MiniLM, shared-prefix, 8,000 questions; power = 1 / temperature.""",
     "T4_collapse": """The collapse check (notebook 05_ablations)
 
 The joint head in plain distillation. Chance is 25%. A student whose training KL stays at that of 1/K ("uniform") has
 not even learnt the questions that it was shown.""",
-    "C1_claims": """C1. The paper's claims (notebook 07_claims)
+    "T7_collapse": """The collapse check on SocialIQA (notebook 06_scale)
+
+The joint head in plain distillation, MiniLM at 3e-5, one look. Chance is 33%.""",
+    "C1_claims": """C1. The paper's claims (notebook 08_claims)
 
 "Not confirmed" means that the criterion is missed, which is not the same as refuted. Criteria:
 `permdistill/paper/claims.py`.""",
-    "P1_performance": """P1. What all orders cost (notebook 06_cost)
+    "P1_performance": """P1. What all orders cost (notebook 07_cost)
 
 Two cores, all arms with the same packed weights and logits of last tokens only, taking turns (`make bench`). Time is
 in units of the trie's: the median over rounds, with the smallest and largest.""",
-    "P2_cost": """P2. What an answer costs (notebook 06_cost)
+    "P2_cost": """P2. What an answer costs (notebook 07_cost)
 
 Measured by `make cost` on one machine.""",
 }
@@ -93,7 +105,7 @@ FIGURES = {
     "questions with four options. The other tasks are in the CSV file.",
     "F4_encoders": "Encoder, head and input (notebook 05_ablations).",
     "F5_sensitivity_accuracy": "Sensitivity against accuracy (notebook 04_sensitivity_accuracy).",
-    "P2_accuracy_cost": "Accuracy against what an answer costs (notebook 06_cost).",
+    "P2_accuracy_cost": "Accuracy against what an answer costs (notebook 07_cost).",
 }
 
 
@@ -117,10 +129,13 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
     """A table for people: T1 as its summary; of tasks that make one pool, the rows over all of them."""
     if "treatment" in frame:
         return tables.summary(frame)
+    if "flops" in frame:
+        return cost.pretty(frame)
     if "kind" in frame and "task" in frame:
         pooled = frame.task == "all"
         if (frame[pooled].kind == "teacher").sum() == frame.teacher.nunique():
-            frame = frame[pooled].drop(columns="task")
+            published = frame.source == "published" if "source" in frame else False
+            frame = frame[pooled | published].drop(columns="task")
         else:  # several pools: whose row it is, the task says
             frame = frame[~pooled].drop_duplicates()
     return tables.pretty(frame[[c for c in frame if not c.startswith(("ps_kl", "pb"))]])
@@ -133,9 +148,10 @@ def headline(folder: str | Path) -> pd.DataFrame:
     ends = [systems.BIASED, debias.PRIOR_MATCHING, debias.DEBIASED]
     matrix = matrix[(matrix.task == "all") & (matrix.teacher == matrix.teacher[0])]
     pupils = [(matrix.encoder == e) & (matrix["head"] == h) & (matrix.method == m) for e, h, m in _COMPARED]
-    # Stacked: with the most probable decision, and with probabilities; of the student of all questions, the rest is in T7.
-    stacks = (scale.method == systems.STACKED) & (scale.greedy == True) | (scale.method == systems.STACKED_WHITE_BOX)  # noqa: E712
-    scale = scale[scale.method.isin([*ends, systems.DISTILLATION, systems.UNTRAINED]) | stacks & (scale.n_train == 0)]
+    # Of students of all questions, stacked: with the most probable decision, and with probabilities. The rest is in T7.
+    whole = (scale.n_train == 0) | scale.n_train.isna() | (scale.method == systems.UNTRAINED)
+    stacks = (scale.method == systems.STACKED) & scale.greedy.eq(True) | (scale.method == systems.STACKED_WHITE_BOX)
+    scale = scale[whole & (scale.method.isin([*ends, systems.DISTILLATION, systems.UNTRAINED]) | stacks)]
     parts = {
         "RACE": stored[stored.method.isin(ends)],
         "ARC, OBQA": pd.concat([matrix[matrix.method.isin(ends)], *(matrix[which] for which in pupils)]),
@@ -143,12 +159,13 @@ def headline(folder: str | Path) -> pd.DataFrame:
     }
     shown = tables.pretty(pd.concat([part.assign(on=name) for name, part in parts.items()]))
     shown["ps"] = shown["ps (TV)"].str.replace(r" \[.*", "", regex=True)
+    short = {f"{_LARGE},": "mpnet,", f"{_SMALL},": "MiniLM,", " head,": ",", "(stacked.*) error correction": r"\1"}
+    shown["system"] = shown.system.replace(short, regex=True)
     return shown[["on", "system", "calls", "accuracy", "gain over biased", "ps"]]
 
 
 _LARGE, _SMALL = "all-mpnet-base-v2", "all-MiniLM-L6-v2"
 _COMPARED = (
-    (_LARGE, "bi_encoder", systems.UNTRAINED),
     (_LARGE, "bi_encoder", systems.DISTILLATION),
     (_SMALL, "per_option", systems.WHITE_BOX),
 )

@@ -40,7 +40,7 @@ def claim(letters: str) -> str:
     """Which of the paper's claims this is about, and where in the paper they stand."""
     named = [c for c in claims.CLAIMS if c.letter in letters]
     words = "; ".join(f"({c.letter}) {c.text} ({c.place})" for c in named)
-    return f"*Claim{'s' * (len(named) > 1)} {words}. Verdicts: notebook 7.*"
+    return f"*Claim{'s' * (len(named) > 1)} {words}. Verdicts: notebook 8.*"
 
 
 def _all(table: pd.DataFrame) -> pd.DataFrame:
@@ -54,9 +54,9 @@ def teachers(t1: pd.DataFrame, race: pd.DataFrame) -> Words:
         biased, debiased = (own[own.treatment == name].set_index("task") for name in (tables.BIASED, tables.DEBIASED))
         low, high = biased.loc[biased.ps.idxmin()], biased.loc[biased.ps.idxmax()]
         after = debiased.ps.max()
-        words = f"**{teacher}**: the order moves {100 * low.ps:.1f} ({title(str(low.name))}) to "
+        words = f"**{teacher}**: two orders' answers differ by {100 * low.ps:.1f} ({title(str(low.name))}) to "
         words += (
-            f"{100 * high.ps:.1f} ({title(str(high.name))}) of 100 points of probability, after averaging {100 * after:.1f}."
+            f"{100 * high.ps:.1f} ({title(str(high.name))}) points of probability, after averaging by {100 * after:.1f}."
         )
         if "gain" in own and debiased.gain.notna().any():
             up, down = (debiased.gain_low > 0).sum(), (debiased.gain_high < 0).sum()
@@ -95,10 +95,14 @@ def debiasers(d1: pd.DataFrame, kinds: Mapping[str, Sequence[str]]) -> Words:
         words += f"{average.calls:.0f} orders. Best at about one call: {best}, {100 * one.accuracy[best]:.1f}."
         if len(few):
             near = few[few.accuracy >= few.accuracy.max() - 0.005].calls.idxmin()
-            words += f" With fewer calls than all: {near}, {100 * few.accuracy[near]:.1f} at {few.calls[near]:.1f} calls, "
+            at = "" if "call" in near else f" at {few.calls[near]:.1f} calls"
+            words += f" With fewer calls than all: {near}, {100 * few.accuracy[near]:.1f}{at}, "
             words += f"sensitivity {100 * few.ps[near]:.1f}."
         lines.append(words)
-    note = f'These are means over the tasks of a kind; how rows "{fewcalls.ADAPTIVE_FAMILY}" were chosen stands above.'
+    note = (
+        "These are means over the tasks of a kind; which debiaser is best was seen on these same test questions; how rows "
+    )
+    note += f'"{fewcalls.ADAPTIVE_FAMILY}" were chosen stands above.'
     return _list([*lines, note, claim("bc")])
 
 
@@ -113,7 +117,7 @@ def students(table: pd.DataFrame) -> Words:
         words = f"{start}the biased answers are right on {_points(biased, 'accuracy')}"
         if (own.kind == "debiased").any():
             words += f", the average over all orders on {_points(own[own.method == debias.DEBIASED].iloc[0], 'accuracy')}"
-        lines.append(f"{words} of 100 questions.")
+        lines += [_beaten(pupils, start), f"{words} of 100 questions."]
         for method in (DISTILLATION, CORRECTION, WHITE_BOX, STACKED, STACKED_WHITE_BOX, UNTRAINED):
             rows = pupils[pupils.method == method]
             if len(rows):
@@ -126,6 +130,21 @@ def students(table: pd.DataFrame) -> Words:
                     f"teacher. Measurably above it: {above} of {len(rows)}; measurably below: {below}."
                 )
     return _list([*lines, claim("efk")])
+
+
+def _beaten(pupils: pd.DataFrame, start: str) -> str:
+    """Whether a student's gain over the biased teacher has its whole interval above 0, by what it sees of that one."""
+    parts = []
+    for what, methods in (
+        ("without a call", (DISTILLATION,)),
+        ("with one decision", (CORRECTION, STACKED)),
+        ("with its probabilities for one order", (WHITE_BOX, STACKED_WHITE_BOX)),
+    ):
+        rows = pupils[pupils.method.isin(methods)]
+        if len(rows):
+            best = _points(rows.loc[rows.gain.idxmax()], "gain")
+            parts.append(f"{what} {'yes' if (rows.gain_low > 0).any() else 'no'}, {best} points at best")
+    return f"{start}does a student beat the biased teacher? {'; '.join(parts).capitalize()}." if parts else ""
 
 
 def sensitivity(systems: pd.DataFrame) -> Words:
@@ -146,34 +165,32 @@ def sensitivity(systems: pd.DataFrame) -> Words:
     )
 
 
-def makes(
-    t4: pd.DataFrame,
-    draws: pd.DataFrame,
-    questions: pd.DataFrame,
-    collapse: pd.DataFrame,
-    scale: pd.DataFrame,
-    gaps: pd.DataFrame,
-) -> Words:
-    """Of the ablations: T4, F2, F3, the collapse check, T7, and T8's differences."""
-    found = students(t4).split("\n")[:-1]
-    first, last = draws.sort_values("draws").iloc[[0, -1]].itertuples()
+def makes(t4: pd.DataFrame, draws: pd.DataFrame, questions: pd.DataFrame, collapse: pd.DataFrame) -> Words:
+    """Of the ablations: T4, F2, F3, the collapse check."""
+    lines = [line[2:] for line in students(t4).split("\n")[:-1]]
+    return _list([*lines, *_curves(draws, questions, collapse, 0.25), claim("efghi")])
+
+
+def scale(t7: pd.DataFrame, t8: pd.DataFrame, questions: pd.DataFrame, draws: pd.DataFrame, collapse: pd.DataFrame) -> Words:
+    """Of whole training sets: T7, T8's differences, F3, F2 and the collapse check at that size."""
+    lines = [_whole(str(task), own) for task, own in t7[t7.task != "all"].groupby("task", sort=False)]
+    return _list([*lines, *_one_for_all(t8), *_curves(draws, questions, collapse, 1 / 3), claim("eghk")])
+
+
+def _curves(draws: pd.DataFrame, questions: pd.DataFrame, collapse: pd.DataFrame, chance: float) -> list[str]:
     few, many = questions.sort_values("n_train").iloc[[0, -1]].itertuples()
-    lines = [line[2:] for line in found]
-    lines.append(
+    first, last = draws[draws.draws > 0].sort_values("draws").iloc[[0, -1]].itertuples()
+    exact = draws[draws.draws == 0].accuracy
+    words = f"; exact targets {100 * exact.iloc[0]:.1f}" if len(exact) else ""
+    stuck = (collapse.accuracy < chance + 0.02).sum()
+    return [
+        f"**Questions** (F3): {few.n_train:,g} teach {100 * few.accuracy:.1f}, {many.n_train:,g} teach "
+        f"{100 * many.accuracy:.1f}.",
         f"**Draws** (F2): {first.draws:g} sampled decision a question teaches {100 * first.accuracy:.1f}, "
-        f"{last.draws:g} teach {100 * last.accuracy:.1f}."
-    )
-    lines.append(
-        f"**Questions** (F3): {few.n_train:g} teach {100 * few.accuracy:.1f}, "
-        f"{many.n_train:g} teach {100 * many.accuracy:.1f}."
-    )
-    stuck = (collapse.accuracy < 0.27).sum()
-    lines.append(
+        f"{last.draws:g} teach {100 * last.accuracy:.1f}{words}.",
         f"**Collapse**: {stuck} of {len(collapse)} settings of the joint head, distilled, stay at chance; the best reaches "
-        f"{_points(collapse.loc[collapse.accuracy.idxmax()], 'accuracy')}."
-    )
-    lines += [_whole(str(task), own) for task, own in scale[scale.task != "all"].groupby("task", sort=False)]
-    return _list([*lines, *_one_for_all(gaps), claim("efghi")])
+        f"{_points(collapse.loc[collapse.accuracy.idxmax()], 'accuracy')}.",
+    ]
 
 
 def _whole(task: str, own: pd.DataFrame) -> str:

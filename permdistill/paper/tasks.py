@@ -34,7 +34,6 @@ class TaskSplit:
     name: str
     questions: list[Question]
     template: Template
-    groups: list[str]  # per question: the unit of resampling for intervals (the item; for pairs the document)
     members: list[str]  # per question: the task it belongs to, for several tasks in one
     left_out: dict[str, int]
 
@@ -45,17 +44,18 @@ class TaskSplit:
     def where(self, chosen: np.ndarray) -> TaskSplit:
         """The questions at which ``chosen`` (item,) is true."""
         places = np.flatnonzero(chosen)
-        return replace(
-            self,
-            questions=[self.questions[i] for i in places],
-            groups=[self.groups[i] for i in places],
-            members=[self.members[i] for i in places],
-        )
+        return replace(self, questions=[self.questions[i] for i in places], members=[self.members[i] for i in places])
 
     @property
     def k(self) -> int:
         """Number of options."""
         return len(self.questions[0].options)
+
+    @property
+    def groups(self) -> list[str]:
+        """Per question, what intervals resample as one: its passage, or itself where it has none, or all have the same."""
+        same = len({q.context for q in self.questions}) == 1
+        return [q.id if same else q.context or q.id for q in self.questions]
 
     @property
     def family(self) -> str:
@@ -118,7 +118,7 @@ class Task:
             draw = sample if self.stratum is None else partial(stratified, stratum=self.stratum)
             questions = draw(questions, self.sizes[split], SEED)
         own = TEMPLATES[template or self.template]
-        return TaskSplit(name, list(questions), own, [q.id for q in questions], [name] * len(questions), every.left_out)
+        return TaskSplit(name, list(questions), own, [name] * len(questions), every.left_out)
 
 
 # The samples whose scores are stored were drawn from what this left; :func:`permdistill.questions.permutation_unsafe` knows
@@ -188,8 +188,7 @@ class PairsTask:
         every = list(documents)
         names = [every[place] for place in self.places(split, len(every))]
         questions = [q for n in names for q in documents[n]]
-        groups = [n for n in names for _ in documents[n]]
-        return TaskSplit(name, questions, TEMPLATES[template or self.template], groups, [name] * len(questions), {})
+        return TaskSplit(name, questions, TEMPLATES[template or self.template], [name] * len(questions), {})
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ RACE is for non-commercial research, so that neither its texts nor a sample of t
 teacher's scores, in the store, and ``scores/withheld.parquet``, which says of each question which row is its own and which
 option is right::
 
-    id      the question's; for RACE a hash of its texts
-    key     content key of its scores, see :mod:`permdistill.scores`
-    answer  index of the right option
+    id       the question's; for RACE a hash of its texts
+    key      content key of its scores, see :mod:`permdistill.scores`
+    answer   index of the right option
+    passage  a hash of its passage: what questions of one passage share, and intervals resample as one
 
     read_scores()    its test questions, without texts, with the stored scores
     write()          makes the file, where the texts can be had (``python -m permdistill.paper withheld``)
@@ -15,6 +16,7 @@ option is right::
 from __future__ import annotations
 
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def found() -> pd.DataFrame:
     for task in RACE:
         for q in load_task(task, "test", TEMPLATE).questions:
             own = scores.content_key(q, all_orders(len(q.options)), template, key)
-            rows.append({"id": q.id, "key": own, "answer": q.answer})
+            passage = sha256(q.context.encode()).hexdigest()[:16]
+            rows.append({"id": q.id, "key": own, "answer": q.answer, "passage": passage})
     return pd.DataFrame(rows).astype({"answer": "int8"})
 
 
@@ -72,9 +75,10 @@ def read_scores(folder: Path = COMMITTED) -> Scored:
         raise scores.MissingScores(f"{len(lacking)} of {len(rows)} rows of {folder / FILE} are not in {store.folder}")
     P = scores.probabilities(np.stack([store.get(key) for key in rows.key]))
     blank = tuple(f"option {i}" for i in range(P.shape[2]))
-    questions = [Question(id_, "", "", blank, int(answer)) for id_, answer in zip(rows.id, rows.answer, strict=True)]
+    own = zip(rows.id, rows.passage, rows.answer, strict=True)
+    questions = [Question(id_, passage, "", blank, int(answer)) for id_, passage, answer in own]
     members = [id_.split("/")[0] for id_ in rows.id]
-    return Scored(teacher, TaskSplit("all", questions, TEMPLATES[TEMPLATE], list(rows.id), members, {}), P)
+    return Scored(teacher, TaskSplit("all", questions, TEMPLATES[TEMPLATE], members, {}), P)
 
 
 def table() -> pd.DataFrame:
