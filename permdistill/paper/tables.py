@@ -291,8 +291,9 @@ def pretty(frame: pd.DataFrame) -> pd.DataFrame:
     out = frame[keys].copy()
     if "parameters_millions" in out:
         out["parameters_millions"] = [f"{m:.1f}" if m == m else "" for m in frame.parameters_millions]
-    for name in {"seeds", "n"} & set(out):
-        out[name] = [f"{n:.0f}" if n == n else "" for n in frame[name]]
+    for name in ("seeds", "n"):
+        if name in out and (name == "seeds" or frame[name].dtype == float):  # n is a whole number where no row lacks it
+            out[name] = [f"{n:.0f}" if n == n else "" for n in frame[name]]
     if "label_mass" in out:
         out["label_mass"] = [f"{mass:.2f}" if mass == mass else "" for mass in frame.label_mass]
     return out.assign(**in_points(frame))
