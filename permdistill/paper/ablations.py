@@ -426,13 +426,13 @@ def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
     return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
 
 
-def levels(cell: Cell, folder: str | Path = "") -> dict[str, float]:
+def levels(cell: Cell, folder: str | Path = "", student: bool = True) -> dict[str, float]:
     """What a curve of students is to be seen beside: the accuracy of the biased teacher and its all-orders average, and of
-    the student ``cell``."""
+    the student ``cell`` if wanted."""
     test = _data(cell)[1]
     biased, *_, averaged = rivals(test)
     found = {title(system.what): system.P for system in (biased, averaged)}
-    found["student of exact targets"] = answer(cell, folder).P
+    found |= {"student of exact targets": answer(cell, folder).P} if student else {}
     return {name: float(np.nanmean(evaluate.correct(P, test.task.questions))) for name, P in found.items()}
 
 
