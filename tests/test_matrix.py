@@ -64,7 +64,7 @@ def test_what_is_made_is_found_and_not_made_again(cell, tmp_path, monkeypatch):
     assert table.loc["cyclic average", "accuracy"] == 1 > table.loc["biased", "accuracy"]
 
 
-def test_differences_and_effects(cell, tmp_path):
+def test_differences_and_effects(cell, tmp_path, monkeypatch):
     folder = tmp_path / "predictions"
     cells = [with_run(cell, training=replace(cell.run.training, seed=seed)) for seed in (0, 1)]
     cells += [with_run(cell, draws=4), with_run(cell, draws=2)]
@@ -85,6 +85,13 @@ def test_differences_and_effects(cell, tmp_path):
         np.mean(alone[:2]) - metrics.accuracy(ablations.answer(untrained, folder).P, right).mean()
     )
     assert (untrained.run.title, untrained.run.title) not in more.index and len(more) == 4 * len(ablations.rivals(test)) + 3
+    assert set(gaps.n) == {12}
+    taught, known = ablations.data("planted", cell.tasks)[0][0].task.questions, test.task.questions[:3]
+    monkeypatch.setattr(ablations, "_stem", lambda q: "known" if q in taught or q in known else q.id)
+    new = titled(ablations.differences(cells, folder, new=True)).set_index(["system", "rival"])
+    row = new.loc[(cell.run.title, "all-orders average")]
+    left = [metrics.accuracy(ablations.answer(c, folder).P[3:], right[3:]).mean() for c in cells[:2]]
+    assert row.n == 9 and row.difference == pytest.approx(np.mean(left) - 1)
     found = ablations.effects(cells, "draws", folder=folder)
     assert found.draws.tolist() == [0, 2, 4] and found.seeds.tolist() == [2, 1, 1]
     assert found.accuracy.tolist() == pytest.approx([np.mean(alone[:2]), alone[3], alone[2]])

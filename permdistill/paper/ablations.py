@@ -345,19 +345,26 @@ def _answers(test: Scored, cells: Sequence[Cell], folder: str | Path, stack: boo
     return [*found, *(both for one in alone for both in stacked(test, one))]
 
 
-def differences(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False) -> pd.DataFrame:
+def _stem(question: Question) -> str:
+    """What stands before the options, but for capitals and spaces."""
+    return " ".join(f"{question.context} {question.question}".casefold().split())
+
+
+def differences(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False, new: bool = False) -> pd.DataFrame:
     """Accuracy of each student (``stack``: see :func:`compare`; then also against the student alone) minus that of each of
     :func:`rivals`, and of each untrained student among ``cells``, paired by question: one row for each pair, with the 95%
     interval over the questions (or documents) of the mean over the student's seeds. What the rival is stands in columns
-    "rival_kind" etc."""
+    "rival_kind" etc. ``new``: on those questions alone whose stem (PIQA's goal) no training question has; they are ``n``."""
     rows = []
     for teacher, test, own in _pools(cells):
-        questions, groups = test.task.questions, test.task.groups
+        seen = {_stem(q) for part in _data(own[0])[0] for q in part.task.questions} if new else set()
+        kept = np.array([_stem(q) not in seen for q in test.task.questions])
+        questions, groups = (task := test.task.where(kept)).questions, task.groups
         students: dict[Description, list[System]] = {}
         for one in _answers(test, own, folder, stack):
-            students.setdefault(one.what, []).append(one)
+            students.setdefault(one.what, []).append(replace(one, P=one.P[kept]))
         alike = {what: [evaluate.correct(one.P, questions) for one in seeds] for what, seeds in students.items()}
-        fixed = {rival.what: evaluate.correct(rival.P, questions) for rival in rivals(test)}
+        fixed = {rival.what: evaluate.correct(rival.P[kept], questions) for rival in rivals(test)}
         fixed |= {what: np.mean(right, axis=0) for what, right in alike.items() if what.method == UNTRAINED}
         for student, seeds in students.items():
             plain = replace(student, method=DISTILLATION, calls=0, greedy=False)
@@ -371,7 +378,7 @@ def differences(cells: Iterable[Cell], folder: str | Path = "", stack: bool = Fa
                 gain = {f"difference{part}": row[f"gain{part}"] for part in ("", "_low", "_high")}
                 other = {f"rival_{name}": getattr(rival, name) for name in RIVAL}
                 who = {"teacher": teacher, "tasks": together_as(own[0].tested)}
-                rows.append({**who, **asdict(student), **other, "seeds": len(seeds), **gain})
+                rows.append({**who, **asdict(student), **other, "seeds": len(seeds), "n": len(questions), **gain})
     return described_rows(rows)
 
 
