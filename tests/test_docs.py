@@ -242,6 +242,8 @@ def test_numbers_in_the_readmes_words_are_those_of_tables_and_benchmark():
     beaten = f"0.5B teacher ({best['biased']:.1f}) is beaten by students ({best['distillation']:.1f})"
     assert f"{beaten}, and by an untaught encoder ({best['untrained']:.1f})" in words
     _check_whole_sets(words)
+    joint = pd.read_csv(ROOT / "figures" / "T7_collapse.csv").set_index("n_train").accuracy * 100
+    assert f"from 33,177 it learns (SocialIQA: {joint[33177]:.1f})" in words and joint[8000] < 35
     t5 = pd.read_csv(ROOT / "figures" / "T5_summaries.csv")
     whole = t5[(t5.task == "all") & (t5.n == t5.n.max())]
     best = 100 * whole.groupby("method").accuracy.max()
