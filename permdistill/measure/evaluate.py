@@ -124,7 +124,7 @@ def measure(
     names     of :data:`METRICS` and :data:`TRUST`
     """
     seeds = [P] if isinstance(P, np.ndarray) else list(P)
-    labelled, unit = np.array([q.answer is not None for q in questions]), np.asarray(groups)
+    labelled, unit = np.array([q.answer is not None for q in questions]), np.asarray(groups, dtype=object)
     gold = np.array([q.answer for q in questions if q.answer is not None])
     row: dict[str, float] = {"n": int(labelled.sum())}
 

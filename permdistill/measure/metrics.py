@@ -399,11 +399,9 @@ def bootstrap(
     names = range(len(values)) if groups is None else groups
     if len(names) != len(values):
         raise ValueError(f"{len(names)} groups for {len(values)} items: give one group an item")
-    numbers: dict[Hashable, int] = {}
-    group = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
-    if len(numbers) < 2:
-        raise ValueError(f"{len(numbers)} group(s) of {len(values)} items: an interval needs at least 2")
-    counts = np.bincount(group).astype(np.float64)
+    counts = np.bincount(group := _numbered(tuple(names))).astype(np.float64)
+    if len(counts) < 2:
+        raise ValueError(f"{len(counts)} group(s) of {len(values)} items: an interval needs at least 2")
     sums = np.zeros((len(counts), values[0].size))
     np.add.at(sums, group, values.reshape(len(values), -1))
 
@@ -418,6 +416,13 @@ def bootstrap(
     low, high = np.quantile(estimates, [(1 - level) / 2, (1 + level) / 2])
     mean = values.mean(axis=0)
     return Interval(float(mean if statistic is None else statistic(mean)), float(low), float(high))
+
+
+@lru_cache(maxsize=8)  # tables ask for the same groups again and again
+def _numbered(names: tuple[Hashable, ...]) -> np.ndarray:
+    """The number of each name, in the order in which they come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
 def _drawn(groups: int, n: int, seed: int | np.random.Generator) -> np.ndarray:

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from hashlib import sha256
 
 import numpy as np
 
@@ -51,11 +52,11 @@ class TaskSplit:
         """Number of options."""
         return len(self.questions[0].options)
 
-    @property
+    @cached_property
     def groups(self) -> list[str]:
-        """Per question, what intervals resample as one: its passage, or itself where it has none, or all have the same."""
+        """Per question, what intervals resample as one: its passage (a hash), or itself if it has none or all share one."""
         same = len({q.context for q in self.questions}) == 1
-        return [q.id if same else q.context or q.id for q in self.questions]
+        return [q.id if same or not q.context else sha256(q.context.encode()).hexdigest()[:16] for q in self.questions]
 
     @property
     def family(self) -> str:
