@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -331,3 +332,20 @@ def test_the_committed_predictions_are_those_of_the_matrix(capsys):
     main(["students", "--list", "--parts", "heads and inputs"])
     first = matrix.MATRIX["heads and inputs"][0]
     assert Path(capsys.readouterr().out.splitlines()[0].split()[1]) == ablations.path(first, ".")
+
+
+def test_held_out_kls_in_notebook_6_are_those_of_the_stored_students():
+    def kls(name: str, encoder: str) -> list[str]:
+        (cell,) = [
+            cell
+            for cell in (*matrix.MATRIX["scale"], *matrix.MATRIX["one for all"])
+            if cell.about == "piqa" and cell.run.student.head == name and cell.run.student.encoder == encoder
+        ]
+        return [f"{kl:.4f}" for kl in experiments.read_predictions(ablations.path(cell))[3]["held_out_kl"]]
+
+    text = nbformat.read(ablations.ROOT / "notebooks" / "06_scale.ipynb", 4).cells[5].source
+    (social,) = [cell for cell in matrix.MATRIX["scale"] if cell.about == "socialiqa" and cell.run.training.epochs == 2]
+    seen = [f"{kl:.4f}" for kl in experiments.read_predictions(ablations.path(social))[3]["held_out_kl"]]
+    assert f"SocialIQA {', '.join(seen)}; PIQA {', '.join(kls('cross_option', 'all-mpnet-base-v2'))}" in text
+    small = [kls(head, "all-MiniLM-L6-v2")[0] for head in ("cross_option", "shared_prefix")]
+    assert f"({small[0]} to {small[1]})" in text

@@ -124,6 +124,7 @@ def measure(
     names     of :data:`METRICS` and :data:`TRUST`
     """
     seeds = [P] if isinstance(P, np.ndarray) else list(P)
+    # Python's own objects: what a group is called is hashed anew in each copy that numpy makes of a text.
     labelled, unit = np.array([q.answer is not None for q in questions]), np.asarray(groups, dtype=object)
     gold = np.array([q.answer for q in questions if q.answer is not None])
     row: dict[str, float] = {"n": int(labelled.sum())}
