@@ -63,7 +63,7 @@ def _sweep(args: argparse.Namespace) -> None:
     import numpy as np
 
     from permdistill.configs import StudentConfig, TrainingConfig
-    from permdistill.paper import ablations, experiments, profiles, tasks
+    from permdistill.paper import experiments, profiles, sweeps, tasks
 
     own, every = args.questions, tasks.TASKS
     numbers = {len(question.options) for question in from_jsonl(own)} if own else {every[t].k for t in args.tasks}
@@ -77,10 +77,10 @@ def _sweep(args: argparse.Namespace) -> None:
             args.encoders, args.heads, args.inputs, args.learning_rates, args.warmups, args.seeds
         )
     ]
-    ablations.comparable(runs)
+    sweeps.comparable(runs)
     asked = experiments.own_tasks(own) if own else [tasks.load_task(t, "train") for t in args.tasks]
     texts = [question for part in asked for question in part.questions]
-    long = ablations.overlong(runs, texts) if args.long != "cut" else set()
+    long = sweeps.overlong(runs, texts) if args.long != "cut" else set()
     if long and args.long == "refuse":
         what = f"{len(long)} of {len(texts)} questions have options that --max-length {args.max_length} cuts off"
         raise ValueError(f"{what} ({', '.join(sorted(long)[:5])}): give a larger one, or --long drop, or --long cut")
@@ -96,7 +96,7 @@ def _sweep(args: argparse.Namespace) -> None:
         train_on = [experiments.scored(args.teacher, part, Path(args.output), args.scores, live) for part in asked]
     else:
         train_on = experiments.by_k([experiments.read_stored(args.teacher, part, args.scores, prompting) for part in asked])
-    table = ablations.sweep(runs, train_on, Path(args.output) / "students")
+    table = sweeps.sweep(runs, train_on, Path(args.output) / "students")
     print(table.drop(columns=["uniform", "folder"]).to_string(index=False, float_format="{:.4g}".format))
     print(f"\nalways answering 1/K: {table.uniform[0]:.4g}\nclosest to its targets: {table.folder[0]}")
 

@@ -177,7 +177,8 @@ class Student:
                 f"question {id_!r}: {text.second[:60]!r}.. and 1 token of the question take "
                 f"{len(encoding.ids) - len(first) + 1} tokens, max_length is {self.config.max_length}: give a larger one"
             )
-        n_context = sum(encoding.offsets[place][1] <= len(text.context) for place in first)
+        offsets = encoding.offsets  # made anew by each look at them
+        n_context = sum(offsets[place][1] <= len(text.context) for place in first)
         begin = max(n_context - excess, 0)
         return first[begin : begin + excess]
 

@@ -21,6 +21,7 @@ from permdistill.questions import (
     from_jsonl,
     permutation_unsafe,
     sample,
+    sample_contexts,
     stratified,
     to_dataset,
     treat_unsafe,
@@ -446,6 +447,19 @@ def test_stratified_sample_takes_every_stratum_in_turn():
         stratified(questions, 31, 0, lambda q: q.id[0])
 
 
+def test_a_sample_of_contexts_takes_all_questions_of_each():
+    questions = [make(["a", "b"], f"{c}/{i}", context=c) for c in "uvwxyz" for i in range(1 + ord(c) % 3)]
+    drawn = sample_contexts(questions, 7, seed=0)
+    contexts = [q.context for q in drawn]
+    for context in set(contexts) - {contexts[-1]}:  # the last may be cut
+        first = contexts.index(context)
+        assert drawn[first : first + contexts.count(context)] == [q for q in questions if q.context == context]
+    every = sample_contexts(questions, len(questions), 0)
+    assert every[:7] == drawn and set(every) == set(questions) and sample_contexts(questions, 7, 1) != drawn
+    with pytest.raises(ValueError, match="13 questions asked for, only 12"):
+        sample_contexts(questions, 13, 0)
+
+
 def test_content_free_questions_keep_the_form_and_lose_the_content():
     own = content_free([make(["a", "b", "c"], question="Which is hot?"), make(["d", "e", "f"], question="Which is wet?")])
     assert [q.options for q in own] == [(filler,) * 3 for filler in CONTENT_FREE]
@@ -484,6 +498,6 @@ def test_public_sets_in_detail():
 
 
 def test_unknown_sets_and_splits_are_refused():
-    for task, split in (("race", "test"), ("csqa", "train"), ("arc_easy", "dev")):
+    for task, split in (("racing", "test"), ("csqa", "train"), ("arc_easy", "dev")):
         with pytest.raises(ValueError, match=f"task '{task}', split '{split}'"):
             tasks.load_task(task, split)

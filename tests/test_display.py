@@ -85,8 +85,13 @@ def test_the_story_has_the_tables_numbers():
     t4, f2, f3, collapse = (read(n) for n in ("T4_matrix", "F2_draws", "F3_questions", "T4_collapse"))
     made = story.makes(t4, f2, f3, collapse)
     assert f"{100 * f2.accuracy.iloc[-1]:.1f}" in made and "exact targets" not in made
-    t7, gaps, *curves = (read(n) for n in ("T7_scale", "T8_differences", "F3_scale", "F2_scale", "T7_collapse"))
-    made = story.scale(t7, gaps, *curves)
+    t7, gaps, four, alone, *curves = (
+        read(n) for n in ("T7_scale", "T8_differences", "T9_differences", "T9_alone", "F3_scale", "F2_scale", "T7_collapse")
+    )
+    made = story.scale(t7, gaps, four, alone, *curves)
+    together = alone.set_index("task").together["race"]
+    assert f"minus the one of each task: SocialIQA {100 * alone.together.iloc[0]:.1f} [" in made
+    assert f"RACE {100 * together:.1f} [" in made and "(T9), taught on SocialIQA and PIQA and BoolQ and RACE" in made
     assert f"33,177 teach {100 * curves[0].accuracy.iloc[-1]:.1f}" in made
     assert f"exact targets {100 * curves[1].accuracy.iloc[0]:.1f}" in made
     unseen = gaps[(gaps.tasks == "csqa") & gaps.taught_on.notna() & (gaps.rival_method == "untrained")].iloc[0]

@@ -225,8 +225,8 @@ def test_profiles_name_each_run_once_and_fit_their_tasks():
             *((head, inputs) for head in ("joint", "per_option") for inputs in ("plain", "prediction")),
             ("bi_encoder", "plain"),
         }
-    with pytest.raises(ValueError, match="task 'race'"):
-        registry.load_task("race", "test")
+    with pytest.raises(ValueError, match="task 'racing'"):
+        registry.load_task("racing", "test")
 
 
 @pytest.mark.parametrize("profile", ["smoke", "full"])
@@ -514,3 +514,15 @@ def test_students_of_decisions_alone(tmp_path):
     right = np.mean([q.answer == d for q, (d,) in zip(test.questions, decisions, strict=True)])
     assert frame[frame.task == "all"].accuracy.iloc[0] == pytest.approx(right)
     assert frame.gain.notna().sum() == 4  # two students, paired with the copy, in both rows
+
+
+def test_what_was_scored_in_cyclic_orders_alone_teaches_too():
+    """Their mean is the target; a plain student is shown all orders, one that sees answers only theirs."""
+    every = planted("train", n=12)
+    some = replace(every, P=experiments.in_cyclic_orders(every.P))
+    assert some.orders.tolist() == cyclic_orders(3).tolist() and len(every.orders) == 6
+    run = profiles.Run(StudentConfig("encoder", "per_option", "plain", 3, 64), TrainingConfig(epochs=1))
+    lesson = experiments.lesson_of(run, some)
+    assert lesson.targets == pytest.approx(some.P.mean(axis=1)) and len(lesson.shown) == 6
+    seeing = replace(run, student=replace(run.student, inputs="distribution"))
+    assert experiments.lesson_of(seeing, some).seen.orders.tolist() == cyclic_orders(3).tolist()

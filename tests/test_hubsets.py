@@ -174,7 +174,7 @@ def test_paper_tasks_are_known_and_race_is_what_students_learn():
         assert "test" in TASKS[task].splits
     assert profiles.PROFILES["paper"].pools["multiple_choice"].tasks == RACE
     assert [*TASKS["medmcqa"].splits] == ["test"] and [*TASKS["race_c"].splits] == ["test", "train"]
-    with pytest.raises(ValueError, match="task 'race', split 'test'.*race_middle"):
-        tasks.load_task("race", "test")
+    with pytest.raises(ValueError, match="task 'racing', split 'test'.*race_middle"):
+        tasks.load_task("racing", "test")
     assert sum(TASKS[task].published["train"] for task in RACE) == 100_568  # as the paper counts them
     assert sum(TASKS[task].published["test"] for task in RACE) == 5_642

@@ -143,8 +143,8 @@ def test_sizes():
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     }
     too_much = {name: n for name, n in lines.items() if n > 480} | {name: n for name, n in functions.items() if n > 60}
-    too_much |= {"core": core} if core > 4470 else {}
-    too_much |= {"package": sum(lines.values())} if sum(lines.values()) > 18570 else {}
+    too_much |= {"core": core} if core > 4485 else {}
+    too_much |= {"package": sum(lines.values())} if sum(lines.values()) > 18850 else {}
     assert not too_much
 
 

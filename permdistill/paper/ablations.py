@@ -13,6 +13,7 @@ stored ones are never taken for those of another recipe, store of scores or ques
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,10 +29,9 @@ from tqdm import tqdm
 
 from permdistill import debias
 from permdistill.files import locked
-from permdistill.lessons import Lesson
 from permdistill.measure import evaluate, metrics
 from permdistill.orders import cyclic_orders
-from permdistill.paper import tables
+from permdistill.paper import tables, withheld
 from permdistill.paper.experiments import (
     Scored,
     System,
@@ -50,7 +50,8 @@ from permdistill.paper.experiments import (
 )
 from permdistill.paper.matrix import MATRIX, Cell, cells_of, together_as
 from permdistill.paper.paths import ROOT
-from permdistill.paper.profiles import PROFILES, Pool, Profile, Run, n_test
+from permdistill.paper.profiles import PROFILES, Pool, Profile, n_test
+from permdistill.paper.sweeps import uniform
 from permdistill.paper.systems import (
     COPY,
     DISTILLATION,
@@ -62,8 +63,9 @@ from permdistill.paper.systems import (
     described_rows,
     title,
 )
+from permdistill.paper.tasks import WITHHELD, at_hand
 from permdistill.questions import Question
-from permdistill.students import Student, build
+from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
 
 COMMITTED = ROOT / "predictions"
@@ -91,13 +93,28 @@ def taught(teacher: str, tasks: tuple[str, ...]) -> list[Scored]:
 
 @lru_cache(maxsize=32)
 def asked(teacher: str, tasks: tuple[str, ...]) -> Scored:
-    """Its second part."""
+    """Its second part. Of a task whose texts are withheld, and not on this machine, without these."""
     n = n_test(PROFILES["full"], tasks)
-    return together([read_scores(teacher, task, "test", n=n) for task in tasks])
+    return together([read_scores(teacher, task, "test", n=n) if at_hand(task) else _withheld(task) for task in tasks])
+
+
+def _withheld(task: str) -> Scored:
+    found = withheld.read_scores()
+    return replace(found, task=replace(found.task, members=[task] * len(found.P)))
 
 
 def _data(cell: Cell) -> tuple[list[Scored], Scored]:
     return data(cell.teacher, cell.tasks, cell.on)
+
+
+def _readable(cell: Cell) -> bool:
+    """Whether all that a cell learns and answers can be read here; of RACE there may be numbers alone."""
+    return all(task not in WITHHELD or at_hand(task) for task in (*cell.tasks, *cell.tested))
+
+
+def _tested(cell: Cell) -> Scored:
+    """What the cell answers."""
+    return _data(cell)[1] if _readable(cell) else asked(cell.teacher, cell.tested)
 
 
 def key(cell: Cell, over: tuple[list[Scored], Scored] | None = None) -> str:
@@ -135,13 +152,20 @@ def _kept(
     """Probabilities (item, order, option), their orders, and what :func:`make` wrote beside them."""
     file = path(cell, folder)
     if file.exists():
-        _, orders, P, about = read_predictions(file)
-        if about["key"] == key(cell, over):
+        ids, orders, P, about = read_predictions(file)
+        if _own(cell, about, ids, over):
             return P, orders, about
     found = "are those of another recipe, scores or questions" if file.exists() else "are not stored"
     raise MissingPredictions(
         f'predictions of {cell.run.name}, taught by {cell.teacher}, {found}: run `make students`, or set students = "live"'
     )
+
+
+def _own(cell: Cell, about: dict[str, Any], ids: list[str], over: tuple[list[Scored], Scored] | None) -> bool:
+    """Whether stored predictions are the cell's: by their key, or, where texts cannot be read, by settings and ids."""
+    if over or _readable(cell):
+        return bool(about["key"] == key(cell, over))
+    return about["run"] == json.loads(json.dumps(asdict(cell.run))) and ids == [q.id for q in _tested(cell).task.questions]
 
 
 def students(
@@ -246,52 +270,6 @@ def cost(student: Student, asked: dict[str, Any], n: int = 128) -> dict[str, flo
     return {"answer_flops": counter.get_total_flops() / count, "answer_seconds": seconds / count}
 
 
-def sweep(runs: Iterable[Run], train_on: Scored | Sequence[Scored], folder: str | Path) -> pd.DataFrame:
-    """Train every run into ``folder``/<run.name>, and say which one comes closest to its targets on the questions that it
-    held out: mean KL in nats, the lowest first. No gold answer is read, so that none is needed to choose a student.
-
-    ``train_on``: several, of different numbers of options, for runs with k = 0. ``uniform`` is the KL of an answer that is
-    always 1/K: a student that is no better has learnt nothing. Finished runs are loaded, not repeated. Raises what
-    :func:`comparable` does.
-    """
-    rows: list[dict[str, Any]] = []
-    for run in comparable(runs):
-        lessons = lessons_of(run, train_on)
-        train(run.student, run.training, lessons, Path(folder) / run.name)
-        log = read_log(Path(folder) / run.name)
-        row = {"student": run.title, "learning rate": run.training.learning_rate, "warm-up": run.training.warmup}
-        row |= {"seed": run.training.seed, "held-out KL": min(log["held_out_kl"])}
-        row |= {"epoch": int(np.argmin(log["held_out_kl"])) + 1, "seconds": round(log["seconds"])}
-        rows.append(row | {"uniform": _uniform(lessons), "folder": str(Path(folder) / run.name)})
-    return pd.DataFrame(rows).sort_values("held-out KL", ignore_index=True)
-
-
-def comparable(runs: Iterable[Run]) -> list[Run]:
-    """The runs. Raises ValueError for those that hold nothing out, and for different ones of the same name, whose folder
-    would be the same."""
-    named: dict[str, Run] = {}
-    for run in (runs := list(runs)):
-        if not run.training.held_out:
-            raise ValueError(f"{run.name}: held_out = 0, give a share of the questions to compare the students on")
-        if named.setdefault(run.name, run) != run:
-            raise ValueError(f"two students are called {run.name}: give encoders and rates that differ in their names")
-    return runs
-
-
-def overlong(runs: Iterable[Run], questions: Sequence[Question]) -> set[str]:
-    """Ids of the questions of which some student of ``runs`` would cut an option (:meth:`Student.overlong`)."""
-    configs = dict.fromkeys(run.student for run in runs)
-    return {questions[i].id for config in configs for i in build(config, 0).overlong(questions)}
-
-
-def _uniform(lessons: Sequence[Lesson]) -> float:
-    """Mean KL(targets || 1/K) in nats."""
-    by_question = [
-        np.log(Q.shape[1]) + (Q * np.log(np.maximum(Q, debias.EPSILON))).sum(-1) for Q in (one.targets for one in lessons)
-    ]
-    return float(np.concatenate(by_question).mean())
-
-
 def rivals(test: Scored) -> list[System]:
     """What a student has to beat: :func:`permdistill.paper.experiments.baselines`, and what else one or a few calls a
     question buy without a student: the teacher's most probable decision, prior-matching, averages over 2 and over the cyclic
@@ -323,7 +301,7 @@ def _pools(cells: Iterable[Cell]) -> Iterator[tuple[str, Scored, list[Cell]]]:
         raise MissingPredictions("none of these students' predictions are stored: run `make students`")
     for teacher, tested in dict.fromkeys((cell.teacher, cell.tested) for cell in cells):
         own = [cell for cell in cells if (cell.teacher, cell.tested) == (teacher, tested)]
-        yield Path(teacher).name, _data(own[0])[1], own
+        yield Path(teacher).name, _tested(own[0]), own
 
 
 def compare(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False) -> pd.DataFrame:
@@ -332,14 +310,15 @@ def compare(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False)
     several tasks together and of one of them alone are asked that one, column "together" says who is whose."""
     parts, asked = [], []
     for _, test, own in _pools(cells):
-        part = tables.students(test, [*rivals(test), *_answers(test, own, folder, stack)])
+        part = tables.students(test, [*rivals(test), *answers(test, own, folder, stack)])
         parts.append(part.assign(together=together_as(own[0].tested)))
         asked += [(own[0].teacher, task) for task in own[0].tested]
     table = pd.concat(parts, ignore_index=True)
     return table if len(set(asked)) < len(asked) else table.drop(columns="together")
 
 
-def _answers(test: Scored, cells: Sequence[Cell], folder: str | Path, stack: bool = False) -> list[System]:
+def answers(test: Scored, cells: Sequence[Cell], folder: str | Path = "", stack: bool = False) -> list[System]:
+    """The stored predictions of cells that answer ``test``, and (``stack``) what :func:`compare` adds to them."""
     found = [answer(cell, folder) for cell in cells]
     alone = [one for one in found if stack and one.what.method == DISTILLATION]
     return [*found, *(both for one in alone for both in stacked(test, one))]
@@ -361,7 +340,7 @@ def differences(cells: Iterable[Cell], folder: str | Path = "", stack: bool = Fa
         kept = np.array([_stem(q) not in seen for q in test.task.questions])
         questions, groups = (task := test.task.where(kept)).questions, task.groups
         students: dict[Description, list[System]] = {}
-        for one in _answers(test, own, folder, stack):
+        for one in answers(test, own, folder, stack):
             students.setdefault(one.what, []).append(replace(one, P=one.P[kept]))
         alike = {what: [evaluate.correct(one.P, questions) for one in seeds] for what, seeds in students.items()}
         fixed = {rival.what: evaluate.correct(rival.P[kept], questions) for rival in rivals(test)}
@@ -415,8 +394,8 @@ def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd
             losses = about["losses"]
             if not losses:  # untrained
                 continue
-            uniform = _uniform(lessons_of(cell.run, _data(cell)[0]))
-            row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1, "uniform": uniform}
+            row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1}
+            row["uniform"] = uniform(lessons_of(cell.run, _data(cell)[0]))
             kls = about.get("held_out_kl", [])  # predictions stored before this was kept held nothing out
             epochs = len(kls) or cell.run.training.epochs  # that were run: patience may end training early
             row["training KL"] = np.mean(losses[-(len(losses) // epochs) :])
@@ -425,18 +404,42 @@ def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd
     return by.mean().assign(students=by.students.sum()).reset_index()
 
 
+def held_out(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
+    """KL(targets || answer) in nats on the questions held out, after each epoch: a row a student."""
+    rows = []
+    for cell in cells:
+        kls = _kept(cell, folder)[2]["held_out_kl"]
+        row = {"tasks": together_as(cell.tasks), "student": cell.run.title, "seed": cell.run.training.seed}
+        rows.append(row | {"held-out KL by epoch": ", ".join(f"{kl:.4f}" for kl in kls), "lowest": min(kls)})
+    return pd.DataFrame(rows)
+
+
 def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
     """Accuracy of one student minus that of another of the same tasks, paired by question. Raises MissingPredictions."""
-    test = _data(first)[1]
+    test = _tested(first)
     right = [evaluate.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
     labelled = ~np.isnan(right[0])
     return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
 
 
+def together_or_alone(together: Iterable[Cell], alone: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
+    """:func:`gap` of a student of several tasks over the first of ``alone`` that learnt all questions of the one asked."""
+    rows, own = [], [cell for cell in alone if cell.run.training.epochs and not cell.run.n_train]
+    for cell in together:
+        if other := next((one for one in own if one.tasks == cell.tested != cell.tasks), None):
+            found = gap(cell, other, folder)
+            rows.append({"task": together_as(cell.tested), **_ends("together", found)})
+    return pd.DataFrame(rows)
+
+
+def _ends(name: str, interval: metrics.Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
 def levels(cell: Cell, folder: str | Path = "", student: bool = True) -> dict[str, float]:
     """What a curve of students is to be seen beside: the accuracy of the biased teacher and its all-orders average, and of
     the student ``cell`` if wanted."""
-    test = _data(cell)[1]
+    test = _tested(cell)
     biased, *_, averaged = rivals(test)
     found = {title(system.what): system.P for system in (biased, averaged)}
     found |= {"student of exact targets": answer(cell, folder).P} if student else {}

@@ -32,7 +32,7 @@ from permdistill.orders import all_orders, cyclic_orders, to_positions
 from permdistill.paper.paths import ROOT, output_folder, tables_folder  # noqa: F401  (notebooks take them from here)
 from permdistill.paper.profiles import PROMPTS, PUT_DIFFERENTLY, Pool, Profile, Run
 from permdistill.paper.systems import BIASED, COPY, STACKED, STACKED_WHITE_BOX, Description
-from permdistill.paper.tasks import SEED, SUMMARIES, TaskSplit, load_task
+from permdistill.paper.tasks import SEED, SUMMARIES, TASKS, TaskSplit, load_task
 from permdistill.prompts import LEAST_MASS, TEMPLATES
 from permdistill.questions import Question, content_free, from_jsonl, unlabelled
 from permdistill.sources import short
@@ -47,7 +47,8 @@ NONE: Prompting = {}
 
 @dataclass(frozen=True)
 class Scored:
-    """A task with a teacher's scores: P (item, order, option), all K! orders, renormalised over the options.
+    """A task with a teacher's scores: P (item, order, option), all K! orders or the K cyclic ones, renormalised over the
+    options.
 
     content_free  (position,) what the teacher answers to the task's prompt without content, for contextual calibration
     label_mass    what the K labels got of the whole probability, mean over items and orders; NaN where that is not known
@@ -61,8 +62,9 @@ class Scored:
 
     @property
     def orders(self) -> np.ndarray:
-        """All orders of the task's options, (order, K)."""
-        return all_orders(self.task.k)
+        """Those of P, (order, K)."""
+        every = all_orders(self.task.k)
+        return every if len(every) == self.P.shape[1] else cyclic_orders(self.task.k)
 
     def where(self, chosen: np.ndarray) -> Scored:
         """The questions at which ``chosen`` (item,) is true."""
@@ -83,7 +85,8 @@ def read_scores(
     ``template`` names another prompt than the task's usual one; ``prompting``: see :func:`teachers_scores`. Raises
     MissingScores when the store lacks some, with the command that makes them.
     """
-    return read_stored(teacher, load_task(task, split, template).first(n), folder, prompting)
+    orders = getattr(TASKS[task], "orders", {}).get(split, "all")
+    return read_stored(teacher, load_task(task, split, template).first(n), folder, prompting, orders)
 
 
 def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Scored:
@@ -92,11 +95,13 @@ def read_pool(settings: Profile, pool: Pool, split: str, folder: str = "") -> Sc
     return together([read_scores(settings.teachers[0], task, split, folder, n) for task in pool.tasks])
 
 
-def read_stored(teacher: str, task: TaskSplit, folder: str | Path = "", prompting: Prompting = NONE) -> Scored:
-    """:func:`read_scores`, of any questions."""
+def read_stored(
+    teacher: str, task: TaskSplit, folder: str | Path = "", prompting: Prompting = NONE, orders: str = "all"
+) -> Scored:
+    """:func:`read_scores`, of any questions, in all orders or in "cyclic" ones."""
     own = {name: value for name, value in prompting.items() if name != "min_label_mass"}
     store, key = _store(Path(folder or COMMITTED) / short(teacher)), model_key(teacher, **own)
-    log_probs = scores.load(store, unlabelled(task.questions), task.template, key)
+    log_probs = scores.load(store, unlabelled(task.questions), task.template, key, orders)
     read = Scored(short(teacher), task, scores.probabilities(log_probs))
     read = replace(read, label_mass=float(np.exp(log_probs.astype(np.float64)).sum(axis=-1).mean()))
     try:
@@ -345,7 +350,7 @@ def lesson_of(run: Run, train_on: Scored) -> Lesson:
         Q = debias.permutation_average(P)
     targets, shown = debias.sharpen(Q, run.power), slice(None) if run.orders == "all" else slice(1)
     if run.student.inputs == "plain":
-        return Lesson(questions, targets, orders=orders[shown])
+        return Lesson(questions, targets, orders=all_orders(train_on.task.k)[shown])
     said = debias.decide(P) if run.greedy and run.student.inputs == "prediction" else P
     return Lesson(questions, targets, Distributions(said[:, shown], orders[shown]))
 

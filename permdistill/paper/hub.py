@@ -119,6 +119,14 @@ def cached(repo: Repo, file: str = "") -> Path | None:
     return folder if (folder / file).exists() else None
 
 
+def at_hand(repo: Repo) -> bool:
+    """Whether a repository is on this machine: under ``PERMDISTILL_HUB``, or in the hub client's cache."""
+    try:
+        return local(repo) is not None or cached(repo) is not None
+    except AssetError:  # another folder stands for the hub
+        return False
+
+
 def _why(repo: Repo, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

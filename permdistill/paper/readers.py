@@ -196,6 +196,30 @@ class HubFiles:
         return Cleaned(validate(kept.values(), self.repo.name), {r: n for r, n in left_out.items() if n})
 
 
+@dataclass(frozen=True)
+class SeveralFiles:
+    """Several data sets of one repository as one."""
+
+    parts: Sequence[HubFiles]
+    assets: Sequence[Asset] = field(default=())
+
+    @property
+    def repo(self) -> Repo:
+        return self.parts[0].repo
+
+    @property
+    def licence(self) -> str:
+        return self.repo.licence
+
+    def __call__(self, split: str) -> Cleaned:
+        """Each question once. Raises what the parts do."""
+        found = [part(split) for part in self.parts]
+        left_out: Counter[str] = Counter()
+        for part in found:
+            left_out.update(part.left_out)
+        return Cleaned([q for part in found for q in part.questions], dict(left_out))
+
+
 def _fault(record: dict[str, Any]) -> tuple[str, str] | None:
     """Why a row is no proper question: the reason to count it under, and the details; None if it is one."""
     wrong = problems({"id": "?", **record}) or ["no answer"] * (record["answer"] is None)
@@ -343,3 +367,72 @@ def cosmos(row: Row) -> Fields:
     meaning in another order. It becomes one that has: the same, without the place."""
     options = [_ABOVE.sub(r"\1 of the other choices", row[f"answer{i}"]) for i in range(4)]
     return row["context"], row["question"], options, int(row["label"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Of the model hub. Commits are those that many public projects name for these repositories; where none was found, the
+# revision is a name.
+
+
+def _data(name: str, revision: str, licence: str) -> Repo:
+    return Repo(name, revision, licence, "dataset")
+
+
+_RACE_REPO = _data("ehovy/race", "2fec9fd81f1dc971569a9b729c43f2f0e6436637", "non-commercial research")
+SUMMEVAL_REPO = _data("mteb/summeval", "cda12ad7615edc362dbf25a00fdd61d3b1eaf93c", "MIT")
+_ALL, _TESTED = {"train": "train", "val": "validation", "test": "test"}, {"test": "validation"}
+_RACE_COLUMNS = ("article", "question", "options", "answer")
+_COSMOS_COLUMNS = ("context", "question", "answer0", "answer1", "answer2", "answer3", "label")
+_MED_COLUMNS = ("question", "opa", "opb", "opc", "opd", "cop")
+
+
+def _med(row: Row) -> Fields:
+    return "", row["question"], [row[name] for name in _MED_COLUMNS[1:5]], row["cop"]
+
+
+def _named(*columns: str) -> Callable[[Row], Fields]:
+    """A row -> these of its columns."""
+    return lambda row: tuple(row[name] for name in columns)
+
+
+def _files(*readers: HubFiles) -> dict[str, HubFiles]:
+    return {reader.name: reader for reader in readers}
+
+
+HUB_FILES = _files(
+    HubFiles("race_middle", _RACE_REPO, "middle", _ALL, _RACE_COLUMNS, race),
+    HubFiles("race_high", _RACE_REPO, "high", _ALL, _RACE_COLUMNS, race),
+    HubFiles(
+        "race_c",
+        _data("tasksource/race-c", "main", "non-commercial research"),
+        None,
+        _ALL,
+        ("article", "question", "option", "label"),
+        _named("article", "question", "option", "label"),
+    ),
+    # This one is a loading script, which datasets no longer runs; the hub keeps the same data as parquet beside it.
+    HubFiles(
+        "cosmosqa",
+        _data("allenai/cosmos_qa", "refs/convert/parquet", "CC-BY-4.0"),
+        None,
+        _TESTED,
+        _COSMOS_COLUMNS,
+        cosmos,
+    ),
+    HubFiles(
+        "medmcqa",
+        _data("openlifescienceai/medmcqa", "91c6572c454088bf71b679ad90aa8dffcd0d5868", "Apache-2.0"),
+        None,
+        _TESTED,
+        _MED_COLUMNS,
+        _med,
+    ),
+    HubFiles(
+        "reclor",
+        _data("metaeval/reclor", "main", "non-commercial research"),
+        None,
+        _TESTED,
+        ("context", "question", "answers", "label"),
+        _named("context", "question", "answers", "label"),
+    ),
+)

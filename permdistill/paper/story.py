@@ -48,7 +48,7 @@ def _all(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def teachers(t1: pd.DataFrame, race: pd.DataFrame) -> Words:
-    """Of T1 (:func:`permdistill.paper.tables.teachers`), and RACE (:func:`permdistill.paper.withheld.table`)."""
+    """Of T1 (:func:`permdistill.paper.tables.teachers`), and RACE (:func:`permdistill.paper.race.table`)."""
     lines = [_race(race)]
     for teacher, own in t1.groupby("teacher", sort=False):
         biased, debiased = (own[own.treatment == name].set_index("task") for name in (tables.BIASED, tables.DEBIASED))
@@ -69,7 +69,7 @@ def teachers(t1: pd.DataFrame, race: pd.DataFrame) -> Words:
 
 
 def _race(table: pd.DataFrame) -> str:
-    """Of RACE beside the paper's numbers (:func:`permdistill.paper.withheld.table`)."""
+    """Of RACE beside the paper's numbers (:func:`permdistill.paper.race.table`)."""
     ours, theirs = table[(table.source == "stored") & (table.task == "all")], table[table.source == "published"]
     biased, average = (ours[ours.method == method].iloc[0] for method in (BIASED, debias.DEBIASED))
     before, after = (100 * theirs[theirs.method == method].accuracy.iloc[0] for method in (BIASED, debias.DEBIASED))
@@ -171,10 +171,21 @@ def makes(t4: pd.DataFrame, draws: pd.DataFrame, questions: pd.DataFrame, collap
     return _list([*lines, *_curves(draws, questions, collapse, 0.25), claim("efghi")])
 
 
-def scale(t7: pd.DataFrame, t8: pd.DataFrame, questions: pd.DataFrame, draws: pd.DataFrame, collapse: pd.DataFrame) -> Words:
-    """Of whole training sets: T7, T8's differences, F3, F2 and the collapse check at that size."""
+def scale(
+    t7: pd.DataFrame,
+    t8: pd.DataFrame,
+    t9: pd.DataFrame,
+    alone: pd.DataFrame,
+    questions: pd.DataFrame,
+    draws: pd.DataFrame,
+    collapse: pd.DataFrame,
+) -> Words:
+    """Of whole training sets: T7, the differences of T8 and T9, T9_alone, F3, F2 and the collapse check at that size."""
     lines = [_whole(str(task), own) for task, own in t7[t7.task != "all"].groupby("task", sort=False)]
-    return _list([*lines, *_one_for_all(t8), *_curves(draws, questions, collapse, 1 / 3), claim("eghk")])
+    lines += [*_one_for_all(t8, "T8"), *_one_for_all(t9, "T9")]
+    beside = "; ".join(f"{title(str(row.task))} {_points(row, 'together')}" for _, row in alone.iterrows())
+    lines.append(f"**Together or alone** (T9): the one student minus the one of each task: {beside}." if beside else "")
+    return _list([*lines, *_curves(draws, questions, collapse, 1 / 3), claim("eghk")])
 
 
 def _curves(draws: pd.DataFrame, questions: pd.DataFrame, collapse: pd.DataFrame, chance: float) -> list[str]:
@@ -213,7 +224,7 @@ def _whole(task: str, own: pd.DataFrame) -> str:
     return f"{words[:-1]}."
 
 
-def _one_for_all(gaps: pd.DataFrame) -> list[str]:
+def _one_for_all(gaps: pd.DataFrame, table: str) -> list[str]:
     taught = gaps[gaps.taught_on.notna()]
     lines: list[str] = []
     if taught.empty:
@@ -227,7 +238,7 @@ def _one_for_all(gaps: pd.DataFrame) -> list[str]:
         by_task = "; ".join(
             f"{task} {_points(row, 'difference')}" for task, (_, row) in zip(tasks, own.iterrows(), strict=True)
         )
-        lines.append(f"**One student for all** (T8), taught on {taught.taught_on.iloc[0]}, against {name}: {by_task}.")
+        lines.append(f"**One student for all** ({table}), taught on {taught.taught_on.iloc[0]}, against {name}: {by_task}.")
     return lines
 
 

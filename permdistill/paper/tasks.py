@@ -20,9 +20,9 @@ import numpy as np
 from permdistill.paper import hub, readers
 from permdistill.paper.assets import Asset
 from permdistill.paper.hub import Repo
-from permdistill.paper.readers import ATTRIBUTES, HubFiles, MmluFiles, OlmoFiles, Reader
+from permdistill.paper.readers import ATTRIBUTES, HUB_FILES, SUMMEVAL_REPO, MmluFiles, OlmoFiles, Reader
 from permdistill.prompts import TEMPLATES, Template
-from permdistill.questions import Cleaned, Question, clean, sample, stratified
+from permdistill.questions import Cleaned, Question, clean, sample, sample_contexts, stratified
 
 SEED = 0
 CHOICE, SUMMARIES = "multiple choice", "SummEval"  # families
@@ -78,6 +78,8 @@ class Task:
     evaluated the publishers' splits that are not for training
     template  the usual one
     papers    which of the paper's groups of tasks it is in, "" if in none
+    whole_contexts  whether the sample is of contexts (passages) with all their questions: a teacher reads each once
+    orders    {split: the orders that its scores are in, "cyclic"}; all of a split that is not there
     words     about how many, on average, in context, question and one option: for planning before anything is downloaded
     published {split: number of questions, as its authors say}, for the same purpose
     """
@@ -94,6 +96,8 @@ class Task:
     papers: str = ""
     words: tuple[int, int, int] = (0, 0, 0)
     published: Mapping[str, int] = field(default_factory=dict)
+    whole_contexts: bool = False
+    orders: Mapping[str, str] = field(default_factory=dict)
     family: str = CHOICE
 
     @property
@@ -117,6 +121,7 @@ class Task:
         questions = every.questions
         if split in self.sizes:
             draw = sample if self.stratum is None else partial(stratified, stratum=self.stratum)
+            draw = sample_contexts if self.whole_contexts else draw
             questions = draw(questions, self.sizes[split], SEED)
         own = TEMPLATES[template or self.template]
         return TaskSplit(name, list(questions), own, [name] * len(questions), every.left_out)
@@ -331,30 +336,16 @@ _SUMMEVAL = {
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# From the model hub: the paper's own, whole. Commits are those that many public projects name for these repositories; where
-# none was found, the revision is a name. The usual templates are the paper's: options as "A) ..", summaries as "Summary
+# From the model hub: the paper's own, whole. The usual templates are the paper's: options as "A) ..", summaries as "Summary
 # A: ..".
 
-
-def _data(name: str, revision: str, licence: str) -> Repo:
-    return Repo(name, revision, licence, "dataset")
-
-
-_RACE_REPO = _data("ehovy/race", "2fec9fd81f1dc971569a9b729c43f2f0e6436637", "non-commercial research")
-_SUMMEVAL_REPO = _data("mteb/summeval", "cda12ad7615edc362dbf25a00fdd61d3b1eaf93c", "MIT")
 GIGABYTES = {"ehovy/race": 0.06, "openlifescienceai/medmcqa": 0.09}  # to download, roughly; of the others 0.02 or less
 RACE = ("race_middle", "race_high", "race_c")  # together RACE++: Lai et al., EMNLP 2017, and Liang et al., ACML 2019
-_ALL = {"train": "train", "val": "validation", "test": "test"}
 _BOTH, _TEST = {"test": "test", "train": "train"}, {"test": "test"}
 
 
-_COSMOS_COLUMNS = ("context", "question", "answer0", "answer1", "answer2", "answer3", "label")
-_MED_COLUMNS = ("question", "opa", "opb", "opc", "opd", "cop")
-
-
 def _of_race(level: str, title: str, words: tuple[int, int, int], published: Mapping[str, int]) -> Task:
-    name, columns = f"race_{level}", ("article", "question", "options", "answer")
-    reader = HubFiles(name, _RACE_REPO, level, _ALL, columns, readers.race)
+    reader = HUB_FILES[f"race_{level}"]
     more = {"held_out": RACE, "template": "brief", "papers": CHOICE, "words": words, "published": published}
     return Task(title, 4, reader, _BOTH, **more)  # type: ignore[arg-type]
 
@@ -365,14 +356,7 @@ _HUB: dict[str, Task] = {
     "race_c": Task(
         "RACE-C",
         4,
-        HubFiles(
-            "race_c",
-            _data("tasksource/race-c", "main", "non-commercial research"),
-            None,
-            _ALL,
-            ("article", "question", "option", "label"),
-            lambda row: (row["article"], row["question"], row["option"], row["label"]),
-        ),
+        HUB_FILES["race_c"],
         _BOTH,
         held_out=RACE,
         template="brief",
@@ -384,15 +368,7 @@ _HUB: dict[str, Task] = {
     "cosmosqa": Task(
         "COSMOS QA",
         4,
-        HubFiles(
-            "cosmosqa",
-            # This one is a loading script, which datasets no longer runs; the hub keeps the same data as parquet beside it.
-            _data("allenai/cosmos_qa", "refs/convert/parquet", "CC-BY-4.0"),
-            None,
-            {"test": "validation"},
-            _COSMOS_COLUMNS,
-            readers.cosmos,
-        ),
+        HUB_FILES["cosmosqa"],
         _TEST,
         template="brief",
         papers=CHOICE,
@@ -402,14 +378,7 @@ _HUB: dict[str, Task] = {
     "medmcqa": Task(
         "MedMCQA",
         4,
-        HubFiles(
-            "medmcqa",
-            _data("openlifescienceai/medmcqa", "91c6572c454088bf71b679ad90aa8dffcd0d5868", "Apache-2.0"),
-            None,
-            {"test": "validation"},
-            _MED_COLUMNS,
-            lambda row: ("", row["question"], [row[name] for name in _MED_COLUMNS[1:5]], row["cop"]),
-        ),
+        HUB_FILES["medmcqa"],
         _TEST,
         template="brief",
         papers=CHOICE,
@@ -419,20 +388,30 @@ _HUB: dict[str, Task] = {
     "reclor": Task(
         "ReClor",
         4,
-        HubFiles(
-            "reclor",
-            _data("metaeval/reclor", "main", "non-commercial research"),
-            None,
-            {"test": "validation"},
-            ("context", "question", "answers", "label"),
-            lambda row: (row["context"], row["question"], row["answers"], row["label"]),
-        ),
+        HUB_FILES["reclor"],
         _TEST,
         template="brief",
         papers=CHOICE,
         words=(74, 17, 21),
         published={"test": 500},
     ),
+}
+
+# RACE whole, in the prompt in which the laptop's teacher was asked: what its students learn and answer. Its texts, unlike
+# the numbers, do not lie in the repository (see withheld.py).
+_WITHHELD = {
+    "race": Task(
+        "RACE",
+        4,
+        readers.SeveralFiles(tuple(HUB_FILES[name] for name in RACE[:2])),
+        _BOTH,
+        {"train": 30000},
+        held_out=("race",),
+        words=(318, 10, 5),
+        published={"train": 87866, "val": 4887, "test": 4934},
+        whole_contexts=True,
+        orders={"train": "cyclic"},
+    )
 }
 
 
@@ -446,11 +425,11 @@ _WHOLE_SUMMEVAL = {
     f"summeval16_{attribute}": PairsTask(
         f"SummEval {attribute}",
         attribute,
-        partial(readers.summeval_of_the_hub, _SUMMEVAL_REPO),
+        partial(readers.summeval_of_the_hub, SUMMEVAL_REPO),
         16,
         _whole_places,
         "summaries_letters",
-        repo=_SUMMEVAL_REPO,
+        repo=SUMMEVAL_REPO,
         papers=SUMMARIES,
         published={"test": 50 * 120, "train": 50 * 120},
     )
@@ -459,8 +438,9 @@ _WHOLE_SUMMEVAL = {
 
 # --------------------------------------------------------------------------------------------------------------------
 
-TASKS: dict[str, Task | PairsTask] = {**_LAPTOP, **_SUMMEVAL, **_HUB, **_WHOLE_SUMMEVAL}
+TASKS: dict[str, Task | PairsTask] = {**_LAPTOP, **_SUMMEVAL, **_HUB, **_WITHHELD, **_WHOLE_SUMMEVAL}
 LAPTOP_CHOICE, SUMMEVAL, HUB_CHOICE, WHOLE_SUMMEVAL = tuple(_LAPTOP), tuple(_SUMMEVAL), tuple(_HUB), tuple(_WHOLE_SUMMEVAL)
+WITHHELD = tuple(_WITHHELD)
 LAPTOP = (*LAPTOP_CHOICE, *SUMMEVAL)
 MULTIPLE_CHOICE = _TRAINED  # what the laptop's students learn, as one
 
@@ -473,6 +453,12 @@ def load_task(name: str, split: str, template: str = "") -> TaskSplit:
             f"task {name!r}, split {split!r}: give one of {', '.join(TASKS)} and test, or train, which {without} do not have"
         )
     return TASKS[name].load(name, split, template)
+
+
+def at_hand(name: str) -> bool:
+    """Whether the texts of a task may be read: RACE's only where its repository is on this machine already."""
+    repo = TASKS[name].repo if name in WITHHELD else None
+    return repo is None or hub.at_hand(repo)
 
 
 def title(name: str) -> str:

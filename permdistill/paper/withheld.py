@@ -1,4 +1,4 @@
-"""RACE, whose texts may not be passed on: its table from numbers alone.
+"""RACE, whose texts may not be passed on, as numbers alone.
 
 RACE is for non-commercial research, so that neither its texts nor a sample of them lie in the repository. What does: the
 teacher's scores, in the store, and ``scores/withheld.parquet``, which says of each question which row is its own and which
@@ -15,21 +15,16 @@ option is right::
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from permdistill import debias, scores
+from permdistill import scores
 from permdistill.files import replacing
 from permdistill.orders import all_orders
-from permdistill.paper import claims, tables
-from permdistill.paper.ablations import rivals
 from permdistill.paper.experiments import COMMITTED, Scored
 from permdistill.paper.models import TEACHERS
-from permdistill.paper.systems import BIASED, CORRECTION, Description, described_rows
 from permdistill.paper.tasks import TaskSplit, load_task
 from permdistill.prompts import TEMPLATES
 from permdistill.questions import Question
@@ -37,15 +32,6 @@ from permdistill.teachers import model_key
 
 FILE, TEMPLATE = "withheld.parquet", "letters"
 RACE = ("race_middle", "race_high")
-
-
-def _published(row: pd.Series) -> dict[str, Any]:
-    """A number of the paper's in the columns of a table of students."""
-    if row.teacher == "biased teacher":
-        return asdict(Description("teacher", BIASED, 1))
-    if row.teacher == "debiased teacher":
-        return asdict(Description("debiased", debias.DEBIASED, 24))
-    return asdict(Description("student", row.treatment, int(row.treatment == CORRECTION), row.teacher, "joint"))
 
 
 def found() -> pd.DataFrame:
@@ -78,16 +64,3 @@ def read_scores(folder: Path = COMMITTED) -> Scored:
     questions = [Question(id_, passage, "", blank, int(answer)) for id_, passage, answer in own]
     members = [id_.split("/")[0] for id_ in rows.id]
     return Scored(teacher, TaskSplit("all", questions, TEMPLATES[TEMPLATE], members, {}), P)
-
-
-def table() -> pd.DataFrame:
-    """RACE in the form of the paper's table: our teacher, biased and debiased, on M, H and both, with intervals; below the
-    paper's own on RACE++ (M, H and C), which have none. Column ``source`` tells them apart."""
-    test = read_scores()
-    ours = tables.students(test, rivals(test)).assign(source="stored")
-    paper = claims.targets("paper")
-    rows = [
-        {"source": "published", "task": row.task, "accuracy": row.value, **_published(row)}
-        for _, row in paper[paper.table == "paper_RACE++"].iterrows()
-    ]
-    return described_rows([*ours.to_dict("records"), *rows])
