@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from permdistill.orders import LETTERS, apply
 from permdistill.questions import Question
@@ -43,7 +44,7 @@ class Template:
     after: str = ""
     answer_prefix: str = ""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """sha256 over all fields, the name too."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()

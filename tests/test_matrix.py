@@ -347,9 +347,9 @@ def test_students_of_whole_sets_are_those_with_the_lowest_held_out_kl():
     """Of the heads and epochs that were tried; no accuracy was looked at."""
     table = ablations.held_out(matrix.MATRIX["epochs at scale"]).assign(cell=matrix.MATRIX["epochs at scale"])
     chosen = {cell for cell in matrix.MATRIX["scale"] if cell.run.training.epochs and not cell.run.n_train}
-    for tasks_, rows in table.groupby("tasks"):
+    for title_, rows in table.groupby("taught on"):
         best = rows.loc[rows.lowest.idxmin()]
-        assert best.cell in chosen, tasks_
+        assert best.cell in chosen, title_
         by_epoch = [float(kl) for kl in best["held-out KL by epoch"].split(", ")]
         assert len(by_epoch) == best.cell.run.training.epochs and best.lowest == pytest.approx(min(by_epoch), abs=5e-5)
-    assert set(table.tasks) == set(matrix.FOUR)
+    assert set(table["taught on"]) == {tasks.TASKS[task].title for task in matrix.FOUR}

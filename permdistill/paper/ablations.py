@@ -63,7 +63,7 @@ from permdistill.paper.systems import (
     described_rows,
     title,
 )
-from permdistill.paper.tasks import WITHHELD, at_hand
+from permdistill.paper.tasks import TASKS, WITHHELD, at_hand
 from permdistill.questions import Question
 from permdistill.students import Student
 from permdistill.training import content_key, digest, read_log, train
@@ -409,7 +409,11 @@ def held_out(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
     rows = []
     for cell in cells:
         kls = _kept(cell, folder)[2]["held_out_kl"]
-        row = {"tasks": together_as(cell.tasks), "student": cell.run.title, "seed": cell.run.training.seed}
+        row = {
+            "taught on": " and ".join(TASKS[task].title for task in cell.tasks),
+            "student": cell.run.title,
+            "seed": cell.run.training.seed,
+        }
         rows.append(row | {"held-out KL by epoch": ", ".join(f"{kl:.4f}" for kl in kls), "lowest": min(kls)})
     return pd.DataFrame(rows)
 

@@ -101,7 +101,7 @@ def read_stored(
     """:func:`read_scores`, of any questions, in all orders or in "cyclic" ones."""
     own = {name: value for name, value in prompting.items() if name != "min_label_mass"}
     store, key = _store(Path(folder or COMMITTED) / short(teacher)), model_key(teacher, **own)
-    log_probs = scores.load(store, unlabelled(task.questions), task.template, key, orders)
+    log_probs = scores.load(store, task.unlabelled, task.template, key, orders)
     read = Scored(short(teacher), task, scores.probabilities(log_probs))
     read = replace(read, label_mass=float(np.exp(log_probs.astype(np.float64)).sum(axis=-1).mean()))
     try:
@@ -338,7 +338,7 @@ def lessons_of(run: Run, train_on: Scored | Sequence[Scored]) -> list[Lesson]:
 
 def lesson_of(run: Run, train_on: Scored) -> Lesson:
     """What the student of ``run`` learns from. No gold answer enters: the questions are stripped of theirs."""
-    questions, P, orders = unlabelled(train_on.task.questions), train_on.P, train_on.orders
+    questions, P, orders = train_on.task.unlabelled, train_on.P, train_on.orders
     if run.n_train > len(P):
         raise ValueError(f"n_train = {run.n_train}: there are {len(P)} training questions, give no more")
     if run.n_train:
@@ -359,7 +359,7 @@ def test_inputs(run: Run, test: Scored) -> dict[str, Any]:
     """What :meth:`permdistill.students.Student.predict_batch` takes as questions, orders, decisions and distributions: the
     test questions without gold answers, in the cyclic orders, with what the teacher said where the student sees it."""
     return {
-        "questions": unlabelled(test.task.questions),
+        "questions": test.task.unlabelled,
         "orders": cyclic_orders(test.task.k),
         "decisions": black_box_decisions(test, run.greedy) if run.student.inputs == "prediction" else None,
         "distributions": in_cyclic_orders(test.P) if run.student.inputs == "distribution" else None,
@@ -400,11 +400,11 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, dic
     file that is damaged, or holds values that are not finite; the first ones were written without checksums."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        names = table["id"].to_pylist()
-        ids = list(dict.fromkeys(names))
-        m = len(names) // len(ids)
+        ids = table["id"].unique().to_pylist()
+        m = len(table) // len(ids)
         orders = np.array(table["order"][:m].to_pylist())
-        P = np.array(table["probabilities"].to_pylist(), dtype=np.float64).reshape(len(ids), m, -1)
+        flat = pa.concat_arrays(table["probabilities"].chunks).flatten()  # a list of lists would take ten times as long
+        P = flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(ids), m, -1)
         if not np.isfinite(P).all():
             raise ValueError("probabilities are not finite")
         return ids, orders, P, json.loads(table.schema.metadata[b"permdistill"])

@@ -223,7 +223,10 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     "draws at scale": tuple(_curve_cell(8000, draws=n) for n in (1, 4, 16)),
     "targets at scale": tuple(_curve_cell(8000, power=power) for power in (2.0, 8.0)),
     # At the rate of the joint students above.
-    "collapse at scale": tuple(_curve_cell(n, head="joint", learning_rate=3e-5) for n in (8000, 0)),
+    "collapse at scale": (
+        *(_curve_cell(n, head="joint", learning_rate=3e-5) for n in (8000, 0, 16000)),
+        *(_curve_cell(n, head="joint", learning_rate=3e-5, seed=1) for n in (16000, 0)),
+    ),
     # In no table: one student of each head that is cheap enough for `make paper` to train it anew.
     "audited": tuple(_cell(head=head, training={"epochs": 1}, n_train=500) for head in HEADS),
     "rates": tuple(_pairs_cell(SUMMEVAL, learning_rate=rate) for rate in (1e-5, 3e-5, 1e-4)),

@@ -28,7 +28,9 @@ def table(folder: str | Path = "") -> pd.DataFrame:
     which have none. Column ``source`` tells them apart."""
     test, every = withheld.read_scores(), [cell for part in matrix.MATRIX.values() for cell in part]
     cells = ablations.available((cell for cell in every if cell.tested == ("race",)), folder)
-    answered = ablations.answers(test, cells, folder, stack=True)
+    alone = [cell for cell in cells if not (cell.on or cell.run.n_train)]  # these are stacked too
+    answered = ablations.answers(test, alone, folder, stack=True)
+    answered += ablations.answers(test, [cell for cell in cells if cell not in alone], folder)
     ours = tables.students(test, [*ablations.rivals(test), *answered]).assign(source="stored")
     paper = claims.targets("paper")
     rows = [

@@ -104,13 +104,13 @@ class OlmoFiles:
         path = fetch(self._asset(split))
         records, seen = [], set()
         for line in gzip.decompress(path.read_bytes()).decode("utf-8").split("\n"):
-            if not line:
+            # The file repeats an item once per option, and a second time from doc_id 1,000,000 on. (Quotes within a text are
+            # escaped, so that this is the field itself; reading all of each line would take four times as long.)
+            number = re.search('"doc_id": ([0-9]+)', line)
+            if number is None or int(number[1]) >= 1_000_000 or number[1] in seen:
                 continue
+            seen.add(number[1])
             row = json.loads(line)
-            # The file repeats an item once per option, and a second time from doc_id 1,000,000 on.
-            if row["doc_id"] >= 1_000_000 or row["doc_id"] in seen:
-                continue
-            seen.add(row["doc_id"])
             context, question = self.fields(row["doc"])
             record = {"id": f"{self.name}/{split}/{row[self.id_column]}", "context": context, "question": question}
             choices = row["doc"]["choices"]

@@ -22,7 +22,7 @@ from permdistill.paper.assets import Asset
 from permdistill.paper.hub import Repo
 from permdistill.paper.readers import ATTRIBUTES, HUB_FILES, SUMMEVAL_REPO, MmluFiles, OlmoFiles, Reader
 from permdistill.prompts import TEMPLATES, Template
-from permdistill.questions import Cleaned, Question, clean, sample, sample_contexts, stratified
+from permdistill.questions import Cleaned, Question, clean, sample, sample_contexts, stratified, unlabelled
 
 SEED = 0
 CHOICE, SUMMARIES = "multiple choice", "SummEval"  # families
@@ -57,6 +57,11 @@ class TaskSplit:
         """Per question, what intervals resample as one: its passage (a hash), or itself if it has none or all share one."""
         same = len({q.context for q in self.questions}) == 1
         return [q.id if same or not q.context else sha256(q.context.encode()).hexdigest()[:16] for q in self.questions]
+
+    @cached_property
+    def unlabelled(self) -> list[Question]:
+        """The questions without gold answers."""
+        return unlabelled(self.questions)
 
     @property
     def family(self) -> str:
