@@ -305,7 +305,9 @@ def examples_needed(m: Measured) -> tuple[bool | None, str]:
     more = ablations.gap(next(cell for cell in curve if not cell.run.n_train), matrix.SCALE_USUAL, m.folder)
     shown = ablations.effects(curve, "n_train", folder=m.folder)
     words = ", ".join(f"{n:,}: {100 * a:.1f}" for n, a in zip(shown.n_train, shown.accuracy, strict=True))
-    evidence = f"SocialIQA, all questions - 8,000: {more.percent()} points; accuracy by their number: {words}"
+    race = {c.run.n_train: c for c in matrix.MATRIX["scale"] if c.tasks == ("race",) and c.run.training.epochs}
+    evidence = f"SocialIQA, all questions - 8,000: {more.percent()} points; accuracy by their number: {words}; "
+    evidence += f"RACE, 30,000 - 1,000: {ablations.gap(race[0], race[1000], m.folder).percent()}"
     return None if more.low > 0 else False, evidence
 
 

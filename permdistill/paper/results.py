@@ -51,8 +51,7 @@ accuracies on these test questions had been seen, so that rows above the biased 
     "T6_piqa": """T6. Students on PIQA, stored (notebook 05_ablations)
 
 Pairs of which the averaged teacher knows more than of SummEval's; 1,050 training questions, the whole test
-set, of which 191 of 1,837 questions have a goal that training questions have too (but for capitals and spaces).
-Students that are not stored yet are missing here: notebook 5 counts them.""",
+set, of which 191 of 1,837 questions have a goal that training questions have too (but for capitals and spaces).""",
     "T7_scale": """T7. Whole training sets (notebook 06_scale)
 
 All training questions of SocialIQA (33,177, seen four times), PIQA (16,084, four times; 191 of its 1,837 test questions have
