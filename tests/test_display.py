@@ -14,7 +14,19 @@ from test_bench import made_up
 from test_experiments import planted
 from test_matrix import cell, with_run  # noqa: F401  (a fixture)
 
-from permdistill.paper import ablations, claims, display, experiments, figures, matrix, paths, profiles, story, tables
+from permdistill.paper import (
+    ablations,
+    audits,
+    claims,
+    display,
+    experiments,
+    figures,
+    matrix,
+    paths,
+    profiles,
+    story,
+    tables,
+)
 from permdistill.paper.cli import main
 
 matplotlib.use("Agg")
@@ -150,10 +162,10 @@ def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monk
     folder, other = tmp_path / "kept", with_run(cell, draws=2)
     ablations.make([cell, other], folder, tmp_path / "work")
     capsys.readouterr()
-    assert ablations.auditable([cell, other, cell], folder) == [cell, other]
+    assert audits.auditable([cell, other, cell], folder) == [cell, other]
     assert not capsys.readouterr().out
     missing = with_run(cell, draws=3)  # what is not stored cannot be audited, and is named
-    assert ablations.auditable([missing, cell, other], folder) == [cell, other]
+    assert audits.auditable([missing, cell, other], folder) == [cell, other]
     assert capsys.readouterr().out.split() == [
         *"not audited, since its predictions are not stored:".split(),
         *[str(ablations.path(missing, "."))],
@@ -161,7 +173,7 @@ def test_audit_trains_anew_and_finds_what_is_not_so(cell, tmp_path, capsys, monk
     monkeypatch.setitem(matrix.MATRIX, "audited", (missing,))
     with pytest.raises(SystemExit, match="none of these students' predictions are stored: run `make students`"):
         main(["students", "--audit", "--predictions", str(folder), "--work", str(tmp_path / "again")])
-    found = ablations.audit([cell], tmp_path / "again", folder)
+    found = audits.audit([cell], tmp_path / "again", folder)
     assert found.ok.all() and found["mean TV"][0] < 1e-5 and found["same answer"][0] == 1
     assert not list((tmp_path / "again").rglob("*.safetensors"))
     _, test = ablations.data("planted", cell.tasks)

@@ -71,10 +71,37 @@ def test_the_file_is_what_the_texts_give():
 RACES = [cell for part in ("scale", "one for four") for cell in matrix.MATRIX[part] if "race" in (*cell.tasks, *cell.tested)]
 
 
+def _hide(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ablations, "at_hand", lambda task: task != "race")
+    patch.setattr(ablations, "asked", ablations.asked.__wrapped__)
+
+
+def test_a_part_of_race_is_none(tmp_path, monkeypatch):
+    """Whoever has loaded one level, or one split, has not what students learn from."""
+    monkeypatch.setenv(hub.LOCAL, str(tmp_path))
+    assert not tasks.at_hand("race") and tasks.at_hand("boolq")
+    for level in ("middle", "high"):
+        for split in ("train", "validation", "test"):
+            assert not tasks.at_hand("race")
+            (file := tmp_path / "ehovy" / "race" / level / f"{split}-00000-of-00001.parquet").parent.mkdir(
+                parents=True, exist_ok=True
+            )
+            file.touch()
+    assert tasks.at_hand("race")
+
+
+def test_students_of_race_are_not_trained_without_its_texts(tmp_path, monkeypatch, capsys):
+    _hide(monkeypatch)
+    monkeypatch.setattr(ablations, "train", lambda *args: pytest.fail("trained"))
+    assert ablations.make(RACES[:1], tmp_path / "kept", tmp_path / "work") == 0
+    assert capsys.readouterr().out.startswith("not trained, since RACE's texts are not on this machine (docs/scale.md): ")
+    with pytest.raises(ablations.MissingPredictions, match="RACE's texts are not on this machine"):
+        ablations.differences(RACES[:1], new=True)
+
+
 def test_students_of_race_answer_without_its_texts(monkeypatch, tmp_path):
     """On a machine that has none: nothing of RACE is looked up, and what is stored has to be of these settings and ids."""
-    monkeypatch.setattr(ablations, "at_hand", lambda task: task != "race")
-    monkeypatch.setattr(ablations, "asked", ablations.asked.__wrapped__)
+    _hide(monkeypatch)
     monkeypatch.setattr(experiments, "load_task", lambda *args: pytest.fail("texts are read"))
     alone = [cell for cell in RACES if cell.tested == ("race",)]
     for cell in alone:
@@ -82,7 +109,7 @@ def test_students_of_race_answer_without_its_texts(monkeypatch, tmp_path):
     test = ablations.asked(alone[0].teacher, ("race",))
     assert set(test.task.members) == {"race"} and len(set(test.task.groups)) == 1407
     ids, orders, P, about = experiments.read_predictions(ablations.path(alone[0]))
-    for wrong in ({"run": about["run"] | {"power": 2.0}}, {}):
+    for wrong in ({"run": about["run"] | {"power": 2.0}}, {"tasks": ["race", "boolq"]}, {"teacher": "another"}, {}):
         mine = experiments.Scored("mine", test.task, P) if wrong else experiments.Scored("mine", test.task.first(40), P[:40])
         experiments.save_predictions(ablations.path(alone[0], tmp_path), mine, orders, mine.P, about | wrong)
         with pytest.raises(ablations.MissingPredictions, match="another recipe, scores or questions"):

@@ -5,10 +5,10 @@
     compare(cells, folder) -> table          students beside what they have to beat, teacher by teacher
     effects(cells, "draws") -> table         what a setting does; distances(..): from the targets
     students(settings, pool, ..)             those of a table: stored, or trained now
-    audit(cells, work) -> table              some trained anew, against their stored predictions
 
 Predictions are found by content, as scores are: their key covers whatever the student was trained on and asked, so that
-stored ones are never taken for those of another recipe, store of scores or question. Weights are not kept.
+stored ones are never taken for those of another recipe, store of scores or question. (Where a student learnt or answers
+RACE, whose texts may not be on this machine, settings and ids have to do.) Weights are not kept.
 """
 
 from __future__ import annotations
@@ -70,8 +70,6 @@ from permdistill.training import content_key, digest, read_log, train
 
 COMMITTED = ROOT / "predictions"
 STORED, LIVE = "stored", "live"
-# A guess: on the machine that stored them a bi-encoder trained anew differs by 1e-8; other machines were not measured.
-AUDIT_TV = 0.05
 RIVAL = ("kind", "method", "calls", "encoder", "head", "greedy")  # what tells rivals apart
 
 
@@ -103,18 +101,21 @@ def _withheld(task: str) -> Scored:
     return replace(found, task=replace(found.task, members=[task] * len(found.P)))
 
 
-def _data(cell: Cell) -> tuple[list[Scored], Scored]:
+def taught_and_asked(cell: Cell) -> tuple[list[Scored], Scored]:
+    """:func:`data` of a cell. Raises MissingPredictions where it cannot be read here."""
+    if not readable(cell):
+        raise MissingPredictions(f"{path(cell, '.')}: RACE's texts are not on this machine, see docs/scale.md")
     return data(cell.teacher, cell.tasks, cell.on)
 
 
-def _readable(cell: Cell) -> bool:
+def readable(cell: Cell) -> bool:
     """Whether all that a cell learns and answers can be read here; of RACE there may be numbers alone."""
     return all(task not in WITHHELD or at_hand(task) for task in (*cell.tasks, *cell.tested))
 
 
 def _tested(cell: Cell) -> Scored:
     """What the cell answers."""
-    return _data(cell)[1] if _readable(cell) else asked(cell.teacher, cell.tested)
+    return taught_and_asked(cell)[1] if readable(cell) else asked(cell.teacher, cell.tested)
 
 
 def key(cell: Cell, over: tuple[list[Scored], Scored] | None = None) -> str:
@@ -125,7 +126,7 @@ def key(cell: Cell, over: tuple[list[Scored], Scored] | None = None) -> str:
 
 @lru_cache(maxsize=1024)
 def _own_key(cell: Cell) -> str:
-    return _key(cell, _data(cell))
+    return _key(cell, taught_and_asked(cell))
 
 
 def _key(cell: Cell, over: tuple[list[Scored], Scored]) -> str:
@@ -163,9 +164,11 @@ def _kept(
 
 def _own(cell: Cell, about: dict[str, Any], ids: list[str], over: tuple[list[Scored], Scored] | None) -> bool:
     """Whether stored predictions are the cell's: by their key, or, where texts cannot be read, by settings and ids."""
-    if over or _readable(cell):
+    if over or readable(cell):
         return bool(about["key"] == key(cell, over))
-    return about["run"] == json.loads(json.dumps(asdict(cell.run))) and ids == [q.id for q in _tested(cell).task.questions]
+    kept = [about.get(name) for name in ("teacher", "tasks", "on", "run")]
+    own = [cell.teacher, cell.tasks, cell.on or None, asdict(cell.run)]
+    return kept == json.loads(json.dumps(own)) and ids == [q.id for q in _tested(cell).task.questions]
 
 
 def students(
@@ -187,35 +190,6 @@ def students(
     return found
 
 
-def auditable(cells: Iterable[Cell], folder: str | Path = "") -> list[Cell]:
-    """Those of ``cells`` whose predictions are stored; the others are named. Raises MissingPredictions if there are none."""
-    cells = list(dict.fromkeys(cells))
-    found = available(cells, folder)
-    for cell in cells:
-        if cell not in found:
-            print(f"not audited, since its predictions are not stored: {path(cell, '.')}")
-    if not found:
-        raise MissingPredictions("none of these students' predictions are stored: run `make students`")
-    return found
-
-
-def audit(cells: Iterable[Cell], work: Path, folder: str | Path = "") -> pd.DataFrame:
-    """Train students anew and compare what they answer with their stored predictions: total variation between the two,
-    over questions and orders, and whether its mean is at most :data:`AUDIT_TV`. Training sums in another order on other
-    cores, and what differs by rounding at first differs by more in the end. Finished weights are deleted."""
-    rows = []
-    for cell in cells:
-        train_on, test = _data(cell)
-        student = train(cell.run.student, cell.run.training, lessons_of(cell.run, train_on), work / cell.run.name)
-        stored, P = answer(cell, folder).P, student.predict_batch(**test_inputs(cell.run, test))
-        tv = np.abs(P - stored).sum(axis=-1) / 2
-        same = (P.argmax(axis=-1) == stored.argmax(axis=-1)).mean()
-        row = {"tasks": cell.about, "student": cell.run.title, "mean TV": tv.mean(), "max TV": tv.max(), "same answer": same}
-        rows.append(row | {"ok": tv.mean() <= AUDIT_TV})
-        shutil.rmtree(work / cell.run.name)
-    return pd.DataFrame(rows)
-
-
 def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
     """Train the students of ``cells`` whose predictions ``folder`` lacks, let them answer and keep the answers; how many.
 
@@ -227,13 +201,16 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
             answer(cell, folder)
         except MissingPredictions:
             missing.append(cell)
+    for cell in [cell for cell in missing if not readable(cell)]:
+        print(f"not trained, since RACE's texts are not on this machine (docs/scale.md): {path(cell, '.')}")
+        missing.remove(cell)
     alike: dict[Cell, list[Cell]] = {}  # one student, asked several things
     for cell in missing:
         alike.setdefault(replace(cell, on=()), []).append(cell)
     for own, its in tqdm(alike.items(), desc="students", unit="student"):
         home = work / Path(own.teacher).name / own.about / own.run.name
         with locked(home / "lock"):
-            lessons = lessons_of(own.run, _data(its[0])[0])
+            lessons = lessons_of(own.run, taught_and_asked(its[0])[0])
             student = train(own.run.student, own.run.training, lessons, home / "student")
             for cell in its:
                 _keep(cell, student, read_log(home / "student"), folder)
@@ -243,7 +220,7 @@ def make(cells: Iterable[Cell], folder: str | Path, work: Path) -> int:
 
 def _keep(cell: Cell, student: Student, log: dict[str, Any], folder: str | Path) -> None:
     """Let the student answer the test questions; write the answers, and how it was trained, where :func:`answer` looks."""
-    _, test = _data(cell)
+    _, test = taught_and_asked(cell)
     asked = test_inputs(cell.run, test)
     P = student.predict_batch(**asked)
     about: dict[str, Any] = {"key": key(cell), "teacher": cell.teacher, "tasks": cell.tasks, "run": asdict(cell.run)}
@@ -325,18 +302,19 @@ def answers(test: Scored, cells: Sequence[Cell], folder: str | Path = "", stack:
 
 
 def _stem(question: Question) -> str:
-    """What stands before the options, but for capitals and spaces."""
-    return " ".join(f"{question.context} {question.question}".casefold().split())
+    """Its context, or the question where there is none, but for capitals and spaces."""
+    return " ".join((question.context or question.question).casefold().split())
 
 
 def differences(cells: Iterable[Cell], folder: str | Path = "", stack: bool = False, new: bool = False) -> pd.DataFrame:
     """Accuracy of each student (``stack``: see :func:`compare`; then also against the student alone) minus that of each of
     :func:`rivals`, and of each untrained student among ``cells``, paired by question: one row for each pair, with the 95%
     interval over the questions (or documents) of the mean over the student's seeds. What the rival is stands in columns
-    "rival_kind" etc. ``new``: on those questions alone whose stem (PIQA's goal) no training question has; they are ``n``."""
+    "rival_kind" etc. ``new``: on those questions alone whose context (PIQA's goal, BoolQ's passage) no training
+    question has; they are ``n``."""
     rows = []
     for teacher, test, own in _pools(cells):
-        seen = {_stem(q) for part in _data(own[0])[0] for q in part.task.questions} if new else set()
+        seen = {_stem(q) for part in taught_and_asked(own[0])[0] for q in part.task.questions} if new else set()
         kept = np.array([_stem(q) not in seen for q in test.task.questions])
         questions, groups = (task := test.task.where(kept)).questions, task.groups
         students: dict[Description, list[System]] = {}
@@ -395,7 +373,7 @@ def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd
             if not losses:  # untrained
                 continue
             row = {"teacher": teacher, **{name: _setting(cell, name) for name in names}, "students": 1}
-            row["uniform"] = uniform(lessons_of(cell.run, _data(cell)[0]))
+            row["uniform"] = uniform(lessons_of(cell.run, taught_and_asked(cell)[0]))
             kls = about.get("held_out_kl", [])  # predictions stored before this was kept held nothing out
             epochs = len(kls) or cell.run.training.epochs  # that were run: patience may end training early
             row["training KL"] = np.mean(losses[-(len(losses) // epochs) :])
@@ -405,7 +383,8 @@ def distances(cells: Iterable[Cell], *names: str, folder: str | Path = "") -> pd
 
 
 def held_out(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
-    """KL(targets || answer) in nats on the questions held out, after each epoch: a row a student."""
+    """KL(targets || answer) in nats on the questions held out, after each epoch: a row a student. And, for whoever wants to
+    know what was not looked at, its accuracy minus the biased teacher's where it answers what it learnt."""
     rows = []
     for cell in cells:
         kls = _kept(cell, folder)[2]["held_out_kl"]
@@ -414,12 +393,21 @@ def held_out(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
             "student": cell.run.title,
             "seed": cell.run.training.seed,
         }
-        rows.append(row | {"held-out KL by epoch": ", ".join(f"{kl:.4f}" for kl in kls), "lowest": min(kls)})
+        row |= {"held-out KL by epoch": ", ".join(f"{kl:.4f}" for kl in kls), "lowest": min(kls)}
+        rows.append(row | (_ends("gain", _over_biased(cell, folder)) if cell.tested == cell.tasks else {}))
     return pd.DataFrame(rows)
 
 
+def _over_biased(cell: Cell, folder: str | Path) -> metrics.Interval:
+    test = _tested(cell)
+    own, biased = (evaluate.correct(P, test.task.questions) for P in (answer(cell, folder).P, rivals(test)[0].P))
+    labelled = ~np.isnan(own)
+    return metrics.bootstrap((own - biased)[labelled], np.asarray(test.task.groups)[labelled])
+
+
 def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
-    """Accuracy of one student minus that of another of the same tasks, paired by question. Raises MissingPredictions."""
+    """Accuracy of one student minus that of another that is asked the same, paired by question. Raises
+    MissingPredictions."""
     test = _tested(first)
     right = [evaluate.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
     labelled = ~np.isnan(right[0])
@@ -459,7 +447,7 @@ def coverage(parts: Iterable[str], folder: str | Path = "") -> pd.DataFrame:
 def _setting(cell: Cell, name: str) -> Any:
     run = cell.run
     if name == "n_train" and not run.n_train:
-        return sum(len(part.P) for part in _data(cell)[0])
+        return sum(len(part.P) for part in taught_and_asked(cell)[0])
     return next(getattr(part, name) for part in (run, run.training, run.student) if hasattr(part, name))
 
 

@@ -307,7 +307,7 @@ def examples_needed(m: Measured) -> tuple[bool | None, str]:
     words = ", ".join(f"{n:,}: {100 * a:.1f}" for n, a in zip(shown.n_train, shown.accuracy, strict=True))
     race = {c.run.n_train: c for c in matrix.MATRIX["scale"] if c.tasks == ("race",) and c.run.training.epochs}
     evidence = f"SocialIQA, all questions - 8,000: {more.percent()} points; accuracy by their number: {words}; "
-    evidence += f"RACE, 30,000 - 1,000: {ablations.gap(race[0], race[1000], m.folder).percent()}"
+    evidence += f"RACE, 30,000 seen twice - 1,000 seen once: {ablations.gap(race[0], race[1000], m.folder).percent()}"
     return None if more.low > 0 else False, evidence
 
 

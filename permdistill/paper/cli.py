@@ -80,15 +80,15 @@ def _students(args: argparse.Namespace) -> None:
     if args.profile:
         _students_of(profiles.get(args.profile), args)
         return
-    from permdistill.paper import ablations
+    from permdistill.paper import ablations, audits
 
     folder = args.predictions or ablations.COMMITTED
     if args.audit:
-        chosen = ablations.auditable(matrix.MATRIX["audited"], folder)
-        found = ablations.audit(chosen, Path(args.work or "build/audit"), folder)
+        chosen = audits.auditable(matrix.MATRIX["audited"], folder)
+        found = audits.audit(chosen, Path(args.work or "build/audit"), folder)
         print(found.to_string(index=False, float_format="{:.4f}".format))
         if not found.ok.all():
-            sys.exit(f"mean TV above {ablations.AUDIT_TV}: train the students live, and report it")
+            sys.exit(f"mean TV above {audits.AUDIT_TV}: train the students live, and report it")
         return
     cells = list(dict.fromkeys(cell for part in args.parts for cell in matrix.MATRIX[part]))
     cells.sort(key=lambda cell: cell.run.training.seed)  # one seed of everything before the second of anything

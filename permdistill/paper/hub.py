@@ -1,4 +1,4 @@
-"""Repositories of the model hub: which revision, from where, and whether we may have it. Which ones: models.py, tasks.py.
+"""Repositories of the model hub: which revision, from where, and whether we may have it. Which ones: models.py, readers.py.
 
 A revision that is a commit is final; one that is a name ("main") is resolved to its commit when it is first needed, kept in
 ``revisions.json`` of the cache (:func:`permdistill.files.cache_dir`), and used from then on.
@@ -119,12 +119,12 @@ def cached(repo: Repo, file: str = "") -> Path | None:
     return folder if (folder / file).exists() else None
 
 
-def at_hand(repo: Repo) -> bool:
-    """Whether a repository is on this machine: under ``PERMDISTILL_HUB``, or in the hub client's cache."""
+def on_this_machine(repo: Repo) -> Path | None:
+    """The folder of a repository, perhaps with some files only: under ``PERMDISTILL_HUB``, or in the hub client's cache."""
     try:
-        return local(repo) is not None or cached(repo) is not None
+        return local(repo) or cached(repo)
     except AssetError:  # another folder stands for the hub
-        return False
+        return None
 
 
 def _why(repo: Repo, error: Exception) -> str:
@@ -137,7 +137,7 @@ def _why(repo: Repo, error: Exception) -> str:
             "of that account (or run `hf auth login`)"
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no revision {repo.revision!r} ({address}): give another one in models.py or tasks.py"
+        return f"the hub has no revision {repo.revision!r} ({address}): give another one in models.py or readers.py"
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub does not show it ({address}): was it moved?"
     return f"the hub cannot be reached ({type(error).__name__}): connect, or put a folder in its place with {LOCAL}=/path"

@@ -110,8 +110,8 @@ def _scale_cell(
 ) -> Cell:
     """One look at all questions, unless said, at the small students' rate: no other was tried here. ``small``: any K."""
     usual = {"epochs": 1, "learning_rate": 1e-4 if small else 5e-5, "batch_size": 32, "micro_tokens": 4096, "held_out": 0.04}
-    encoder, length = _MINILM if small else _MPNET, 128 if tasks == ("socialiqa",) and not small else 256
-    if set(tasks) & {"race", "boolq"}:  # passages; made on a GPU, which wants more at a time
+    encoder, length = _MINILM if small else _MPNET, 128 if tasks == ("socialiqa",) and not (small or on) else 256
+    if set(tasks) & {"race", "boolq"}:  # passages; made on a GPU, which wants more at a time (a CPU takes 24 GB for it)
         length, usual = 512, usual | {"micro_tokens": 32768}
     k = 0 if (small or on or len(tasks) > 1) and head != "joint" else TASKS[tasks[0]].k
     student = StudentConfig(encoder, head, "plain", k, length)
@@ -184,13 +184,13 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
         *(_piqa_cell(_MPNET, inputs=inputs) for inputs in ("plain", "distribution")),
     ),
     # Whole training sets (of RACE 30,000 questions), whole test sets. Cross-option is the head with MiniLM's lower held-out
-    # KL on PIQA (0.0142 to 0.0147); the epochs, and the head on SocialIQA, are those of "epochs at scale".
+    # KL on PIQA (0.0142 to 0.0147). What else was tried stands in "epochs at scale"; of BoolQ and RACE nothing.
     "scale": tuple(
         cell
         for task, epochs in (("socialiqa", 4), ("piqa", 4), ("boolq", 3), ("race", 2))
         for cell in (
             *(_whole(task, epochs=epochs, seed=seed) for seed in SEEDS[: 2 if task == "boolq" else 1]),
-            _whole(task, run={"n_train": 1000}),
+            _whole(task, run={"n_train": 1000}, **({"micro_tokens": 4096} if task == "boolq" else {})),
             _scale_cell(task, **_UNTRAINED),
         )
     ),
@@ -225,7 +225,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     # At the rate of the joint students above.
     "collapse at scale": (
         *(_curve_cell(n, head="joint", learning_rate=3e-5) for n in (8000, 0, 16000)),
-        *(_curve_cell(n, head="joint", learning_rate=3e-5, seed=1) for n in (16000, 0)),
+        _curve_cell(0, head="joint", learning_rate=3e-5, seed=1),
     ),
     # In no table: one student of each head that is cheap enough for `make paper` to train it anew.
     "audited": tuple(_cell(head=head, training={"epochs": 1}, n_train=500) for head in HEADS),

@@ -1,4 +1,4 @@
-"""T2 in the paper's form: RACE, our teacher and its students, with the paper's own numbers below."""
+"""T2 in the paper's form: RACE-M and RACE-H, our teacher and its students, with the paper's own numbers below."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published files -> questions: one reader for each layout. What is read, sampled and held out stands in tasks.py.
+"""Published files -> questions: one reader for each layout. What is sampled and held out stands in tasks.py.
 
 A reader is called with a split that its publishers know and gives the questions that fit the schema
 (:class:`permdistill.questions.Cleaned`). Files of the package index carry ids of their own. Sets of the model hub have none
@@ -191,7 +191,7 @@ class HubFiles:
             if (bad := left_out[reason]) > max(2, share * len(rows)):
                 raise ValueError(
                     f"{self.repo.name}, {split}: {bad} of {len(rows)} rows: {reason}, so its layout has changed since this "
-                    f"loader was written, pin the revision in tasks.py that you know. The first: {first[reason]}"
+                    f"loader was written, pin the revision in readers.py that you know. The first: {first[reason]}"
                 )
         return Cleaned(validate(kept.values(), self.repo.name), {r: n for r, n in left_out.items() if n})
 
@@ -208,11 +208,18 @@ class SeveralFiles:
         return self.parts[0].repo
 
     @property
+    def at_hand(self) -> bool:
+        """Whether all files are on this machine."""
+        folder = hub.on_this_machine(self.repo)
+        wanted = [f"{part.config}/{split}-*.parquet" for part in self.parts for split in part.splits.values()]
+        return folder is not None and all(any(folder.glob(name)) for name in wanted)
+
+    @property
     def licence(self) -> str:
         return self.repo.licence
 
     def __call__(self, split: str) -> Cleaned:
-        """Each question once. Raises what the parts do."""
+        """What the parts give, one after the other. Raises what they do."""
         found = [part(split) for part in self.parts]
         left_out: Counter[str] = Counter()
         for part in found:
@@ -250,7 +257,7 @@ def hub_rows(repo: Repo, config: str | None, split: str, columns: Sequence[str])
     if missing := [name for name in columns if name not in rows.column_names]:
         raise AssetError(
             f"{repo.name}: no column {missing[0]!r} (columns: {', '.join(rows.column_names)}): its layout has changed since "
-            "this loader was written, pin the revision in tasks.py that you know"
+            "this loader was written, pin the revision in readers.py that you know"
         )
     return rows.select_columns(list(columns))
 

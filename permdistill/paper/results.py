@@ -29,7 +29,7 @@ sample anew.""",
 
 The 1.5B teacher on RACE's test questions, M and H, by stored scores (made on a GPU; prompt "letters", answers in the
 cyclic orders), students taught by it, and the paper's own numbers on RACE++ (M, H and C), which come without intervals. The
-students' columns are those of T7, which says what they are; RACE's texts may not be passed on, so all of this stands in the
+students are those of T7, which says what they are, and T9's; RACE's texts may not be passed on, so all of this stands in the
 repository as numbers alone.""",
     "T2_students_multiple_choice": """T2. Students on multiple choice (notebook 03_students)
 
@@ -55,8 +55,9 @@ set, of which 191 of 1,837 questions have a goal that training questions have to
     "T7_scale": """T7. Whole training sets (notebook 06_scale)
 
 All training questions of SocialIQA (33,177, seen four times), PIQA (16,084, four times; 191 of its 1,837 test questions have
-a goal that training questions have too) and BoolQ (9,427, three times; two seeds), 30,000 of RACE's (twice); 4% of them are
-held out, the epoch with the lowest KL on these is kept; the whole test sets. Where "n_train" is 1000, one look at so many.
+a goal that training questions have too) and BoolQ (9,427, three times; two seeds; 952 of its 3,270 test questions have a
+passage that training questions have), 30,000 of RACE's (twice); 4% of them are held out, the epoch with the lowest KL on
+these is kept; the whole test sets. Where "n_train" is 1000, one look at so many.
 "Untrained" is the sentence encoder's own cosine. "Stacked": the student's answer and the teacher's in one order, combined by
 K + 2 numbers; two fits, each on 100 test questions of the other half in all orders (once, K! calls each), without gold
 answers. "(greedy)": with the teacher's most probable decision; else with a sampled one.""",
@@ -68,7 +69,7 @@ itself. Unseen are all tasks but SocialIQA and PIQA. "Untrained" is the sentence
     "T9_one_for_four": """T9. One student of four training sets (notebook 06_scale)
 
 all-mpnet-base-v2, cross-option, one look at SocialIQA's, PIQA's and BoolQ's training questions and 30,000 of RACE's together
-("taught on"); beside it the student of each alone (T7) and the encoder's own cosine, untrained.""",
+("taught on"); beside it the student of each alone (T7; two to four looks) and the encoder's own cosine, untrained.""",
     "F2_draws": """F2. Black-box draws (notebook 05_ablations)
 
 Targets are histograms of so many sampled decisions a question.""",

@@ -402,8 +402,8 @@ _HUB: dict[str, Task] = {
     ),
 }
 
-# RACE whole, in the prompt in which the laptop's teacher was asked: what its students learn and answer. Its texts, unlike
-# the numbers, do not lie in the repository (see withheld.py).
+# RACE-M and RACE-H, in the prompt in which the laptop's teacher was asked: what its students learn (30,000 questions) and
+# answer. Their texts, unlike the numbers, do not lie in the repository (see withheld.py).
 _WITHHELD = {
     "race": Task(
         "RACE",
@@ -461,9 +461,8 @@ def load_task(name: str, split: str, template: str = "") -> TaskSplit:
 
 
 def at_hand(name: str) -> bool:
-    """Whether the texts of a task may be read: RACE's only where its repository is on this machine already."""
-    repo = TASKS[name].repo if name in WITHHELD else None
-    return repo is None or hub.at_hand(repo)
+    """Whether the texts of a task may be read: RACE's only where all of its files are on this machine already."""
+    return name not in _WITHHELD or _WITHHELD[name].reader.at_hand  # type: ignore[attr-defined]
 
 
 def title(name: str) -> str:
