@@ -215,7 +215,7 @@ def _judged(rows: pd.DataFrame, holds: Callable[[pd.Series], bool], words: str) 
         own = every[every.method.isin(PAPERS_METHODS)]
         evidence = f"{words}: {_counts(own) or 'no students'}"
         if "difference" in own and len(own):
-            best = own.loc[own.difference.idxmax()]
+            best = own.loc[(own[own.holds] if own.holds.any() else own).difference.idxmax()]
             gap = Interval(best.difference, best.difference_low, best.difference_high)
             on = f", on {title(best.tasks).replace('_', ' ')}" if "tasks" in own and best.tasks == best.tasks else ""
             evidence += f"; best: {best.system}{on} {gap.percent()}"
