@@ -305,9 +305,12 @@ def examples_needed(m: Measured) -> tuple[bool | None, str]:
     more = ablations.gap(next(cell for cell in curve if not cell.run.n_train), matrix.SCALE_USUAL, m.folder)
     shown = ablations.effects(curve, "n_train", folder=m.folder)
     words = ", ".join(f"{n:,}: {100 * a:.1f}" for n, a in zip(shown.n_train, shown.accuracy, strict=True))
-    race = {c.run.n_train: c for c in matrix.MATRIX["scale"] if c.tasks == ("race",) and c.run.training.epochs}
-    evidence = f"SocialIQA, all questions - 8,000: {more.percent()} points; accuracy by their number: {words}; "
-    evidence += f"RACE, 30,000 seen twice - 1,000 seen once: {ablations.gap(race[0], race[1000], m.folder).percent()}"
+    evidence = f"SocialIQA, all questions - 8,000: {more.percent()} points; accuracy by their number: {words}"
+    race = [c for c in matrix.MATRIX["scale"] if c.tasks == ("race",) and c.run.training.epochs]
+    by_number = {c.run.n_train: c for c in ablations.available(race, m.folder)}
+    if {0, 1000} <= by_number.keys():
+        apart = ablations.gap(by_number[0], by_number[1000], m.folder)
+        evidence += f"; RACE, 30,000 seen twice - 1,000 seen once: {apart.percent()}"
     return None if more.low > 0 else False, evidence
 
 
