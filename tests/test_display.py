@@ -108,7 +108,7 @@ def test_the_story_has_the_tables_numbers():
     assert f"exact targets {100 * curves[1].accuracy.iloc[0]:.1f}" in made
     unseen = gaps[(gaps.tasks == "csqa") & gaps.taught_on.notna() & (gaps.rival_method == "untrained")].iloc[0]
     assert f"CommonsenseQA {100 * unseen.difference:.1f} [" in made
-    assert "**SocialIQA whole** (T7): the biased" in made
+    assert "**SocialIQA, whole test set** (T7): the biased" in made
     stacks = t7[(t7.method == "stacked error correction") & (t7.task == "socialiqa") & (t7.n_train == 0)]
     decided, sampled = (stacks[stacks.greedy.astype(bool) == greedy].iloc[0] for greedy in (True, False))
     assert re.search(rf"{100 * decided.gain:.1f} \[[^]]*\] with the teacher's most probable decision", made)

@@ -208,10 +208,8 @@ def _whole(task: str, own: pd.DataFrame) -> str:
     """Of one task of T7."""
     biased, averaged = (own[own.method == name].iloc[0] for name in (BIASED, debias.DEBIASED))
     pupils = own[(own.kind == "student") & ~(own.n_train > 0)]  # taught by all questions, or by none
-    words = (
-        f"**{title(task)} whole** (T7): the biased teacher is right on {_points(biased, 'accuracy')} of 100 questions; its "
-    )
-    words += f"average over all orders gains {_points(averaged, 'gain')}, the student"
+    words = f"**{title(task)}, whole test set** (T7): the biased teacher is right on {_points(biased, 'accuracy')} of 100"
+    words += f" questions; its average over all orders gains {_points(averaged, 'gain')}, the student"
     for method, greedy, name in (
         (DISTILLATION, False, "alone"),
         (STACKED, True, "with the teacher's most probable decision"),
