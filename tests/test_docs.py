@@ -284,7 +284,7 @@ def _check_whole_sets(words: str) -> None:
         assert gain.loc[decided].gain_low > 0 and gain.loc[white].gain_low > 0
     assert own["boolq"].loc[white].gain_low <= 0 and own["boolq"].loc[decided].gain_low <= 0  # on BoolQ nothing is better
     first, second, third = (f"{own[task].gain[decided]:.1f}" for task in better)
-    assert f"by its decision {first}, {second} and {third} points (RACE, SocialIQA, PIQA)" in words
+    assert f"by the teacher's decision {first}, {second} and {third} points (RACE, SocialIQA, PIQA)" in words
     first, second, third = (f"{own[task].gain[white]:.1f}" for task in better)
     rows = {name: _whole_sets(gaps, name) for name in ("prior-matching", "distillation")}
     matching = [_interval(rows["prior-matching"][task, *white], "difference") for task in better]

@@ -19,7 +19,7 @@ from permdistill.configs import HEADS, StudentConfig, TrainingConfig
 from permdistill.lessons import Lesson
 from permdistill.measure import metrics
 from permdistill.orders import all_orders, cyclic_orders
-from permdistill.paper import ablations, audits, experiments, matrix, profiles, tables, tasks
+from permdistill.paper import ablations, audits, experiments, matrix, profiles, results, tables, tasks
 from permdistill.paper.cli import main
 from permdistill.paper.systems import title, titled
 from permdistill.questions import unlabelled
@@ -341,6 +341,19 @@ def test_held_out_kls_in_notebook_6_are_those_of_the_stored_students():
             kls[cell.run.student.head] = experiments.read_predictions(ablations.path(cell))[3]["held_out_kl"]
     text = nbformat.read(ablations.ROOT / "notebooks" / "06_scale.ipynb", 4).cells[9].source
     assert f"{kls['cross_option'][0]:.4f} to {kls['shared_prefix'][0]:.4f} of shared-prefix" in text
+
+
+def test_shared_contexts_are_told_as_they_are():
+    new = pd.read_csv(ablations.ROOT / "figures" / "T7_new.csv").groupby("tasks").n.first()
+    old = pd.read_csv(ablations.ROOT / "figures" / "T7_differences.csv").groupby("tasks").n.first()
+    shared = old[new.index] - new
+    assert shared.to_dict() == {"boolq": 952, "piqa": 191, "socialiqa": 0}
+    words = " ".join(results.SECTIONS["T7_scale"].split())
+    assert f"{shared.piqa} of its {old.piqa:,} test questions" in words
+    assert f"{shared.boolq} of its {old.boolq:,} test questions" in words
+    text = nbformat.read(ablations.ROOT / "notebooks" / "06_scale.ipynb", 4).cells[5].source
+    boolq, piqa = (100 * shared[task] / old[task] for task in ("boolq", "piqa"))
+    assert f"Of BoolQ's test questions {boolq:.0f}% have" in text and f"of PIQA's {piqa:.0f}% a goal" in text
 
 
 def test_students_of_whole_sets_are_those_with_the_lowest_held_out_kl():

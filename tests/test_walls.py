@@ -144,7 +144,7 @@ def test_sizes():
     }
     too_much = {name: n for name, n in lines.items() if n > 480} | {name: n for name, n in functions.items() if n > 60}
     too_much |= {"core": core} if core > 4485 else {}
-    too_much |= {"package": sum(lines.values())} if sum(lines.values()) > 18859 else {}
+    too_much |= {"package": sum(lines.values())} if sum(lines.values()) > 18854 else {}
     assert not too_much
 
 

@@ -394,22 +394,21 @@ def held_out(cells: Iterable[Cell], folder: str | Path = "") -> pd.DataFrame:
             "seed": cell.run.training.seed,
         }
         row |= {"held-out KL by epoch": ", ".join(f"{kl:.4f}" for kl in kls), "lowest": min(kls)}
-        rows.append(row | (_ends("gain", _over_biased(cell, folder)) if cell.tested == cell.tasks else {}))
+        if cell.tested == cell.tasks:
+            test = _tested(cell)
+            row |= _ends("gain", _paired(test, answer(cell, folder).P, rivals(test)[0].P))
+        rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _over_biased(cell: Cell, folder: str | Path) -> metrics.Interval:
-    test = _tested(cell)
-    own, biased = (evaluate.correct(P, test.task.questions) for P in (answer(cell, folder).P, rivals(test)[0].P))
-    labelled = ~np.isnan(own)
-    return metrics.bootstrap((own - biased)[labelled], np.asarray(test.task.groups)[labelled])
 
 
 def gap(first: Cell, second: Cell, folder: str | Path = "") -> metrics.Interval:
     """Accuracy of one student minus that of another that is asked the same, paired by question. Raises
     MissingPredictions."""
-    test = _tested(first)
-    right = [evaluate.correct(answer(cell, folder).P, test.task.questions) for cell in (first, second)]
+    return _paired(_tested(first), *(answer(cell, folder).P for cell in (first, second)))
+
+
+def _paired(test: Scored, first: np.ndarray, second: np.ndarray) -> metrics.Interval:
+    right = [evaluate.correct(P, test.task.questions) for P in (first, second)]
     labelled = ~np.isnan(right[0])
     return metrics.bootstrap((right[0] - right[1])[labelled], np.asarray(test.task.groups)[labelled])
 

@@ -397,9 +397,9 @@ def _med(row: Row) -> Fields:
     return "", row["question"], [row[name] for name in _MED_COLUMNS[1:5]], row["cop"]
 
 
-def _named(*columns: str) -> Callable[[Row], Fields]:
-    """A row -> these of its columns."""
-    return lambda row: tuple(row[name] for name in columns)
+def _plain(name: str, repo: Repo, splits: Mapping[str, str], *columns: str) -> HubFiles:
+    """A set whose columns are context, question, options and the answer's index, under names of their own."""
+    return HubFiles(name, repo, None, splits, columns, lambda row: tuple(row[column] for column in columns))
 
 
 def _files(*readers: HubFiles) -> dict[str, HubFiles]:
@@ -409,13 +409,11 @@ def _files(*readers: HubFiles) -> dict[str, HubFiles]:
 HUB_FILES = _files(
     HubFiles("race_middle", _RACE_REPO, "middle", _ALL, _RACE_COLUMNS, race),
     HubFiles("race_high", _RACE_REPO, "high", _ALL, _RACE_COLUMNS, race),
-    HubFiles(
+    _plain(
         "race_c",
         _data("tasksource/race-c", "main", "non-commercial research"),
-        None,
         _ALL,
-        ("article", "question", "option", "label"),
-        _named("article", "question", "option", "label"),
+        *("article", "question", "option", "label"),
     ),
     # This one is a loading script, which datasets no longer runs; the hub keeps the same data as parquet beside it.
     HubFiles(
@@ -434,12 +432,10 @@ HUB_FILES = _files(
         _MED_COLUMNS,
         _med,
     ),
-    HubFiles(
+    _plain(
         "reclor",
         _data("metaeval/reclor", "main", "non-commercial research"),
-        None,
         _TESTED,
-        ("context", "question", "answers", "label"),
-        _named("context", "question", "answers", "label"),
+        *("context", "question", "answers", "label"),
     ),
 )
